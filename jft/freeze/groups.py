@@ -1,0 +1,115 @@
+"""Groups: named sets of leaves, the atoms of every set expression."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from jft.errors import ConfigError, nearest
+from jft.tree import match, select
+
+# Sets that make sense in any model: the leaf's own name tells its kind.
+COMMON_SETS = (("bias", r"(.*/)?bias"), ("norm", r"(.*/)?(norm|bn|ln)\w*/(scale|bias)"))
+_INDEX = re.compile(r"(?P<name>\w+)\[(?P<index>[^\]]*)\]")
+
+
+@dataclass(frozen=True)
+class Groups:
+    """All groups of one model.
+
+    Attributes:
+      paths: every leaf.
+      order: structural groups from input to output; each leaf is in exactly one.
+      members: {group: leaves}; structural groups, cross-cutting sets, and "all".
+      counts: {name: n} for numbered groups, so "block" has block[0] .. block[n - 1].
+      patterns: {path: (structural group, pattern that matched)}.
+    """
+
+    paths: tuple[str, ...]
+    order: tuple[str, ...]
+    members: dict[str, frozenset[str]]
+    counts: dict[str, int]
+    patterns: dict[str, tuple[str, str]]
+
+    def resolve(self, atom: str, what: str = "freeze.phases") -> frozenset[str]:
+        """Returns the leaves of "head", "block[3]", "block[-3:]" or a quoted 'regex'.
+
+        Raises:
+          ConfigError: no such group or block, or a pattern that matches nothing.
+        """
+        if atom[:1] in "'\"" and atom[-1:] == atom[:1]:
+            return select(self.paths, atom[1:-1], what)
+        if atom in self.members:
+            return self.members[atom]
+        if found := _INDEX.fullmatch(atom):
+            return self._numbered(found["name"], found["index"], atom, what)
+        raise ConfigError(f"{what}: no group {atom!r}{nearest(atom, self.members)}; {self._names()}")
+
+    def _numbered(self, name: str, index: str, atom: str, what: str) -> frozenset[str]:
+        if name not in self.counts:
+            raise ConfigError(f"{what}: group {name!r} of {atom!r} is not numbered; {self._names()}")
+        count = self.counts[name]
+        try:
+            bounds = [int(part) if part.strip() else None for part in index.split(":")]
+        except ValueError:
+            bounds = []
+        if not 1 <= len(bounds) <= 3 or bounds == [None]:
+            raise ConfigError(f"{what}: {atom!r} should be like {name}[2], {name}[-3:] or {name}[:4]")
+        if len(bounds) == 1:
+            wanted = [bounds[0] + count if bounds[0] < 0 else bounds[0]]
+        else:
+            outside = any(b is not None and abs(b) > count for b in bounds[:2])
+            wanted = [] if outside else list(range(count))[slice(*bounds)]
+        if not wanted or not all(0 <= i < count for i in wanted):
+            raise ConfigError(f"{what}: {atom!r} is empty; the model has {name}[0] .. {name}[{count - 1}]")
+        return frozenset().union(*(self.members[f"{name}[{i}]"] for i in wanted))
+
+    def _names(self) -> str:
+        plain = [name for name in self.members if "[" not in name]
+        return "groups: " + ", ".join(f"{n}[0:{self.counts[n]}]" if n in self.counts else n for n in plain)
+
+
+def make_groups(
+    paths: Iterable[str],
+    structural: Sequence[tuple[str, str]] = (),
+    sets: Sequence[tuple[str, str]] = COMMON_SETS,
+    extra: Sequence[tuple[str, str]] = (),
+) -> Groups:
+    """Returns the groups of the leaves `paths`.
+
+    Args:
+      paths: every leaf, in network order of stages.
+      structural: ordered (name, pattern), covering every leaf; a capture in the pattern numbers
+        the group: ("block", r"blocks_(\\d+)/.*") makes block[0], block[1], ... Without any, each
+        top-level module is a group.
+      sets: cross-cutting (name, pattern); one that matches nothing in this model is left out.
+      extra: the user's own (name, pattern); one that matches nothing is an error.
+    """
+    paths = tuple(paths)
+    if not structural:
+        tops = dict.fromkeys(path.split("/")[0] for path in paths)
+        structural = [(top, re.escape(top) + "(?:/.*)?") for top in tops]
+    matched = match(paths, [(pattern, name) for name, pattern in structural], "model groups")
+    order: dict[str, None] = {}
+    members: dict[str, set[str]] = {}
+    patterns: dict[str, tuple[str, str]] = {}
+    for path in paths:
+        name, pattern = matched[path]
+        found = re.fullmatch(pattern, path)
+        group = f"{name}[{int(found[1])}]" if found and found.re.groups and found[1] else name
+        order[group] = None
+        members.setdefault(group, set()).add(path)
+        if group != name:
+            members.setdefault(name, set()).add(path)
+        patterns[path] = (group, pattern)
+    counts = {name: sum(g.startswith(f"{name}[") for g in order) for name, _ in structural}
+    groups = {name: frozenset(leaves) for name, leaves in members.items()}
+    for name, pattern in sets:
+        if leaves := frozenset(path for path in paths if re.fullmatch(pattern, path)):
+            groups.setdefault(name, leaves)
+    for name, pattern in extra:
+        if name in groups or name == "all":
+            raise ConfigError(f"freeze.groups: {name!r} is already a group of this model")
+        groups[name] = select(paths, pattern, f"freeze.groups.{name}")
+    groups["all"] = frozenset(paths)
+    counts = {name: n for name, n in counts.items() if n}
+    return Groups(paths, tuple(order), groups, counts, patterns)

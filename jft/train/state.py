@@ -1,0 +1,160 @@
+"""The state of a run: what a step changes (TrainState) and what it only reads (Frozen)."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jft.errors import WeightsError
+from jft.freeze.phases import Phase
+from jft.tree import Flat, split
+
+WINDOW_SUMS = ("loss_sum", "correct_sum", "weight_sum")
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that changes from step to step; donated to the step, saved in checkpoints.
+
+    Attributes:
+      step: [] int32, updates done, skipped ones included.
+      params: {path: leaf} of the trainable leaves, float32 masters.
+      model_state: {path: leaf} of the BatchNorm statistics that still move.
+      opt_state: optax state, over the trainable leaves only.
+      window: sums since the last logged step, kept here so that a resumed run logs the same.
+      faults: "total" non-finite steps so far, "halted" 1 once the run must stop; [] int32.
+    """
+
+    step: jax.Array
+    params: Flat
+    model_state: Flat
+    opt_state: Any
+    window: dict[str, jax.Array]
+    faults: dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class Frozen:
+    """Leaves that a phase never changes: never differentiated, donated, reduced or saved twice."""
+
+    params: Flat
+    model_state: Flat
+
+
+def norm_of(path: str) -> str:
+    """Returns the module path of a statistic: "blocks_3/bn1/mean" -> "blocks_3/bn1"."""
+    return path.rpartition("/")[0]
+
+
+def frozen_norms(mask: dict[str, bool], model_state: Flat) -> frozenset[str]:
+    """Returns the modules that keep their statistics: those with parameters, none of which trains.
+
+    A normalisation without parameters follows its stage, the first part of its path.
+    """
+    frozen = set()
+    for norm in {norm_of(path) for path in model_state}:
+        own = [path for path in mask if path.startswith(norm + "/")]
+        own = own or [path for path in mask if path.split("/")[0] == norm.split("/")[0]]
+        if not any(mask[path] for path in own):
+            frozen.add(norm)
+    return frozenset(frozen)
+
+
+def first_trainable_stage(mask: dict[str, bool], stages: tuple[str, ...]) -> int:
+    """Returns the cut: the index of the first stage with a trainable leaf."""
+    live = {path.split("/")[0] for path, trains in mask.items() if trains}
+    return min((index for index, stage in enumerate(stages) if stage in live), default=len(stages))
+
+
+def make_state(
+    phase: Phase,
+    tx: optax.GradientTransformation,
+    params: Flat,
+    model_state: Flat,
+    enforce: str = "split",
+) -> tuple[TrainState, Frozen]:
+    """Returns the state at step 0 from all leaves of the model."""
+    trainable, frozen = split_phase(phase, params, model_state, enforce)
+    zero = np.zeros((), np.int32)
+    state = TrainState(
+        step=zero,
+        params=trainable[0],
+        model_state=trainable[1],
+        opt_state=tx.init(trainable[0]),
+        window={name: np.zeros((), np.float32) for name in WINDOW_SUMS},
+        faults={"total": zero, "halted": zero},
+    )
+    return state, Frozen(*frozen)
+
+
+def split_phase(
+    phase: Phase, params: Flat, model_state: Flat, enforce: str = "split"
+) -> tuple[tuple[Flat, Flat], tuple[Flat, Flat]]:
+    """Returns ((trainable params, moving statistics), (frozen params, fixed statistics)).
+
+    With enforce="optax", the reference path, all params go into the first half and the mask inside
+    the optimizer keeps the frozen ones still.
+    """
+    fixed = frozen_norms(phase.mask, model_state)
+    moves = {path: norm_of(path) not in fixed for path in model_state}
+    held = phase.mask if enforce == "split" else dict.fromkeys(params, True)
+    (train_params, frozen_params) = split(params, held)
+    (train_stats, frozen_stats) = split(model_state, moves)
+    return (train_params, train_stats), (frozen_params, frozen_stats)
+
+
+def switch_phase(
+    state: TrainState,
+    frozen: Frozen,
+    phase: Phase,
+    tx: optax.GradientTransformation,
+    enforce: str = "split",
+) -> tuple[TrainState, Frozen]:
+    """Returns state and frozen leaves re-split for `phase`; optimizer state moves by path.
+
+    Leaves that stay keep their moments and counter, leaves that enter start fresh, and the state
+    of leaves that leave is dropped: the label in each path holds the phase a leaf entered in.
+    """
+    params = {**state.params, **frozen.params}
+    model_state = {**state.model_state, **frozen.model_state}
+    trainable, rest = split_phase(phase, params, model_state, enforce)
+    fresh = tx.init(trainable[0])
+    old = leaves_by_path(state.opt_state)
+    found, structure = jax.tree_util.tree_flatten_with_path(fresh)
+    moved = [old.get(_name(path), leaf) for path, leaf in found]
+    opt_state = jax.tree_util.tree_unflatten(structure, moved)
+    state = state.replace(params=trainable[0], model_state=trainable[1], opt_state=opt_state)
+    return state, Frozen(*rest)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def leaves_by_path(tree: Any) -> Flat:
+    """Returns {path: leaf} of any pytree, for checkpoints."""
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def fill(template: Any, leaves: Flat) -> Any:
+    """Returns `template` with its leaves taken from `leaves`; the inverse of `leaves_by_path`.
+
+    Raises:
+      WeightsError: a leaf is missing, left over, or of another shape or dtype.
+    """
+    found, structure = jax.tree_util.tree_flatten_with_path(template)
+    names = [_name(path) for path, _ in found]
+    for name in sorted(set(names) ^ leaves.keys()):
+        where = "is missing from" if name in names else "is left over in"
+        raise WeightsError(f"checkpoint: {name!r} {where} the saved state")
+    for name, (_, wanted) in zip(names, found, strict=True):
+        has = leaves[name]
+        if tuple(has.shape) != tuple(wanted.shape) or has.dtype != wanted.dtype:
+            raise WeightsError(
+                f"checkpoint: {name!r} is {has.dtype}{list(has.shape)}, the run needs"
+                f" {jnp.dtype(wanted.dtype)}{list(wanted.shape)}"
+            )
+    return jax.tree_util.tree_unflatten(structure, [leaves[name] for name in names])

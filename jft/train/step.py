@@ -1,0 +1,178 @@
+"""One training step: merge, forward, backward over the trainable leaves, clip, update."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jft.losses import Loss
+from jft.metrics import classification_sums
+from jft.models.layers import Training
+from jft.train.state import WINDOW_SUMS, Frozen, TrainState
+from jft.tree import Flat, flatten, merge
+
+Batch = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class StepParts:
+    """What a step is built from; everything static.
+
+    Attributes:
+      apply: model call (variables, images, training=, rngs=, mutable=) -> logits or (logits, state).
+      loss: (logits [B, K], label [B]) -> [B].
+      transform: (uint8 images, key, index [B]) -> model input, augmentation included.
+      eval_transform: (uint8 images) -> model input.
+      seed: every key derives from (seed, step), and then from the row in the global batch.
+      accum_steps: micro-batches per update.
+      nonfinite: "stop" or "skip".
+      nonfinite_quota: skipped steps allowed in the whole run.
+      log_every_steps: the running sums start anew after each multiple.
+    """
+
+    apply: Callable[..., Any]
+    loss: Loss
+    transform: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    eval_transform: Callable[[jax.Array], jax.Array]
+    seed: int = 0
+    accum_steps: int = 1
+    nonfinite: str = "stop"
+    nonfinite_quota: int = 0
+    log_every_steps: int = 10
+
+
+def make_train_step(
+    parts: StepParts,
+    tx: optax.GradientTransformationExtraArgs,
+    mask: dict[str, bool],
+    schedule: Callable[[Any], jax.Array],
+    *,
+    cut: int = 0,
+    frozen_norms: frozenset[str] = frozenset(),
+    axis_name: str | None = None,
+) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """Returns step(state, frozen, batch) -> (state, metrics), a pure function.
+
+    Sums of loss, gradients and counts are added over micro-batches and over `axis_name` (None
+    under jit alone, where the batch is whole), and divided once by the number of examples that
+    count: ragged masks, accumulation and the number of devices change nothing.
+    """
+
+    def reduce(tree: Any) -> Any:
+        return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+
+    def loss_sums(params: Flat, stats: Flat, frozen: Frozen, batch: Batch, key: jax.Array):
+        variables: dict[str, Any] = {"params": merge(params, frozen.params)}
+        if stats or frozen.model_state:
+            variables["batch_stats"] = merge(stats, frozen.model_state)
+        training = Training(batch["mask"], batch["row"], axis_name, cut, frozen_norms)
+        pixel_key, dropout_key = jax.random.split(key)
+        images = parts.transform(batch["image"], pixel_key, batch["row"])
+        logits, updated = parts.apply(
+            variables,
+            images,
+            training=training,
+            rngs={"dropout": dropout_key},
+            mutable=["batch_stats"],
+        )
+        losses = parts.loss(logits, batch["label"])
+        sums = classification_sums(logits, batch["label"], batch["mask"], losses)
+        moved = flatten(updated.get("batch_stats", {}))
+        stats = {path: jax.lax.stop_gradient(moved[path]) for path in stats}
+        return sums["loss_sum"], (sums, stats)
+
+    def accumulate(state: TrainState, frozen: Frozen, batch: Batch, key: jax.Array):
+        grad = jax.grad(loss_sums, has_aux=True)
+        if parts.accum_steps == 1:
+            return grad(state.params, state.model_state, frozen, batch, key)
+
+        # Strided rows: micro-batch i holds the rows with index i modulo k on any device count.
+        def micro(leaf: jax.Array) -> jax.Array:
+            k = parts.accum_steps
+            return leaf.reshape((leaf.shape[0] // k, k) + leaf.shape[1:]).swapaxes(0, 1)
+
+        def body(carry, rows: Batch):
+            grads, sums, stats = carry
+            more, (micro_sums, stats) = grad(state.params, stats, frozen, rows, key)
+            grads = jax.tree.map(jnp.add, grads, more)
+            return (grads, jax.tree.map(jnp.add, sums, micro_sums), stats), None
+
+        grads = jax.tree.map(jnp.zeros_like, state.params)
+        sums = {name: jnp.zeros((), jnp.float32) for name in WINDOW_SUMS}
+        carry, _ = jax.lax.scan(body, (grads, sums, state.model_state), jax.tree.map(micro, batch))
+        return carry[0], (carry[1], carry[2])
+
+    def step(state: TrainState, frozen: Frozen, batch: Batch):
+        key = jax.random.fold_in(jax.random.key(parts.seed), state.step)
+        rows = batch["label"].shape[0]
+        first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * rows
+        batch = dict(batch, row=first + jnp.arange(rows, dtype=jnp.int32))
+        grads, (sums, stats) = accumulate(state, frozen, batch, key)
+        grads, sums = reduce((grads, sums))
+        weight = jnp.maximum(sums["weight_sum"], 1.0)
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        # The norm, like everything after it, sees the trainable leaves alone.
+        norm = optax.tree.norm({path: grad for path, grad in grads.items() if mask[path]})
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, step=state.step)
+        params = {
+            path: leaf + updates[path].astype(leaf.dtype) if mask[path] else leaf
+            for path, leaf in state.params.items()
+        }
+        finite = jnp.isfinite(sums["loss_sum"]) & jnp.isfinite(norm)
+        state = _accept(parts, state, finite, sums, params, stats, opt_state)
+        metrics = dict(
+            state.window,
+            grad_norm=norm,
+            learning_rate=schedule(state.step - 1),
+            nonfinite_steps=state.faults["total"],
+            halted=state.faults["halted"],
+        )
+        return state, metrics
+
+    return step
+
+
+def _accept(parts, state: TrainState, finite, sums, params, stats, opt_state) -> TrainState:
+    """Takes the update if it is finite; else keeps the state and counts the fault.
+
+    A halted state never moves again, so what is saved or inspected is the last good one, however
+    late the host reads the flag.
+    """
+    total = state.faults["total"] + jnp.where(finite, 0, 1)
+    quota = parts.nonfinite_quota if parts.nonfinite == "skip" else 0
+    halted = jnp.maximum(state.faults["halted"], (total > quota).astype(jnp.int32))
+    take = finite & (halted == 0)
+
+    def choose(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda a, b: jnp.where(take, a, b), new, old)
+
+    restart = (state.step % parts.log_every_steps) == 0
+    window = {
+        name: jnp.where(restart, 0.0, state.window[name]) + jnp.where(take, sums[name], 0.0)
+        for name in WINDOW_SUMS
+    }
+    return TrainState(
+        step=state.step + 1,
+        params=choose(params, state.params),
+        model_state=choose(stats, state.model_state),
+        opt_state=choose(opt_state, state.opt_state),
+        window=window,
+        faults={"total": total, "halted": halted},
+    )
+
+
+def make_eval_step(parts: StepParts) -> Callable[[Flat, Flat, Batch], dict[str, jax.Array]]:
+    """Returns step(params, model_state, batch) -> {"logits" [B, K] float32, "loss" [B]}."""
+
+    def step(params: Flat, model_state: Flat, batch: Batch) -> dict[str, jax.Array]:
+        variables: dict[str, Any] = {"params": merge(params)}
+        if model_state:
+            variables["batch_stats"] = merge(model_state)
+        logits = parts.apply(variables, parts.eval_transform(batch["image"]))
+        logits = logits.astype(jnp.float32)
+        return {"logits": logits, "loss": parts.loss(logits, batch["label"])}
+
+    return step
