@@ -28,7 +28,9 @@ def flatten(tree: Mapping[str, Any]) -> Flat:
     def walk(node: Mapping[str, Any], prefix: str) -> None:
         for key, value in node.items():
             if not isinstance(key, str) or "/" in key:
-                raise ValueError(f"parameter name {key!r} below {prefix!r} must be a string without '/'")
+                raise ValueError(
+                    f"parameter name {key!r} below {prefix!r} must be a string without '/'"
+                )
             if isinstance(value, Mapping):
                 walk(value, f"{prefix}{key}/")
             else:
@@ -97,9 +99,13 @@ def match(paths: Iterable[str], rules: Rules, what: str = "rule") -> dict[str, t
         shadowed = next((path for path in paths if regex.fullmatch(path)), None)
         if shadowed is not None:
             earlier = matched[shadowed][1]
-            raise ConfigError(f"{what}: pattern {pattern!r} never applies, {earlier!r} matches first")
+            raise ConfigError(
+                f"{what}: pattern {pattern!r} never applies, {earlier!r} matches first"
+            )
         if pattern != ".*":  # the closing rule may be left with nothing
-            raise ConfigError(f"{what}: pattern {pattern!r} matches no leaf{nearest(pattern, paths)}")
+            raise ConfigError(
+                f"{what}: pattern {pattern!r} matches no leaf{nearest(pattern, paths)}"
+            )
     return matched
 
 

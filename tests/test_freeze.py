@@ -8,7 +8,9 @@ from jft.freeze.masks import make_mask
 from jft.freeze.phases import make_phases
 
 PATHS = ["stem/kernel", "stem/bn/scale", "stem/bn/bias"]
-PATHS += [f"blocks_{i}/{leaf}" for i in range(12) for leaf in ("attn/kernel", "attn/bias", "norm1/scale")]
+PATHS += [
+    f"blocks_{i}/{leaf}" for i in range(12) for leaf in ("attn/kernel", "attn/bias", "norm1/scale")
+]
 PATHS += ["head/kernel", "head/bias"]
 STRUCTURE = (("stem", r"stem/.*"), ("block", r"blocks_(\d+)/.*"), ("head", r"head/.*"))
 
@@ -36,9 +38,15 @@ def test_every_leaf_is_in_one_structural_group_in_network_order(groups):
         ("all", set(PATHS)),
         ("block[1]", {p for p in PATHS if p.startswith("blocks_1/")}),
         ("block[-1] + head", {p for p in PATHS if p.startswith(("blocks_11/", "head"))}),
-        ("block[-3:]", {p for p in PATHS if p.startswith(("blocks_9/", "blocks_10/", "blocks_11/"))}),
+        (
+            "block[-3:]",
+            {p for p in PATHS if p.startswith(("blocks_9/", "blocks_10/", "blocks_11/"))},
+        ),
         ("all - block - head", {p for p in PATHS if p.startswith("stem")}),
-        ("bias & block[:2] + head", {"blocks_0/attn/bias", "blocks_1/attn/bias", "head/kernel", "head/bias"}),
+        (
+            "bias & block[:2] + head",
+            {"blocks_0/attn/bias", "blocks_1/attn/bias", "head/kernel", "head/bias"},
+        ),
         ("bias & (block[0] + head)", {"blocks_0/attn/bias", "head/bias"}),
         ("'.*_1/attn/kernel'", {"blocks_1/attn/kernel"}),
         ("norm", {p for p in PATHS if "norm" in p or "bn" in p}),
@@ -99,7 +107,12 @@ def phases(groups, **kw):
 
 def test_the_string_form_expands_to_steps(groups):
     plan = phases(groups, phases="head@30% | block[-3:]+head@8ep | all - stem@190 | all")
-    assert [(p.start_step, p.stop_step) for p in plan] == [(0, 60), (60, 128), (128, 190), (190, 200)]
+    assert [(p.start_step, p.stop_step) for p in plan] == [
+        (0, 60),
+        (60, 128),
+        (128, 190),
+        (190, 200),
+    ]
     assert [p.name for p in plan] == ["head", "block[-3:]+head", "all - stem", "all"]
 
 
@@ -113,7 +126,9 @@ def test_leaves_remember_the_phase_they_entered(groups):
     plan = phases(groups, phases="head@50 | all@100 | head@150 | all")
     assert {p.entered["head/bias"] for p in plan} == {0}
     assert [p.entered.get("stem/kernel") for p in plan] == [None, 1, None, 3]
-    reset = phases(groups, phases=[{"train": "head", "until": 50}, {"train": "all", "state": "reset"}])
+    reset = phases(
+        groups, phases=[{"train": "head", "until": 50}, {"train": "all", "state": "reset"}]
+    )
     assert set(reset[1].entered.values()) == {1}
 
 

@@ -42,30 +42,40 @@ class Groups:
             return self.members[atom]
         if found := _INDEX.fullmatch(atom):
             return self._numbered(found["name"], found["index"], atom, what)
-        raise ConfigError(f"{what}: no group {atom!r}{nearest(atom, self.members)}; {self._names()}")
+        raise ConfigError(
+            f"{what}: no group {atom!r}{nearest(atom, self.members)}; {self._names()}"
+        )
 
     def _numbered(self, name: str, index: str, atom: str, what: str) -> frozenset[str]:
         if name not in self.counts:
-            raise ConfigError(f"{what}: group {name!r} of {atom!r} is not numbered; {self._names()}")
+            raise ConfigError(
+                f"{what}: group {name!r} of {atom!r} is not numbered; {self._names()}"
+            )
         count = self.counts[name]
         try:
             bounds = [int(part) if part.strip() else None for part in index.split(":")]
         except ValueError:
             bounds = []
         if not 1 <= len(bounds) <= 3 or bounds == [None]:
-            raise ConfigError(f"{what}: {atom!r} should be like {name}[2], {name}[-3:] or {name}[:4]")
+            raise ConfigError(
+                f"{what}: {atom!r} should be like {name}[2], {name}[-3:] or {name}[:4]"
+            )
         if len(bounds) == 1:
             wanted = [bounds[0] + count if bounds[0] < 0 else bounds[0]]
         else:
             outside = any(b is not None and abs(b) > count for b in bounds[:2])
             wanted = [] if outside else list(range(count))[slice(*bounds)]
         if not wanted or not all(0 <= i < count for i in wanted):
-            raise ConfigError(f"{what}: {atom!r} is empty; the model has {name}[0] .. {name}[{count - 1}]")
+            raise ConfigError(
+                f"{what}: {atom!r} is empty; the model has {name}[0] .. {name}[{count - 1}]"
+            )
         return frozenset().union(*(self.members[f"{name}[{i}]"] for i in wanted))
 
     def _names(self) -> str:
         plain = [name for name in self.members if "[" not in name]
-        return "groups: " + ", ".join(f"{n}[0:{self.counts[n]}]" if n in self.counts else n for n in plain)
+        return "groups: " + ", ".join(
+            f"{n}[0:{self.counts[n]}]" if n in self.counts else n for n in plain
+        )
 
 
 def make_groups(

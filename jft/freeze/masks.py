@@ -12,7 +12,9 @@ Mask = dict[str, bool]
 _TOKEN = re.compile(r"\s*('[^']*'|\"[^\"]*\"|\w+(?:\[[^\]]*\])?|[-+&()])")
 
 
-def make_mask(train: str | Sequence[Sequence[Any]], groups: Groups, what: str = "freeze.phases") -> Mask:
+def make_mask(
+    train: str | Sequence[Sequence[Any]], groups: Groups, what: str = "freeze.phases"
+) -> Mask:
     """Returns {path: True where trainable}.
 
     Args:

@@ -121,7 +121,9 @@ def make_phases(
 def parse_phases(phases: str | Sequence[Any]) -> list[dict[str, Any]]:
     """Returns phase dicts from the one-string form or from a list, with their keys checked."""
     if isinstance(phases, str):
-        parts = [part.rpartition("@") if "@" in part else (part, "", "") for part in phases.split("|")]
+        parts = [
+            part.rpartition("@") if "@" in part else (part, "", "") for part in phases.split("|")
+        ]
         entries = [{"train": t.strip(), "until": u.strip() or None} for t, _, u in parts]
     else:
         entries = [{"train": p} if isinstance(p, str) else p for p in phases]
@@ -144,14 +146,20 @@ def parse_phases(phases: str | Sequence[Any]) -> list[dict[str, Any]]:
     return [dict(entry) for entry in entries]
 
 
-def _stops(entries: Sequence[dict[str, Any]], total_steps: int, steps_per_epoch: float) -> list[int]:
+def _stops(
+    entries: Sequence[dict[str, Any]], total_steps: int, steps_per_epoch: float
+) -> list[int]:
     stops: list[int] = []
     for index, entry in enumerate(entries):
         where, last = f"freeze.phases[{index}]", index == len(entries) - 1
         until = entry.get("until")
         if until is None and not last:
             raise ConfigError(f"{where}: 'until' is missing; only the last phase may leave it out")
-        stop = total_steps if until is None else _until_steps(until, total_steps, steps_per_epoch, where)
+        stop = (
+            total_steps
+            if until is None
+            else _until_steps(until, total_steps, steps_per_epoch, where)
+        )
         if last and stop < total_steps:
             raise ConfigError(f"{where}: ends at step {stop} but the run has {total_steps} steps")
         stop = min(stop, total_steps) if last else stop
@@ -178,7 +186,9 @@ def _until_steps(until: Any, total_steps: int, steps_per_epoch: float, where: st
             factor = {"%": total_steps / 100, "e": steps_per_epoch, "s": 1}[found[2][0]]
             return math.floor(number * factor + 0.5)
     if isinstance(number, bool) or not isinstance(number, int | float) or not number > 0:
-        raise ConfigError(f"{where}: until={until!r} should be steps (100), a fraction (0.3, '30%') or '2ep'")
+        raise ConfigError(
+            f"{where}: until={until!r} should be steps (100), a fraction (0.3, '30%') or '2ep'"
+        )
     if isinstance(number, int) or number > 1:
         return math.floor(number)
     return math.floor(number * total_steps + 0.5)

@@ -116,7 +116,9 @@ def make_multipliers(
             rules.append((".*", 1.0))
         for path, (value, pattern) in match(paths, rules, "optim.lr_rules").items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                raise ConfigError(f"optim.lr_rules: factor {value!r} of {pattern!r} should be above 0")
+                raise ConfigError(
+                    f"optim.lr_rules: factor {value!r} of {pattern!r} should be above 0"
+                )
             factors[path] = float(value)
     if layer_decay is not None:
         if not 0.0 < layer_decay <= 1.0:

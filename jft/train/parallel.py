@@ -48,9 +48,15 @@ class Parallel:
         return NamedSharding(self.mesh, P(AXIS))
 
     def place(self, tree: Any) -> Any:
-        """Returns `tree` with every leaf copied to every device."""
-        # may_alias=False: the step donates these buffers, the caller may keep its own arrays.
-        return jax.device_put(tree, self.replicated, may_alias=False)
+        """Returns `tree` with every leaf on every device; leaves that are there stay."""
+
+        def put(leaf: Any) -> jax.Array:
+            if isinstance(leaf, jax.Array) and leaf.committed and leaf.sharding == self.replicated:
+                return leaf
+            # may_alias=False: the step donates this buffer, the caller may keep the array.
+            return jax.device_put(leaf, self.replicated, may_alias=False)
+
+        return jax.tree.map(put, tree)
 
     def place_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """Returns a host batch of this process's rows as global arrays, sharded by rows."""
@@ -86,7 +92,9 @@ class Parallel:
         )
 
         def flat_step(state: Any, frozen: Any, batch: Any) -> Any:
-            rows = jax.tree.map(lambda x: x.reshape((size, x.shape[0] // size) + x.shape[1:]), batch)
+            rows = jax.tree.map(
+                lambda x: x.reshape((size, x.shape[0] // size) + x.shape[1:]), batch
+            )
             return mapped(state, frozen, rows)
 
         # A plain function around pmap: jit of a pmapped function would lower the pmap itself and
@@ -147,4 +155,6 @@ def check_replicas(tree: Any) -> None:
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         shards = [np.asarray(shard.data) for shard in leaf.addressable_shards]
         if any(shard.tobytes() != shards[0].tobytes() for shard in shards[1:]):
-            raise RuntimeError(f"devices disagree on {jax.tree_util.keystr(path)}: it was not reduced")
+            raise RuntimeError(
+                f"devices disagree on {jax.tree_util.keystr(path)}: it was not reduced"
+            )

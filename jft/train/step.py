@@ -22,7 +22,7 @@ class StepParts:
     """What a step is built from; everything static.
 
     Attributes:
-      apply: model call (variables, images, training=, rngs=, mutable=) -> logits or (logits, state).
+      apply: (variables, images, training=, rngs=, mutable=) -> logits, or (logits, state).
       loss: (logits [B, K], label [B]) -> [B].
       transform: (uint8 images, key, index [B]) -> model input, augmentation included.
       eval_transform: (uint8 images) -> model input.

@@ -1,0 +1,374 @@
+"""The loop: phases, steps, logging, evaluation, checkpoints, signals. It takes built parts only."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jft.errors import DivergedError
+from jft.freeze.phases import Phase
+from jft.metrics import finish
+from jft.report.writers import RunWriter
+from jft.train.checkpoint import Checkpoints, Restored
+from jft.train.optim import OptimSection
+from jft.train.parallel import Parallel, check_replicas
+from jft.train.signals import StopSignals
+from jft.train.state import (
+    WINDOW_SUMS,
+    Frozen,
+    TrainState,
+    fill,
+    first_trainable_stage,
+    frozen_norms,
+    leaves_by_path,
+    make_state,
+    switch_phase,
+)
+from jft.train.step import StepParts, make_eval_step, make_train_step
+from jft.tree import Flat
+
+# Steps the host may run ahead of the device: enough to hide its work, few enough batches to hold.
+IN_FLIGHT_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Run:
+    """The built parts of a run.
+
+    Attributes:
+      workdir: the run directory.
+      phases: from freeze.phases.
+      optim: from train.optim.
+      parallel: from train.parallel.
+      parts: what every step is built from.
+      stages: of the model, from input to output.
+      shapes: {path: shape and dtype} of all params, and the same of all statistics.
+      start: returns the initial (params, model_state), flat; called only by a run that starts
+        from step 0, or to rebuild a damaged frozen leaf.
+      batches: returns the host batches from a position (batches already consumed) on.
+      batch_shape: {name: shape and dtype} of one global batch.
+      evaluate: runs a split, (predict_step, split, step) -> scalars; writes eval/<split>.json.
+      splits: evaluated at the end; "val" also every `eval_every_steps`.
+      checkpoints: of the run directory.
+      make_writer: takes the resumed step or None, returns the writer.
+      info: JSON that goes into every checkpoint (config, label names, ...).
+      enforce: "split" or "optax".
+      eval_batch_shape: like `batch_shape`, for evaluation.
+      eval_every_steps: None evaluates at the end only.
+      save_every_steps: None saves at the end and on signals only.
+    """
+
+    workdir: Path
+    phases: tuple[Phase, ...]
+    optim: OptimSection
+    parallel: Parallel
+    parts: StepParts
+    stages: tuple[str, ...]
+    shapes: tuple[Flat, Flat]
+    start: Callable[[], tuple[Flat, Flat]]
+    batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]]
+    batch_shape: dict[str, Any]
+    evaluate: Callable[[Callable[..., Any], str, int], dict[str, float]]
+    splits: tuple[str, ...]
+    checkpoints: Checkpoints
+    make_writer: Callable[[int | None], RunWriter]
+    info: dict[str, Any] = field(default_factory=dict)
+    enforce: str = "split"
+    eval_batch_shape: dict[str, Any] = field(default_factory=dict)
+    eval_every_steps: int | None = None
+    save_every_steps: int | None = None
+
+    @property
+    def total_steps(self) -> int:
+        """Updates of the whole run."""
+        return self.phases[-1].stop_step
+
+    def phase_at(self, step: int) -> Phase:
+        """Returns the phase that does the update after `step`; the last one at the end."""
+        return next((p for p in self.phases if step < p.stop_step), self.phases[-1])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: its exit code (0, 75, 130), the step, and the last metrics by name."""
+
+    exit_code: int
+    step: int
+    metrics: dict[str, float]
+    params: Flat
+    model_state: Flat
+
+
+def fit(run: Run) -> Outcome:
+    """Trains from the newest checkpoint, or from the start, to the end or to a signal.
+
+    Raises:
+      DivergedError: a loss or gradient was not finite and train.nonfinite forbids going on.
+    """
+    restored = run.checkpoints.restore(rebuild=lambda paths: _rebuild(run, paths))
+    writer = run.make_writer(restored.step if restored else None)
+    with StopSignals() as stop, writer, run.checkpoints:
+        trainer = _Trainer(run, writer, restored)
+        try:
+            return trainer.outcome(trainer.train(stop))
+        except DivergedError as error:
+            writer.status(state="diverged", step=trainer.step, exit_reason=str(error))
+            raise
+        except BaseException as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            writer.status(state="failed", step=trainer.step, exit_reason=reason)
+            raise
+        finally:
+            trainer.compiler.shutdown(wait=False, cancel_futures=True)
+
+
+def _rebuild(run: Run, paths: list[str]) -> Flat:
+    leaves = leaves_by_path(Frozen(*run.start()))
+    return {path: leaves[path] for path in paths if path in leaves}
+
+
+class _Trainer:
+    """The moving parts of one `fit`: state, compiled steps, and rows not yet fetched."""
+
+    def __init__(self, run: Run, writer: RunWriter, restored: Restored | None):
+        self.run, self.writer = run, writer
+        self.compiler = ThreadPoolExecutor(1, thread_name_prefix="jft-compile")
+        self.compiled: dict[int, Future] = {}
+        self.eval_step: Any = None
+        self.in_flight: deque[jax.Array] = deque()
+        self.rows: deque[_Row] = deque()
+        self.last: dict[str, jax.Array] = {}
+        self.results: dict[str, float] = {}
+        self.step, self.evaluated_step = 0, -1
+        self.wait_seconds = 0.0
+        self.clock, self.clock_step = time.monotonic(), 0
+        if restored is None:
+            self.phase = run.phases[0]
+            params, stats = run.start()
+            tx = run.optim.tx(self.phase, run.enforce)
+            self.state, self.frozen = make_state(self.phase, tx, params, stats, run.enforce)
+        else:
+            self.phase = run.phases[restored.info["phase"]]
+            self.state, self.frozen = _from_checkpoint(run, self.phase, restored)
+            self.step = restored.step
+            self.results = dict(restored.info["results"])
+            for message in restored.skipped:
+                writer.message(f"warning: {message}")
+            writer.message(f"resuming at step {self.step} of {run.total_steps}")
+        self.saved_step = self.step if restored else -1
+
+    def train(self, stop: StopSignals) -> int:
+        """Runs the phases that are left; returns the exit code."""
+        batches = iter(self.run.batches(self.step)) if self.step < self.run.total_steps else None
+        for phase in self.run.phases:
+            if phase.stop_step <= self.step:
+                continue
+            self.enter(phase)
+            first = self.step
+            while self.step < phase.stop_step:
+                self.update(batches)
+                if self.step == first + 1 and self.run.parallel.num_devices > 1:
+                    check_replicas(self.state)
+                self.after_update(last=self.step == self.run.total_steps)
+                if stop.exit_code is not None:
+                    self.save()
+                    return stop.exit_code
+        return 0
+
+    def compile(self, phase: Phase) -> Future:
+        """Starts compiling the step of `phase` in the background, once."""
+        if phase.index not in self.compiled:
+            self.compiled[phase.index] = self.compiler.submit(compile_phase, self.run, phase)
+        return self.compiled[phase.index]
+
+    def enter(self, phase: Phase) -> None:
+        """Makes `phase` the current one: its split, its compiled step, and the next one's start."""
+        began = time.monotonic()
+        run = self.run
+        future = self.compile(phase)
+        if phase is not self.phase:
+            tx = run.optim.tx(phase, run.enforce)
+            self.state, self.frozen = switch_phase(self.state, self.frozen, phase, tx, run.enforce)
+            self.phase = phase
+        self.state, self.frozen = run.parallel.place((self.state, self.frozen))
+        self.current, compile_seconds = future.result()
+        stall = time.monotonic() - began
+        self.writer.message(
+            f"phase {phase.index} ({phase.name}): steps {phase.start_step}-{phase.stop_step},"
+            f" compiled in {compile_seconds:.1f} s, waited {stall:.1f} s"
+        )
+        if phase.index + 1 < len(run.phases):
+            self.compile(run.phases[phase.index + 1])
+        self.clock, self.clock_step, self.wait_seconds = time.monotonic(), self.step, 0.0
+
+    def update(self, batches: Iterator[Mapping[str, np.ndarray]]) -> None:
+        """One step; the device works while the host fetches the next batch."""
+        began = time.monotonic()
+        batch = next(batches)
+        self.wait_seconds += time.monotonic() - began
+        placed = self.run.parallel.place_batch({name: batch[name] for name in self.run.batch_shape})
+        self.state, self.last = self.current(self.state, self.frozen, placed)
+        self.step += 1
+        self.in_flight.append(self.last["loss_sum"])
+        if len(self.in_flight) > IN_FLIGHT_STEPS:
+            self.in_flight.popleft().block_until_ready()
+
+    def after_update(self, last: bool) -> None:
+        """Logs, evaluates and saves what is due at this step."""
+        run = self.run
+        if last or self.step % run.parts.log_every_steps == 0:
+            self.rows.append(_Row(self.step, self.phase.index, self.last))
+        self.write_rows(wait=False)
+        every = run.eval_every_steps
+        if "val" in run.splits and (last or (every and self.step % every == 0)):
+            self.evaluate("val")
+        if last:
+            for split in run.splits:
+                if split != "val":
+                    self.evaluate(split)
+        if last or (run.save_every_steps and self.step % run.save_every_steps == 0):
+            self.save()
+        run.checkpoints.poll()
+
+    def write_rows(self, wait: bool) -> None:
+        """Writes the logged rows whose values have arrived; all of them when `wait`."""
+        while self.rows and (wait or self.rows[0].metrics["loss_sum"].is_ready()):
+            row = self.rows.popleft()
+            values = {name: np.asarray(leaf).item() for name, leaf in row.metrics.items()}
+            if values["halted"]:
+                raise DivergedError(
+                    f"loss or gradient is not finite at or before step {row.step}"
+                    f" ({values['nonfinite_steps']} such steps); train.nonfinite"
+                    f"={self.run.parts.nonfinite!r}, quota {self.run.parts.nonfinite_quota};"
+                    " lower optim.learning_rate or set optim.grad_clip_norm"
+                )
+            if not row.shown:
+                continue
+            means = finish({name: values[name] for name in WINDOW_SUMS})
+            named = {f"train/{name}": value for name, value in means.items()}
+            for name in ("grad_norm", "learning_rate", "nonfinite_steps"):
+                named[f"train/{name}"] = values[name]
+            self.writer.write(row.step, {"phase": row.phase, **named}, self.timing(row.step))
+
+    def timing(self, step: int) -> dict[str, float]:
+        """Returns what depends on the clock, since the row before."""
+        now = time.monotonic()
+        seconds, steps = max(now - self.clock, 1e-9), max(step - self.clock_step, 1)
+        rows = self.run.batch_shape["label"].shape[0]
+        eta = (self.run.total_steps - step) * seconds / steps
+        waited, self.wait_seconds = self.wait_seconds, 0.0
+        self.clock, self.clock_step = now, step
+        self.writer.status(state="running", step=step, eta_seconds=eta)
+        return {
+            "step_seconds": seconds / steps,
+            "examples_per_second": rows * steps / seconds,
+            "data_wait_percent": min(100.0, 100.0 * waited / seconds),
+            "eta_seconds": eta,
+        }
+
+    def predict_step(self) -> Callable[[Mapping[str, Any]], dict[str, jax.Array]]:
+        """Returns the evaluation step on the present parameters."""
+        run = self.run
+        params = {**self.state.params, **self.frozen.params}
+        stats = {**self.state.model_state, **self.frozen.model_state}
+        if self.eval_step is None:
+            step = make_eval_step(run.parts)
+            self.eval_step = run.parallel.compile_eval(step, params, stats, run.eval_batch_shape)
+        compiled = self.eval_step
+
+        def predict(batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+            placed = run.parallel.place_batch({name: batch[name] for name in run.eval_batch_shape})
+            return compiled(params, stats, placed)
+
+        return predict
+
+    def evaluate(self, split: str) -> None:
+        """Evaluates one split and logs it; "val" is logged as "eval/..."."""
+        self.write_rows(wait=True)
+        began = time.monotonic()
+        scalars = self.run.evaluate(self.predict_step(), split, self.step)
+        prefix = "eval" if split == "val" else split
+        named = {f"{prefix}/{name}": value for name, value in scalars.items()}
+        self.results.update(named)
+        self.evaluated_step = self.step
+        seconds = time.monotonic() - began
+        self.writer.write(
+            self.step, {"phase": self.phase.index, **named}, {"eval_seconds": seconds}
+        )
+        self.clock += seconds  # evaluation is not training time
+
+    def save(self) -> None:
+        """Saves the state; what was logged up to this step is on the disk before."""
+        if self.step == self.saved_step:
+            return
+        self.rows.append(_Row(self.step, self.phase.index, self.last, shown=False))
+        self.write_rows(wait=True)
+        self.writer.flush()
+        state, frozen = pack(self.state, self.frozen)
+        info = {**self.run.info, "phase": self.phase.index, "batches": self.step}
+        info["results"] = self.results
+        # A checkpoint is ranked by an evaluation of this very step, never by an older one.
+        metrics = self.results if self.step == self.evaluated_step else {}
+        self.run.checkpoints.save(self.step, state, frozen, info, metrics)
+        self.saved_step = self.step
+
+    def outcome(self, exit_code: int) -> Outcome:
+        """Waits for the last save and says how the run ended."""
+        self.run.checkpoints.wait()
+        names = {0: "done", 75: "preempted", 130: "interrupted"}
+        reason = None if exit_code == 0 else f"stopped by a signal at step {self.step}, saved"
+        self.writer.status(
+            state=names[exit_code], step=self.step, eta_seconds=None, exit_reason=reason
+        )
+        params = {**self.state.params, **self.frozen.params}
+        stats = {**self.state.model_state, **self.frozen.model_state}
+        return Outcome(exit_code, self.step, dict(self.results), params, stats)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Metrics of a step, still on the device; one that is not shown is only checked."""
+
+    step: int
+    phase: int
+    metrics: dict[str, jax.Array]
+    shown: bool = True
+
+
+def compile_phase(run: Run, phase: Phase) -> tuple[Any, float]:
+    """Returns the compiled step of `phase`, and the seconds it took; needs no arrays."""
+    began = time.monotonic()
+    state, frozen = abstract_state(run, phase)
+    step = make_train_step(
+        run.parts,
+        run.optim.tx(phase, run.enforce),
+        phase.mask,
+        run.optim.schedule,
+        cut=first_trainable_stage(phase.mask, run.stages),
+        frozen_norms=frozen_norms(phase.mask, run.shapes[1]),
+        axis_name=run.parallel.axis_name,
+    )
+    compiled = run.parallel.compile_train(step, state, frozen, run.batch_shape)
+    return compiled, time.monotonic() - began
+
+
+def abstract_state(run: Run, phase: Phase) -> tuple[TrainState, Frozen]:
+    """Returns shapes and dtypes of the state and frozen leaves of `phase`; allocates nothing."""
+    tx = run.optim.tx(phase, run.enforce)
+    return jax.eval_shape(lambda p, s: make_state(phase, tx, p, s, run.enforce), *run.shapes)
+
+
+def pack(state: TrainState, frozen: Frozen) -> tuple[Flat, Flat]:
+    """Returns (state, frozen) as flat dicts, as checkpoints hold them."""
+    return leaves_by_path(state), leaves_by_path(frozen)
+
+
+def _from_checkpoint(run: Run, phase: Phase, restored: Restored) -> tuple[TrainState, Frozen]:
+    state, frozen = abstract_state(run, phase)
+    return fill(state, restored.state), fill(frozen, restored.frozen)
