@@ -18,6 +18,7 @@ from jft.report.writers import RunWriter
 from jft.train.checkpoint import Checkpoints, Restored
 from jft.train.optim import OptimSection
 from jft.train.parallel import Parallel, check_replicas
+from jft.train.lock import Lock
 from jft.train.signals import StopSignals
 from jft.train.state import (
     WINDOW_SUMS,
@@ -57,6 +58,7 @@ class Run:
       splits: evaluated at the end; "val" also every `eval_every_steps`.
       checkpoints: of the run directory.
       make_writer: takes the resumed step or None, returns the writer.
+      begin: called once the run directory is locked; writes config.json and its like.
       info: JSON that goes into every checkpoint (config, label names, ...).
       enforce: "split" or "optax".
       eval_batch_shape: like `batch_shape`, for evaluation.
@@ -78,6 +80,7 @@ class Run:
     splits: tuple[str, ...]
     checkpoints: Checkpoints
     make_writer: Callable[[int | None], RunWriter]
+    begin: Callable[[], None] = lambda: None
     info: dict[str, Any] = field(default_factory=dict)
     enforce: str = "split"
     eval_batch_shape: dict[str, Any] = field(default_factory=dict)
@@ -111,21 +114,26 @@ def fit(run: Run) -> Outcome:
     Raises:
       DivergedError: a loss or gradient was not finite and train.nonfinite forbids going on.
     """
-    restored = run.checkpoints.restore(rebuild=lambda paths: _rebuild(run, paths))
-    writer = run.make_writer(restored.step if restored else None)
-    with StopSignals() as stop, writer, run.checkpoints:
-        trainer = _Trainer(run, writer, restored)
-        try:
-            return trainer.outcome(trainer.train(stop))
-        except DivergedError as error:
-            writer.status(state="diverged", step=trainer.step, exit_reason=str(error))
-            raise
-        except BaseException as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            writer.status(state="failed", step=trainer.step, exit_reason=reason)
-            raise
-        finally:
-            trainer.compiler.shutdown(wait=False, cancel_futures=True)
+    with Lock(run.workdir), StopSignals() as stop, run.checkpoints:
+        restored = run.checkpoints.restore(rebuild=lambda paths: _rebuild(run, paths))
+        run.begin()
+        with run.make_writer(restored.step if restored else None) as writer:
+            return _fit(run, writer, restored, stop)
+
+
+def _fit(run: Run, writer: RunWriter, restored: Restored | None, stop: StopSignals) -> Outcome:
+    trainer = _Trainer(run, writer, restored)
+    try:
+        return trainer.outcome(trainer.train(stop))
+    except DivergedError as error:
+        writer.status(state="diverged", step=trainer.step, exit_reason=str(error))
+        raise
+    except BaseException as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        writer.status(state="failed", step=trainer.step, exit_reason=reason)
+        raise
+    finally:
+        trainer.compiler.shutdown(wait=False, cancel_futures=True)
 
 
 def _rebuild(run: Run, paths: list[str]) -> Flat:

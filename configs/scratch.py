@@ -1,0 +1,19 @@
+"""The quickstart from random weights: what its pre-training is worth.
+
+    jft train --config=configs/scratch.py --workdir=runs/scratch
+
+Same data, model, steps and augmentation; everything trains from the first step.
+"""
+
+from pathlib import Path
+
+from jft.config import read_file
+
+
+def get_config(arg: str = ""):
+    """Returns the config; `arg` is "" or "tiny"."""
+    config = read_file(Path(__file__).with_name("quickstart.py"), arg)
+    config.init.source = None
+    config.freeze.name, config.freeze.args = "full", {}
+    config.report.baselines = []
+    return config

@@ -1,0 +1,268 @@
+"""The config of a run: load a file, override from the command line, check, save as plain JSON.
+
+A config file is Python, executed, and defines `get_config(arg)`; only a path the user names is
+executed. What it returns is checked against `jft.keys.KEYS`, so an unknown key or a wrong type
+fails here, and the result is locked. A run directory keeps the config as JSON, never executed.
+"""
+
+import functools
+import importlib
+import inspect
+import json
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jft.config_file import Where, locate, place, read_file, read_json, read_text
+from jft.errors import ConfigError, nearest
+from jft.keys import KEYS, nearest_key
+from jft.values import Key, key_of, plain
+
+__all__ = ["base", "load_config", "read_file", "to_json", "from_json", "diff", "arg_keys"]
+
+# Sections {name, args}: the table that `name` chooses from. Resolved late, so that `--help` and a
+# misspelt key need not import jax.
+CHOICES = {
+    "model": "jft.models.zoo:FAMILIES",
+    "data": "jft.data.sources:SOURCES",
+    "freeze": "jft.freeze.phases:METHODS",
+    "optim": "jft.train.optim:OPTIMIZERS",
+    "loss": "jft.losses:LOSSES",
+}
+# What jft itself gives to the chosen function, hence no config key.
+_GIVEN = ("num_classes", "dtype", "parent", "name", "seed", "path", "image_size")
+
+
+def base() -> ConfigDict:
+    """Returns every key with its default, for a config file to change."""
+    config = ConfigDict(type_safe=False)  # types are checked once, with full paths, on loading
+    for name, key in KEYS.items():
+        section, _, last = name.rpartition(".")
+        target = config.get(section) if section else config
+        if target is None:
+            config[section] = target = ConfigDict(type_safe=False)
+        target[last] = plain(key.default)
+    return config
+
+
+def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Returns the checked, locked config of a file and the command line's overrides.
+
+    Args:
+      spec: "FILE.py[:arg]", "FILE.json" (the config.json of a run), or the name of a built-in
+        config, "quickstart:tiny".
+      overrides: "--config.optim.learning_rate=3e-4", with or without the dashes and "config.".
+
+    Raises:
+      ConfigError: the file, a key or a value is wrong; the message names it and the nearest one.
+    """
+    path, arg = locate(spec)
+    texts = _parse_overrides(overrides)
+    if path.suffix == ".json":
+        raw = read_json(read_text(path), str(path))
+        where = _json_where(str(path))
+    else:
+        raw = read_file(path, arg)
+        where = functools.partial(place, path)
+    return _resolve(_leaves(raw, where), texts, where)
+
+
+def to_json(config: ConfigDict) -> str:
+    """Returns the config as JSON text, keys sorted; the same config gives the same text."""
+    return json.dumps(plain(config.to_dict()), indent=2, sort_keys=True) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """Returns the locked config of `to_json`'s text, checked like a file's.
+
+    Raises:
+      ConfigError: not JSON, or keys and values that this version does not know.
+    """
+    where = _json_where("config.json")
+    return _resolve(_leaves(read_json(text, "config.json"), where), {}, where)
+
+
+def diff(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """Returns the dotted keys, sorted, whose change changes the run; `free` keys are left out."""
+    before, after = _flat(old), _flat(new)
+    names = sorted(before.keys() | after.keys())
+    missing = object()  # unlike None, equal to no value
+    return [
+        name
+        for name in names
+        if before.get(name, missing) != after.get(name, missing)
+        and not (name in KEYS and KEYS[name].free)
+    ]
+
+
+def arg_keys(section: str, name: str, where: str = "") -> dict[str, Key]:
+    """Returns the Key of each argument of what `name` chooses in a section, "k" -> Key(1, int).
+
+    Raises:
+      ConfigError: the section has no such name; `where` begins the message.
+    """
+    choices = _choices(section)
+    if name not in choices:
+        known = ", ".join(sorted(choices))
+        hint = nearest(name, choices) or f"; known: {known}"
+        raise ConfigError(f"{where or f'config.{section}.name'}: no {section} {name!r}{hint}")
+    target, fixed = choices[name]
+    parameters = inspect.signature(target).parameters.values()
+    given = (*_GIVEN, *(key.rpartition(".")[2] for key in KEYS if key.startswith(f"{section}.")))
+    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    keys: dict[str, Key] = {}
+    for parameter in parameters:
+        default = fixed.get(parameter.name, parameter.default)
+        if parameter.name in given or default is parameter.empty:
+            continue
+        key = key_of(hints.get(parameter.name, parameter.annotation), default)
+        if key is not None:
+            keys[parameter.name] = key
+    return keys
+
+
+def _choices(section: str) -> dict[str, tuple[Callable[..., Any], Mapping[str, Any]]]:
+    """Returns {name: (function or class whose signature gives the args, defaults over its own)}."""
+    module, _, table = CHOICES[section].partition(":")
+    found = getattr(importlib.import_module(module), table)
+    if section != "model":
+        return {name: (target, {}) for name, target in found.items()}
+    return {
+        variant: (family.module, fields)
+        for family in found.values()
+        for variant, fields in family.variants.items()
+    }
+
+
+def _resolve(raw: Mapping[str, Any], texts: Mapping[str, str], where: Where) -> ConfigDict:
+    """Returns the locked config of defaults, the file's leaves and the command line's texts."""
+    known = {**KEYS}
+    values: dict[str, Any] = {}
+    for name, key in KEYS.items():
+        if name in texts:
+            values[name] = key.parse(texts[name], f"--config.{name}")
+        elif name in raw:
+            values[name] = key.cast(raw[name], where(name))
+        else:
+            values[name] = plain(key.default)
+    for section in CHOICES:
+        chosen = f"{section}.name"
+        here = f"--config.{chosen}" if chosen in texts else where(chosen)
+        keys = arg_keys(section, values[chosen], here)
+        known |= {f"{section}.args.{name}": key for name, key in keys.items()}
+        given = values[f"{section}.args"]
+        if chosen in texts and f"{section}.args" not in texts and texts[chosen] != raw.get(chosen):
+            # Another name on the command line: options that only the file's choice had fall away.
+            given = {name: value for name, value in given.items() if name in keys}
+        values[f"{section}.args"] = _resolve_args(section, keys, given, texts, where)
+    for name in texts:
+        if name not in known:
+            raise ConfigError(f"--config.{name}: no such key{nearest_key(name, known)}")
+    _check_together(values)
+    config = base()
+    for name, value in values.items():
+        section, _, last = name.rpartition(".")
+        (config[section] if section else config)[last] = value
+    return config.lock()
+
+
+def _resolve_args(
+    section: str,
+    keys: Mapping[str, Key],
+    given: Mapping[str, Any],
+    texts: Mapping[str, str],
+    where: Where,
+) -> dict[str, Any]:
+    args: dict[str, Any] = {}
+    for name in given:
+        if name not in keys:
+            dotted = f"{section}.args.{name}"
+            known = [*(f"{section}.args.{key}" for key in keys), *KEYS]
+            raise ConfigError(f"{where(dotted)}: no such key{nearest_key(dotted, known)}")
+    for name, key in keys.items():
+        dotted = f"{section}.args.{name}"
+        if dotted in texts:
+            args[name] = key.parse(texts[dotted], f"--config.{dotted}")
+        elif name in given:
+            args[name] = key.cast(given[name], where(dotted))
+        else:
+            args[name] = plain(key.default)
+    return args
+
+
+def _check_together(values: Mapping[str, Any]) -> None:
+    """Raises ConfigError where keys that are right alone do not fit each other."""
+    steps, epochs = values["train.steps"], values["train.epochs"]
+    if (steps is None) == (epochs is None):
+        what = "neither is set" if steps is None else "both are set"
+        raise ConfigError(f"config.train.steps or config.train.epochs gives the length; {what}")
+    if values["train.batch_size"] % values["train.accum_steps"]:
+        raise ConfigError(
+            f"config.train.batch_size={values['train.batch_size']} does not divide into"
+            f" config.train.accum_steps={values['train.accum_steps']} micro-batches"
+        )
+    if values["data.val_fraction"] + values["data.test_fraction"] >= 1:
+        raise ConfigError(
+            "config.data.val_fraction + config.data.test_fraction leave no training data"
+        )
+    for name in ("augment.scale", "augment.ratio"):
+        pair = values[name]
+        numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in pair)
+        if len(pair) != 2 or not numbers or not 0 < pair[0] <= pair[1]:
+            raise ConfigError(f"config.{name} should be two numbers, smallest first, not {pair}")
+
+
+def _parse_overrides(overrides: Sequence[str]) -> dict[str, str]:
+    """Returns {dotted key: text}; the last one wins."""
+    texts: dict[str, str] = {}
+    for override in overrides:
+        name, equals, text = override.removeprefix("--").removeprefix("config.").partition("=")
+        if not equals:
+            raise ConfigError(f"{override}: needs a value, --config.{name}=VALUE")
+        texts[name] = text
+    return texts
+
+
+def _leaves(raw: Any, where: Where) -> dict[str, Any]:
+    """Returns {dotted key: value} of what a file gave.
+
+    Raises:
+      ConfigError: it is no mapping, a section is no mapping, or a key is unknown.
+    """
+    raw = raw.to_dict() if isinstance(raw, ConfigDict) else raw
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{where('')}: get_config should return a ConfigDict or a dict")
+    sections = {name.partition(".")[0] for name in KEYS if "." in name}
+    leaves: dict[str, Any] = {}
+    for section, content in raw.items():
+        if section in sections and not isinstance(content, Mapping):
+            raise ConfigError(
+                f"{where(str(section))} is a section; set a key of it, config.{section}.x"
+            )
+        items = content.items() if section in sections else ()
+        leaves |= {f"{section}.{name}": value for name, value in items}
+        if section not in sections:
+            leaves[str(section)] = content
+    for name in leaves:
+        if name not in KEYS:
+            raise ConfigError(f"{where(name)}: no such key{nearest_key(name, KEYS)}")
+    return leaves
+
+
+def _json_where(name: str) -> Where:
+    return lambda dotted: f"{name}: config.{dotted}"
+
+
+def _flat(config: ConfigDict) -> dict[str, Any]:
+    """Returns {dotted key: value}, the members of each args dict among them."""
+    flat: dict[str, Any] = {}
+    for name in KEYS:
+        section, _, last = name.rpartition(".")
+        value = (config[section] if section else config)[last]
+        if last == "args" and section in CHOICES:
+            flat |= {f"{name}.{arg}": item for arg, item in plain(value.to_dict()).items()}
+        else:
+            flat[name] = plain(value)
+    return flat

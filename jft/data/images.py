@@ -1,0 +1,256 @@
+"""From the uint8 canvas that the host made to the model's input, inside the compiled step.
+
+The host decodes, turns the picture upright and, for files, makes a square canvas of side
+`canvas_side` = image_size / crop_fraction. The device does the rest, so that only uint8 crosses to
+it: resize (where the canvas has another size, as 28 x 28 arrays do: upsampling on the device moves
+1/50 of the bytes), crop, flip, normalise. One geometry holds for both: "the picture with its
+shorter side at canvas_side, of which evaluation sees the centre and training random crops".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jft.data.decode import Shape
+from jft.errors import ConfigError, nearest
+from jft.models.family import Preprocess
+
+CROPS = ("none", "random_resized")
+CROP_TRIES = 10  # as torchvision's RandomResizedCrop
+_METHODS = {"bilinear": "linear", "bicubic": "cubic"}
+
+
+def canvas_side(image_size: int, crop_fraction: float) -> int:
+    """Shorter side, in pixels, of the picture of which evaluation sees the central `image_size`."""
+    return round(image_size / crop_fraction)
+
+
+def canvas_shape(
+    native_shape: Shape | None,
+    preprocess: Preprocess,
+    image_size: int | None = None,
+    crop_fraction: float | None = None,
+) -> Shape:
+    """The `image_shape` that a loader should make for this source and model.
+
+    Pictures of one small size go to the device as they are, grey ones as one channel, and are
+    resized there. Larger ones, and files (`native_shape` None), become a square canvas of
+    `canvas_side`.
+    """
+    size, fraction = image_size or preprocess.image_size, crop_fraction or preprocess.crop_fraction
+    side, channels = canvas_side(size, fraction), len(preprocess.mean)
+    if native_shape is None:
+        return (side, side, channels)
+    channels = min(native_shape[2], channels)
+    if min(native_shape[:2]) <= side and max(native_shape[:2]) <= 2 * side:
+        return (native_shape[0], native_shape[1], channels)
+    return (side, side, channels)
+
+
+def _virtual_size(height: int, width: int, side: int) -> tuple[int, int]:
+    """(height, width) once the shorter side is `side`."""
+    shorter = min(height, width)
+    return round(height * side / shorter), round(width * side / shorter)
+
+
+def _make_finish(preprocess: Preprocess) -> Callable[[jax.Array], jax.Array]:
+    """Clips (cubic overshoots), repeats grey and normalises: float32 [B, S, S, C]."""
+    mean = np.asarray(preprocess.mean, np.float32)
+    std = np.asarray(preprocess.std, np.float32)
+    shape = (1, 1, 1, len(mean))
+
+    def finish(images: jax.Array) -> jax.Array:
+        if preprocess.interpolation == "bicubic":
+            images = jnp.clip(images, 0.0, 255.0)
+        if images.shape[-1] not in (1, len(mean)):
+            raise ConfigError(f"images have {images.shape[-1]} channels, the model {len(mean)}")
+        images = jnp.broadcast_to(images, (*images.shape[:-1], len(mean)))
+        return (images - mean.reshape(shape)) / std.reshape(shape)
+
+    return finish
+
+
+def _make_centre(
+    preprocess: Preprocess, image_size: int, side: int
+) -> Callable[[jax.Array], jax.Array]:
+    """uint8 [B, H, W, C] -> float32 [B, S, S, C], 0..255: the centre; a plain slice on a canvas."""
+
+    def centre(images: jax.Array) -> jax.Array:
+        batch, height, width, channels = images.shape
+        tall, wide = _virtual_size(height, width, side)
+        top, left = round((tall - image_size) / 2), round((wide - image_size) / 2)
+        if (tall, wide) == (height, width):
+            images = images[:, top : top + image_size, left : left + image_size]
+            return images.astype(jnp.float32)
+        return jax.image.scale_and_translate(
+            images.astype(jnp.float32),
+            (batch, image_size, image_size, channels),
+            (1, 2),
+            jnp.array([tall / height, wide / width], jnp.float32),
+            jnp.array([-top, -left], jnp.float32),
+            _METHODS[preprocess.interpolation],
+            antialias=preprocess.antialias,
+        )
+
+    return centre
+
+
+def _clamped_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int, int, int]:
+    """Centre box with the ratio clamped: torchvision's fallback when no try fits."""
+    if width / height < ratio[0]:
+        box_height, box_width = round(width / ratio[0]), width
+    elif width / height > ratio[1]:
+        box_height, box_width = height, round(height * ratio[1])
+    else:
+        box_height, box_width = height, width
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def random_box(
+    key: jax.Array, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> jax.Array:
+    """One crop box, int32 [4]: top, left, height, width, as torchvision's RandomResizedCrop.
+
+    Ten tries of area = U(scale) * height * width and log(aspect) = U(log(ratio)); the first that
+    fits counts, at a uniform position; else the centre with the ratio clamped.
+    """
+    area_key, ratio_key, top_key, left_key = jax.random.split(key, 4)
+    tries = (CROP_TRIES,)
+    area = height * width * jax.random.uniform(area_key, tries, minval=scale[0], maxval=scale[1])
+    low, high = float(np.log(ratio[0])), float(np.log(ratio[1]))
+    aspect = jnp.exp(jax.random.uniform(ratio_key, tries, minval=low, maxval=high))
+    wide = jnp.round(jnp.sqrt(area * aspect)).astype(jnp.int32)
+    tall = jnp.round(jnp.sqrt(area / aspect)).astype(jnp.int32)
+    fits = (wide > 0) & (wide <= width) & (tall > 0) & (tall <= height)
+    first = jnp.argmax(fits)
+    tall, wide = tall[first], wide[first]
+    top = jax.random.randint(top_key, (), 0, jnp.maximum(height - tall + 1, 1))
+    left = jax.random.randint(left_key, (), 0, jnp.maximum(width - wide + 1, 1))
+    fallback = jnp.array(_clamped_box(height, width, ratio), jnp.int32)
+    return jnp.where(fits[first], jnp.stack([top, left, tall, wide]), fallback)
+
+
+def _make_random_crop(
+    preprocess: Preprocess,
+    image_size: int,
+    side: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """(uint8 [B, H, W, C], keys [B]) -> float32 [B, S, S, C], 0..255.
+
+    Boxes are whole pixels of the virtual canvas, so an 8 x 8 digit is cropped as finely as the same
+    digit upsampled first. The filter may read a pixel or two beside the box, where torchvision,
+    which crops before it resizes, cannot.
+    """
+
+    def one(image: jax.Array, key: jax.Array) -> jax.Array:
+        height, width, channels = image.shape
+        tall, wide = _virtual_size(height, width, side)
+        box = random_box(key, tall, wide, scale, ratio).astype(jnp.float32)
+        zoom = image_size / box[2:]
+        native = jnp.array([tall / height, wide / width], jnp.float32)
+        return jax.image.scale_and_translate(
+            image.astype(jnp.float32),
+            (image_size, image_size, channels),
+            (0, 1),
+            zoom * native,
+            -box[:2] * zoom,
+            _METHODS[preprocess.interpolation],
+            antialias=preprocess.antialias,
+        )
+
+    return jax.vmap(one)
+
+
+def _check_range(name: str, pair: tuple[float, float], most: float) -> tuple[float, float]:
+    low, high = (float(value) for value in pair)
+    if not 0 < low <= high <= most:
+        raise ConfigError(f"{name}={pair}: give 0 < low <= high <= {most:g}")
+    return low, high
+
+
+def _check_preprocess(preprocess: Preprocess, crop_fraction: float) -> None:
+    if preprocess.interpolation not in _METHODS:
+        near = nearest(preprocess.interpolation, _METHODS)
+        raise ConfigError(f"interpolation={preprocess.interpolation!r} is not known{near}")
+    if not 0 < crop_fraction <= 1:
+        raise ConfigError(f"crop_fraction={crop_fraction}: give 0 < crop_fraction <= 1")
+
+
+def make_eval_transform(
+    preprocess: Preprocess, image_size: int | None = None, *, crop_fraction: float | None = None
+) -> Callable[[jax.Array], jax.Array]:
+    """Makes f(images uint8 [B, H, W, C]) -> float32 [B, S, S, C]: centre crop and normalise.
+
+    Pure and jit-able. On a canvas of side `canvas_side` the crop is an exact slice; another size is
+    resized in the same product (shorter side to `canvas_side`). C = 1 repeats to the model's
+    channels.
+
+    Args:
+      preprocess: mean, std, interpolation and the defaults of the two below.
+      image_size: S, in pixels.
+      crop_fraction: S over the shorter side of the picture; 1 keeps all of it.
+
+    Raises:
+      ConfigError: an unknown interpolation, a fraction out of range, channels that do not fit.
+    """
+    size, fraction = image_size or preprocess.image_size, crop_fraction or preprocess.crop_fraction
+    _check_preprocess(preprocess, fraction)
+    centre, finish = (
+        _make_centre(preprocess, size, canvas_side(size, fraction)),
+        _make_finish(preprocess),
+    )
+    return lambda images: finish(centre(images))
+
+
+def make_train_transform(
+    preprocess: Preprocess,
+    *,
+    image_size: int | None = None,
+    flip: bool = True,
+    crop: str = "none",
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    crop_fraction: float | None = None,
+) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """Makes f(images uint8 [B, H, W, C], key, index int32 [B]) -> float32 [B, S, S, C].
+
+    Every draw comes from fold_in(key, index), index being the row in the global batch: the pixels
+    do not depend on how many devices share it.
+
+    Args:
+      preprocess: as in `make_eval_transform`.
+      image_size: S, in pixels.
+      flip: mirror left-right with probability 1/2.
+      crop: "none" (the centre, as evaluation) or "random_resized" (see `random_box`).
+      scale: smallest and largest area of a crop, as a fraction of the picture.
+      ratio: smallest and largest width / height of a crop.
+      crop_fraction: as in `make_eval_transform`; also sets the canvas that random crops come from.
+
+    Raises:
+      ConfigError: an unknown crop or interpolation, a range out of order, channels that do not fit.
+    """
+    size, fraction = image_size or preprocess.image_size, crop_fraction or preprocess.crop_fraction
+    _check_preprocess(preprocess, fraction)
+    if crop not in CROPS:
+        raise ConfigError(f"crop={crop!r} is not one of {', '.join(CROPS)}{nearest(crop, CROPS)}")
+    scale = _check_range("scale", scale, 1.0)
+    ratio = _check_range("ratio", ratio, 100.0)
+    side = canvas_side(size, fraction)
+    centre, finish = _make_centre(preprocess, size, side), _make_finish(preprocess)
+    random_crop = _make_random_crop(preprocess, size, side, scale, ratio)
+
+    def transform(images: jax.Array, key: jax.Array, index: jax.Array) -> jax.Array:
+        keys = jax.vmap(lambda row: jax.random.split(jax.random.fold_in(key, row)))(index)
+        images = random_crop(images, keys[:, 0]) if crop == "random_resized" else centre(images)
+        if flip:
+            mirrored = jax.vmap(jax.random.bernoulli)(keys[:, 1]).reshape(-1, 1, 1, 1)
+            images = jnp.where(mirrored, images[:, :, ::-1], images)
+        return finish(images)
+
+    return transform

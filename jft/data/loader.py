@@ -1,0 +1,294 @@
+"""Batches in a reproducible order, resumed exactly from one integer.
+
+The order is a pure function of (seed, number of examples, global batch size); the position is the
+number of batches consumed. Threads, worker processes and the number of ranks change neither.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from jft.data.decode import BadImage, Shape, fit_image
+from jft.data.protocol import Source
+from jft.errors import ConfigError, DataError
+
+LOG = logging.getLogger(__name__)
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class _Fetch:
+    """Reads the rows [start, stop) of a global batch; picklable, runs in threads and workers.
+
+    What goes wrong travels inside the batch, so that the consumer meets it in order and as the same
+    exception whether a thread or another process found it.
+    """
+
+    source: Source
+    image_shape: Shape
+    interpolation: str
+    start: int
+    stop: int
+    training: bool
+
+    def __call__(self, indices: np.ndarray) -> dict[str, Any]:
+        indices = np.asarray(indices)[self.start : self.stop]
+        count = self.stop - self.start
+        batch = {
+            "image": np.zeros((count, *self.image_shape), np.uint8),
+            "label": np.zeros(count, np.int32),
+            "mask": np.zeros(count, np.float32),
+            "example": np.full(count, -1, np.int32),
+        }
+        bad: list[tuple[int, str]] = []
+        error = self._fill(batch, indices, bad)
+        return {"batch": batch, "bad": tuple(bad), "error": error}
+
+    def _fill(self, batch: Batch, indices: np.ndarray, bad: list[tuple[int, str]]) -> str:
+        """Fills the batch in place; returns what ends the run, or ""."""
+        if self.source.image_shape == self.image_shape:
+            images = self.source.gather(indices)
+            if images is not None:
+                batch["image"][: len(indices)] = images
+                batch["label"][: len(indices)] = self.source.labels[indices]
+                batch["mask"][: len(indices)] = 1
+                batch["example"][: len(indices)] = indices
+                return ""
+        for row, index in enumerate(indices):
+            found = self._read(int(index), bad)
+            if found is None:
+                if self.training:
+                    return "no image after it could be read either"
+                continue
+            index, example = found
+            if not 0 <= example["label"] < len(self.source.label_names):
+                top = len(self.source.label_names) - 1
+                return f"{self.source.id(index)}: label {example['label']}: give integers 0..{top}"
+            batch["image"][row] = fit_image(example["image"], self.image_shape, self.interpolation)
+            batch["label"][row] = example["label"]
+            batch["mask"][row] = 1
+            batch["example"][row] = index
+        return ""
+
+    def _read(self, index: int, bad: list[tuple[int, str]]) -> tuple[int, dict[str, Any]] | None:
+        """Example `index`; in training, in place of a bad one, the next readable of the source."""
+        tries = min(len(self.source), 100) if self.training else 1
+        for step in range(tries):
+            candidate = (index + step) % len(self.source)
+            try:
+                return candidate, self.source[candidate]
+            except BadImage as error:
+                bad.append((candidate, str(error)))
+        return None
+
+
+class _Quota:
+    """Counts distinct bad images against the share that may be skipped."""
+
+    def __init__(self, source: Source, quota: float) -> None:
+        if not 0 <= quota < 1:
+            raise ConfigError(f"data.bad_image_quota={quota}: give 0 <= bad_image_quota < 1")
+        self.quota = quota
+        self.length = len(source)
+        self.allowed = int(quota * len(source) + 1e-9)
+        self.seen: dict[int, str] = {}
+
+    def take(self, fetched: dict[str, Any]) -> Batch:
+        """The batch, once what went wrong in it has been counted, logged or raised."""
+        for index, message in fetched["bad"]:
+            if int(index) in self.seen:
+                continue
+            self.seen[int(index)] = str(message)
+            if len(self.seen) > self.allowed:
+                if not self.quota:
+                    raise DataError(str(message))
+                raise DataError(
+                    f"{len(self.seen)} of {self.length} images are bad, more than "
+                    f"data.bad_image_quota={self.quota} allows; the last: {message}"
+                )
+            LOG.warning(
+                "skipped bad image %d of %d allowed: %s", len(self.seen), self.allowed, message
+            )
+        if fetched["error"]:
+            raise DataError(str(fetched["error"]))
+        # Workers hand over shared memory, unmapped with its owner while jax may still read it.
+        return {key: np.array(value) for key, value in fetched["batch"].items()}
+
+
+def _check_sizes(source: Source, batch_size: int, rank: int, ranks: int) -> tuple[int, int]:
+    """The rows [start, stop) of each global batch that this rank reads."""
+    if not len(source):
+        raise DataError("the split has no examples")
+    if batch_size < 1 or batch_size % ranks:
+        raise ConfigError(f"batch_size={batch_size}: give a multiple of the {ranks} processes")
+    if not 0 <= rank < ranks:
+        raise ConfigError(f"rank {rank} is not below {ranks} processes")
+    local = batch_size // ranks
+    return rank * local, (rank + 1) * local
+
+
+def _stream(dataset: Any, in_memory: bool, threads: int | None, workers: int) -> Any:
+    """An iterator over a random-access dataset, read ahead by threads or worker processes."""
+    if in_memory:  # a gather costs microseconds: threads and processes would only copy
+        return iter(dataset.to_iter_dataset(_read_options(0)))
+    if not workers:
+        threads = min(8, os.cpu_count() or 1) if threads is None else threads
+        return iter(dataset.to_iter_dataset(_read_options(threads)))
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain's workers copy absl's flags, which must be parsed
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+    return iter(dataset.to_iter_dataset(_read_options(1)).mp_prefetch(options))
+
+
+def _read_options(threads: int) -> grain.ReadOptions:
+    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+
+
+class TrainLoader:
+    """Endless training batches; see `make_train_loader`.
+
+    Attributes:
+      position: batches consumed since the beginning of the run, resumed ones included.
+      bad_images: index -> message of the images skipped so far by this process.
+    """
+
+    def __init__(self, stream: Any, quota: _Quota, position: int) -> None:
+        self.position = position
+        self.bad_images = quota.seen
+        self._stream = stream
+        self._quota = quota
+        # At exit, modules that the reading threads need vanish first: close before that.
+        self._finalizer = weakref.finalize(self, stream.close)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = self._quota.take(next(self._stream))
+        self.position += 1
+        return batch
+
+    def close(self) -> None:
+        """Stops threads and worker processes; called again, does nothing."""
+        self._finalizer()
+
+
+def make_train_loader(
+    source: Source,
+    *,
+    batch_size: int,
+    seed: int,
+    image_shape: Shape,
+    start_batch: int = 0,
+    workers: int = 0,
+    threads: int | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+    bad_image_quota: float = 0.0,
+    interpolation: str = "bilinear",
+) -> TrainLoader:
+    """Makes the endless stream of training batches.
+
+    Every epoch has another order and sees each example once; batches cross the edges of epochs.
+    Rank r of R gets rows [r * b, (r + 1) * b) of each global batch, b = batch_size / R, so the
+    global batch is the same for every R.
+
+    A bad image is replaced by the next readable one of the source, whatever the order, and counts
+    against the quota once; the count starts afresh on resume.
+
+    Args:
+      source: the split; see jft.data.protocol.Source.
+      batch_size: global, in examples.
+      seed: decides the order.
+      image_shape: (H, W, C) of the batch; see jft.data.images.canvas_shape.
+      start_batch: batches already consumed: the stream goes on exactly there.
+      workers: processes that decode; 0 uses threads. Ignored for images in memory.
+      threads: decoding threads where there are no workers; None = one a core, 8 at most.
+      rank: this process.
+      ranks: number of processes.
+      bad_image_quota: share of the split's images that may be unreadable; 0 stops at the first.
+      interpolation: of the host's resize.
+
+    Returns:
+      An iterator of {"image": uint8 [b, H, W, C], "label": int32 [b], "mask": float32 [b], all 1,
+      "example": int32 [b], index in the split}, with `position`, `bad_images` and `close()`.
+
+    Raises:
+      DataError: an empty split; while iterating, a bad image or label.
+      ConfigError: sizes that do not divide, a quota out of range.
+    """
+    image_shape = (image_shape[0], image_shape[1], image_shape[2])  # configs give lists
+    start, stop = _check_sizes(source, batch_size, rank, ranks)
+    quota = _Quota(source, bad_image_quota)
+    fetch = _Fetch(source, image_shape, interpolation, start, stop, training=True)
+    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().batch(batch_size)
+    stream = _stream(order[start_batch:].map(fetch), _in_memory(fetch), threads, workers)
+    return TrainLoader(stream, quota, start_batch)
+
+
+def _in_memory(fetch: _Fetch) -> bool:
+    return fetch.source.image_shape == fetch.image_shape and (
+        fetch.source.gather(np.zeros(1, np.int64)) is not None
+    )
+
+
+class EvalLoader:
+    """One pass over a split, as often as it is iterated; see `make_eval_loader`.
+
+    Attributes:
+      bad_images: index -> message of the images left out so far by this process.
+    """
+
+    def __init__(self, dataset: Any, quota: _Quota, options: tuple[bool, int | None, int]) -> None:
+        self.bad_images = quota.seen
+        self._dataset = dataset
+        self._quota = quota
+        self._options = options
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __iter__(self) -> Iterator[Batch]:
+        stream = _stream(self._dataset, *self._options)
+        closing = weakref.finalize(self, stream.close)
+        try:
+            for fetched in stream:
+                yield self._quota.take(fetched)
+        finally:
+            closing()
+
+
+def make_eval_loader(
+    source: Source,
+    *,
+    batch_size: int,
+    image_shape: Shape,
+    workers: int = 0,
+    threads: int | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+    bad_image_quota: float = 0.0,
+    interpolation: str = "bilinear",
+) -> EvalLoader:
+    """Makes one pass over a split in order, each example once, iterable again and again.
+
+    The last batch is padded to the full size: padding has mask 0, label 0 and example -1, and so
+    has a bad image within the quota. All ranks see equally many batches. Arguments, batches and
+    errors as in `make_train_loader`; `len` is the number of batches.
+    """
+    image_shape = (image_shape[0], image_shape[1], image_shape[2])  # configs give lists
+    start, stop = _check_sizes(source, batch_size, rank, ranks)
+    quota = _Quota(source, bad_image_quota)
+    fetch = _Fetch(source, image_shape, interpolation, start, stop, training=False)
+    order = grain.MapDataset.range(len(source)).batch(batch_size, drop_remainder=False)
+    return EvalLoader(order.map(fetch), quota, (_in_memory(fetch), threads, workers))

@@ -1,0 +1,116 @@
+"""What every source of examples offers, a view of part of one, and the check of its labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from jft.data.decode import Shape
+from jft.errors import DataError
+
+
+class Source(Protocol):
+    """Random access to labelled images; picklable, so that worker processes can hold it."""
+
+    label_names: list[str]
+    image_shape: Shape | None
+    """(H, W, C) that all images share, or None where they differ or are not known."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 [N], without decoding any image."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """{"image": uint8 [H, W, 1 or 3], "label": int}; raises BadImage."""
+        ...
+
+    def id(self, i: int) -> str:
+        """How messages name example i: a path, or "index 17"."""
+        ...
+
+    def gather(self, indices: np.ndarray) -> np.ndarray | None:
+        """uint8 [B, H, W, C] where images lie in memory, else None."""
+        ...
+
+
+class Subset:
+    """The examples `indices` of another source, with their ids."""
+
+    def __init__(self, source: Source, indices: np.ndarray) -> None:
+        self.source = source
+        self.indices = np.asarray(indices, np.int64)
+        self.label_names = source.label_names
+        self.image_shape = source.image_shape
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 [N]."""
+        return self.source.labels[self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self.source[int(self.indices[i])]
+
+    def id(self, i: int) -> str:
+        """The id in the source that this is a view of."""
+        return self.source.id(int(self.indices[i]))
+
+    def gather(self, indices: np.ndarray) -> np.ndarray | None:
+        """uint8 [B, H, W, C] where images lie in memory, else None."""
+        return self.source.gather(self.indices[indices])
+
+
+def check_labels(
+    labels: Sequence[Any] | np.ndarray, num_classes: int | None, name: Callable[[int], str]
+) -> np.ndarray:
+    """Labels as int32 [N], or an error that names the first wrong one.
+
+    Args:
+      labels: whatever the file held.
+      num_classes: labels must be below it; None infers it and demands that every class occurs,
+        since a stray 255 would otherwise make 256 classes.
+      name: index -> how the message names that example.
+
+    Raises:
+      DataError: text, floats (NaN too), negative or out-of-range labels, another shape than [N].
+    """
+    array = np.asarray(labels)
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.ndim != 1:
+        raise DataError(f"labels have shape {array.shape}, not [N]: one integer an image")
+    if array.dtype == bool:
+        array = array.astype(np.int32)
+    top = np.iinfo(np.int32).max if num_classes is None else num_classes - 1
+    wanted = "integers from 0" if num_classes is None else f"integers 0..{top}"
+    if array.dtype.kind not in "iu":
+        wrong = 0
+        if array.dtype.kind == "f":  # prefer the telling one: NaN, then a fraction
+            odd = np.flatnonzero(~np.isfinite(array) | (array != np.round(array)))
+            wrong = int(odd[0]) if len(odd) else 0
+        if len(array):
+            value = array[wrong].item() if array.dtype.kind != "O" else array[wrong]
+            kind = "text" if isinstance(value, str | bytes) else array.dtype.name
+            raise DataError(f"{name(wrong)}: label {value!r} ({kind}) is wrong: give {wanted}")
+    bad = np.flatnonzero((array < 0) | (array > top))
+    if len(bad):
+        value = array[bad[0]].item()
+        raise DataError(f"{name(int(bad[0]))}: label {value} is wrong: give {wanted}")
+    array = array.astype(np.int32)
+    if num_classes is None and len(array):
+        largest = int(array.argmax())
+        classes = np.unique(array)
+        if len(classes) != classes[-1] + 1:
+            missing = int(np.flatnonzero(np.arange(len(classes)) != classes)[0])
+            raise DataError(
+                f"{name(largest)}: label {array[largest]} is the largest, but no example has label "
+                f"{missing}: give data.args.num_classes if that is right"
+            )
+    return array

@@ -1,0 +1,238 @@
+"""From a config's data section to train, val and test sources."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jft.data.arrays import ArraySource, load_csv, load_npz, load_sklearn
+from jft.data.decode import BadImage
+from jft.data.folder import FolderSource, load_folder
+from jft.data.protocol import Source, Subset
+from jft.data.tfds_source import TfdsSource, load_tfds
+from jft.errors import ConfigError, DataError, WeightsError, nearest
+from jft.weights.source import locate
+
+__all__ = [
+    "ArraySource",
+    "FolderSource",
+    "Source",
+    "Splits",
+    "Subset",
+    "TfdsSource",
+    "describe",
+    "make_splits",
+    "stratified_order",
+]
+
+# name -> function(path, **args) -> {"train": source, "val"?: source, "test"?: source}
+SOURCES: dict[str, Callable[..., Mapping[str, Source]]] = {
+    "folder": load_folder,
+    "npz": load_npz,
+    "csv": load_csv,
+    "sklearn": load_sklearn,
+    "tfds": load_tfds,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Splits(Mapping[str, Source]):
+    """The parts of a data set; also a mapping of those that exist.
+
+    Attributes:
+      train: examples to learn from.
+      val: examples that choose the checkpoint, or None.
+      test: examples for the final figure only, or None.
+      label_names: a name a class, shared by all.
+    """
+
+    train: Source
+    val: Source | None
+    test: Source | None
+    label_names: list[str]
+
+    def _parts(self) -> dict[str, Source]:
+        parts = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: source for name, source in parts.items() if source is not None}
+
+    def __getitem__(self, name: str) -> Source:
+        return self._parts()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts())
+
+    def __len__(self) -> int:
+        return len(self._parts())
+
+
+def stratified_order(
+    labels: np.ndarray, rng: np.random.Generator, *, first: bool = False
+) -> np.ndarray:
+    """A random order of which every beginning has the classes in proportion, to within one example.
+
+    Beginnings are nested: the 100 examples of a few-label run are among the 500 of a larger one.
+
+    Args:
+      labels: int [N].
+      rng: decides the order inside a class, and which class comes first among equals.
+      first: start with one example of every class, however rare. Without it a class enters once
+        half an example is due, so that a hold-out does not take the only one.
+
+    Returns:
+      int64 [N], a permutation.
+    """
+    shuffled = rng.permutation(len(labels))
+    grouped = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    counts = np.bincount(labels, minlength=int(labels.max(initial=-1)) + 1)
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    rank = np.arange(len(labels)) - starts[labels[grouped]]
+    share = (rank + (0.0 if first else 0.5)) / counts[labels[grouped]]
+    ties = rng.permutation(len(counts))[labels[grouped]]
+    return grouped[np.lexsort((ties, share))]
+
+
+def _hold_out(
+    labels: np.ndarray, pool: np.ndarray, count: int, seed: int, stream: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(taken, left) of the indices `pool`, stratified; both ascending."""
+    order = stratified_order(labels[pool], np.random.default_rng([seed, stream]))
+    return np.sort(pool[order[:count]]), np.sort(pool[order[count:]])
+
+
+def _check_fractions(val_fraction: float, test_fraction: float) -> None:
+    for key, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
+        if not 0 <= value < 1:
+            raise ConfigError(f"data.{key}={value}: give 0 <= {key} < 1")
+    if val_fraction + test_fraction >= 1:
+        both = f"data.val_fraction={val_fraction} and data.test_fraction={test_fraction}"
+        raise ConfigError(f"{both} leave no training examples")
+
+
+def _load(name: str, path: str, args: Mapping[str, Any]) -> Mapping[str, Source]:
+    if name not in SOURCES:
+        known = ", ".join(SOURCES)
+        raise ConfigError(f"data.name={name!r} is not one of {known}{nearest(name, SOURCES)}")
+    load = SOURCES[name]
+    known_args = set(load.__kwdefaults__ or {})
+    for key in args:
+        if key not in known_args:
+            raise ConfigError(
+                f"data.args.{key} is not an argument of {name!r}{nearest(key, known_args)}"
+            )
+    return load(path if load is load_sklearn else _local(path), **args)
+
+
+def _local(path: str) -> Path:
+    """A local path; "pkg:DISTRIBUTION/path" lies in an installed package, which is not imported."""
+    if not path:
+        raise ConfigError("data.path is empty: give a file or directory, or pkg:DISTRIBUTION/path")
+    if not path.startswith("pkg:"):
+        return Path(path.removeprefix("file:")).expanduser()
+    try:
+        return locate(path)
+    except WeightsError as error:
+        raise DataError(f"data.path: {error}") from None
+
+
+def make_splits(
+    *,
+    name: str,
+    path: str,
+    args: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    val_fraction: float = 0.1,
+    test_fraction: float = 0.0,
+    train_examples: int | None = None,
+) -> Splits:
+    """Opens a data set and splits it.
+
+    A split that the set brings along is used as it is. Otherwise test is held out of train first,
+    then val, both stratified by class and decided by `seed` alone, so that they are the same
+    examples for every `train_examples`.
+
+    Args:
+      name: "folder", "npz", "csv", "sklearn" or "tfds".
+      path: file, directory, "pkg:DISTRIBUTION/path", or the name of a scikit-learn set.
+      args: further arguments of that kind of source.
+      seed: decides the splits.
+      val_fraction: of all examples of the set's train part.
+      test_fraction: of all examples of the set's train part.
+      train_examples: keep so many training examples, stratified; None keeps all.
+
+    Raises:
+      ConfigError: an unknown name or argument, fractions or counts that cannot be met.
+      DataError: the set is missing or wrong.
+    """
+    _check_fractions(val_fraction, test_fraction)
+    sources = dict(_load(name, path, args or {}))
+    whole = sources["train"]
+    if not len(whole):
+        raise DataError(f"data.path={path!r}: no examples")
+    left = np.arange(len(whole))
+    wanted = (("test", test_fraction, 1), ("val", val_fraction, 2))
+    for split, fraction, stream in wanted:
+        if split not in sources and fraction:
+            count = round(fraction * len(whole))
+            taken, left = _hold_out(whole.labels, left, count, seed, stream)
+            if not len(taken) or not len(left):
+                raise ConfigError(f"data.{split}_fraction={fraction} of {len(whole)} is no example")
+            sources[split] = Subset(whole, taken)
+    if train_examples is not None:
+        if not 1 <= train_examples <= len(left):
+            raise ConfigError(f"data.train_examples={train_examples}: {len(left)} are there")
+        rng = np.random.default_rng([seed, 3])
+        order = stratified_order(whole.labels[left], rng, first=True)
+        left = np.sort(left[order[:train_examples]])
+    if len(left) < len(whole):
+        sources["train"] = Subset(whole, left)
+    return Splits(
+        sources["train"], sources.get("val"), sources.get("test"), list(whole.label_names)
+    )
+
+
+def describe(splits: Splits, decode: int = 200) -> str:
+    """A text for people: sizes, class balance, image shapes, and what could not be decoded.
+
+    Args:
+      splits: from `make_splits`.
+      decode: how many images of each split to decode, evenly spread; those in memory need none.
+    """
+    counts = {
+        name: np.bincount(source.labels, minlength=len(splits.label_names))
+        for name, source in splits.items()
+    }
+    width = max(5, *(len(name) for name in splits.label_names))
+    lines = [f"{'class':<{width}}" + "".join(f"{name:>9}" for name in counts)]
+    for label, name in enumerate(splits.label_names):
+        lines.append(f"{name:<{width}}" + "".join(f"{c[label]:>9,}" for c in counts.values()))
+    lines.append(f"{'all':<{width}}" + "".join(f"{c.sum():>9,}" for c in counts.values()))
+    train = counts["train"]
+    lines.append(f"largest class {train.max():,}, smallest {train.min():,} training examples")
+    for name, source in splits.items():
+        lines += _describe_images(name, source, decode)
+    return "\n".join(lines)
+
+
+def _describe_images(name: str, source: Source, decode: int) -> list[str]:
+    if source.image_shape is not None:
+        height, width, channels = source.image_shape
+        return [f"{name}: {height} x {width} x {channels} in memory"]
+    chosen = np.unique(np.linspace(0, len(source) - 1, min(decode, len(source))).astype(int))
+    shapes, errors = Counter(), []
+    for i in chosen:
+        try:
+            shapes[source[int(i)]["image"].shape] += 1
+        except BadImage as error:
+            errors.append(str(error))
+    sizes = ", ".join(f"{h} x {w} x {c} ({n})" for (h, w, c), n in shapes.most_common(3))
+    if len(shapes) > 3:
+        sides = [side for shape in shapes for side in shape[:2]]
+        sizes += f", {len(shapes) - 3} more shapes, sides {min(sides)} to {max(sides)}"
+    lines = [f"{name}: {len(chosen):,} of {len(source):,} decoded: {sizes or 'none could be'}"]
+    lines += [f"{name}: {len(errors)} decode errors; {error}" for error in errors[:1]]
+    return lines

@@ -1,0 +1,176 @@
+"""Every config key of jft: default, type, meaning and limits."""
+
+import difflib
+from collections.abc import Iterable
+
+from jft.values import Key
+
+KEYS: dict[str, Key] = {
+    "seed": Key(
+        0,
+        int,
+        "the only source of randomness: fresh leaves, data order, augmentation, dropout",
+        low=0,
+    ),
+    "model.name": Key("efficientnet_lite0", str, "architecture; `jft models` lists them"),
+    "model.args": Key({}, dict, "fields of the model, `--config.model.args.patch=8`"),
+    "init.source": Key(
+        None,
+        str | None,
+        "starting weights: pkg:DISTRIBUTION/path, file:PATH, random:SEED; None trains from scratch",
+    ),
+    "init.fresh": Key(
+        [], list, "patterns of leaves that may start fresh (a head whose classes differ always may)"
+    ),
+    "data.name": Key("folder", str, "kind of data: folder, npz, csv, sklearn, tfds"),
+    "data.path": Key(
+        None, str | None, "file, folder, pkg:DISTRIBUTION/path, or the name of a scikit-learn set"
+    ),
+    "data.args": Key({}, dict, "options of that kind of data"),
+    "data.val_fraction": Key(
+        0.1,
+        float,
+        "share of the training examples held out as split `val`; unused when the data has one",
+        low=0,
+        high=1,
+    ),
+    "data.test_fraction": Key(
+        0.0,
+        float,
+        "share of all examples held out as split `test`; unused when the data has one",
+        low=0,
+        high=1,
+    ),
+    "data.train_examples": Key(
+        None, int | None, "train on only so many examples, balanced over classes", low=1
+    ),
+    "data.image_size": Key(
+        None, int | None, "side of the model's input in pixels; None is the model's own", low=1
+    ),
+    "data.workers": Key(
+        0, int, "processes that decode images; 0 decodes in threads", low=0, free=True
+    ),
+    "data.bad_image_quota": Key(
+        0.0, float, "share of undecodable images to skip before the run stops", low=0, high=1
+    ),
+    "augment.flip": Key(True, bool, "mirror half of the training images left to right"),
+    "augment.crop": Key(
+        "none", str, "random part of the image for training", choices=("none", "random_resized")
+    ),
+    "augment.scale": Key(
+        [0.5, 1.0], list, "random_resized: smallest and largest share of the area"
+    ),
+    "augment.ratio": Key(
+        [0.75, 4 / 3], list, "random_resized: smallest and largest width over height"
+    ),
+    "freeze.name": Key("full", str, "freezing method: full, linear_probe, last_k, lp_ft"),
+    "freeze.args": Key({}, dict, "options of the method, `--config.freeze.args.k=3`"),
+    "freeze.phases": Key(
+        None,
+        str | list | None,
+        'own phases instead of a method: "head@30% | block[-3:]+head@70% | all"',
+    ),
+    "freeze.groups": Key([], list, "further groups for phases: [name, pattern] pairs"),
+    "freeze.enforce": Key(
+        "split",
+        str,
+        "split: frozen leaves stay out of the step; optax: reference by optax.partition",
+        choices=("split", "optax"),
+    ),
+    "optim.name": Key("adamw", str, "optimizer: adamw, sgd"),
+    "optim.args": Key({}, dict, "options of the optimizer, `--config.optim.args.b2=0.95`"),
+    "optim.learning_rate": Key(1e-3, float, "peak learning rate", low=0),
+    "optim.schedule": Key(
+        "cosine", str, "shape of the learning rate after warm-up", choices=("cosine", "constant")
+    ),
+    "optim.warmup_steps": Key(0, int, "updates of linear warm-up from 0", low=0),
+    "optim.final_lr_scale": Key(
+        0.0, float, "last learning rate over the peak, for cosine", low=0, high=1
+    ),
+    "optim.weight_decay": Key(0.0, float, "decoupled weight decay", low=0),
+    "optim.decay_rules": Key(
+        [],
+        list,
+        "[pattern, true or false] pairs, first full match wins; [] decays leaves of 2+ dimensions",
+    ),
+    "optim.lr_rules": Key(
+        [], list, "[pattern, factor on the learning rate] pairs, first full match wins"
+    ),
+    "optim.layer_decay": Key(
+        None, float | None, "factor on the learning rate per stage below the head", low=0, high=1
+    ),
+    "optim.grad_clip_norm": Key(
+        None, float | None, "largest global norm of the trainable gradients", low=0
+    ),
+    "optim.per_phase": Key(False, bool, "warm-up and schedule start again in each phase"),
+    "loss.name": Key("softmax", str, "loss"),
+    "loss.args": Key({}, dict, "options of the loss, `--config.loss.args.label_smoothing=0.1`"),
+    "train.steps": Key(None, int | None, "updates of the run; or set train.epochs", low=1),
+    "train.epochs": Key(
+        None, float | None, "passes over the training split; or set train.steps", low=0
+    ),
+    "train.batch_size": Key(32, int, "examples per update, over all devices", low=1),
+    "train.accum_steps": Key(1, int, "micro-batches per update", low=1),
+    "train.dtype": Key(
+        "float32", str, "compute type; parameters stay float32", choices=("float32", "bfloat16")
+    ),
+    "train.nonfinite": Key(
+        "stop",
+        str,
+        "when loss or gradient is not finite: stop (exit 5) or skip the update",
+        choices=("stop", "skip"),
+    ),
+    "train.nonfinite_quota": Key(10, int, "skipped updates before the run stops after all", low=0),
+    "eval.every_steps": Key(
+        None,
+        int | None,
+        "updates between evaluations of split `val`; None evaluates at the end only",
+        low=1,
+    ),
+    "eval.batch_size": Key(
+        None, int | None, "examples per evaluation batch; None is train.batch_size", low=1
+    ),
+    "eval.splits": Key(
+        ["val", "test"], list, "splits evaluated after the last update, where the data has them"
+    ),
+    "checkpoint.every_steps": Key(
+        None, int | None, "updates between saves; None saves at the end and on a signal only", low=1
+    ),
+    "checkpoint.keep": Key(2, int, "newest checkpoints kept, beside the best", low=1, free=True),
+    "checkpoint.best": Key(
+        "eval/accuracy",
+        str | None,
+        "metric whose best checkpoint is kept; None keeps the newest only",
+    ),
+    "parallel.mode": Key(
+        "pmap",
+        str,
+        "pmap, or auto: jit with shardings (needed for several processes)",
+        choices=("pmap", "auto"),
+    ),
+    "parallel.devices": Key(None, int | None, "devices to use; None is all", low=1),
+    "log.every_steps": Key(10, int, "updates between lines of metrics.jsonl", low=1),
+    "log.tensorboard": Key(True, bool, "write TensorBoard files", free=True),
+    "report.baselines": Key(
+        [], list, "baselines to measure for the report: logistic_regression, scratch", free=True
+    ),
+}
+
+
+def nearest_key(dotted: str, known: Iterable[str]) -> str:
+    """Returns " (did you mean config.train.steps?)": by the last part first, else by spelling."""
+    names = list(known)
+    last = dotted.rpartition(".")[2]
+    same = [name for name in names if name.rpartition(".")[2] == last]
+    query = dotted if "." in dotted else f"train.{dotted}"  # of equals, the one for training
+    found = difflib.get_close_matches(
+        query if same else dotted, same or names, n=1, cutoff=0.0 if same else 0.75
+    )
+    if not found:
+        short = [n for n in names if last == "".join(w[0] for w in n.rpartition(".")[2].split("_"))]
+        found = short if len(last) > 1 else []  # "lr" is learning_rate
+    if not found:
+        lasts = {name.rpartition(".")[2]: name for name in reversed(names)}
+        close = difflib.get_close_matches(last, lasts, n=1, cutoff=0.7)
+        found = [lasts[close[0]]] if close else difflib.get_close_matches(dotted, names, n=1)
+    return f" (did you mean config.{found[0]}?)" if found else ""

@@ -1,0 +1,71 @@
+"""What a model family declares about itself: variants, weight tables, groups and preprocessing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from flax import linen as nn
+
+from jft.models.table import Table
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How an image becomes the model's input; travels with the weights.
+
+    Attributes:
+      mean: per channel, on the 0..255 scale.
+      std: per channel, on the 0..255 scale.
+      image_size: side of the square input, in pixels.
+      crop_fraction: side of the centre crop over the shorter side of the resized image.
+      interpolation: "bilinear" or "bicubic".
+      antialias: whether the filter widens when the image shrinks.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: int
+    crop_fraction: float = 1.0
+    interpolation: str = "bilinear"
+    antialias: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dict that JSON can hold."""
+        return asdict(self) | {"mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocess:
+        """The inverse of `to_dict`; unknown keys are left out."""
+        known = {field.name for field in fields(cls)}
+        kept = {name: value for name, value in values.items() if name in known}
+        return cls(**kept | {name: tuple(map(float, kept[name])) for name in ("mean", "std")})
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family.
+
+    Attributes:
+      name: the file's name, "vit".
+      module: the Linen module; `__call__(x, start, stop, training)`, `stages`, `num_classes`, `dtype`.
+      variants: variant name -> module fields (without num_classes).
+      tables: naming styles it reads; the first is the one it exports.
+      groups: ordered structural (name, regex) with full coverage; a captured number is the index, so
+        ("block", r"blocks_(\\d+)/.*") makes block[0], block[1], ...
+      sets: cross-cutting named sets (name, regex): norm, bias, ...
+      preprocess: variant name -> Preprocess.
+      source_config: module -> content of config.json in the source's format.
+      variant_from_config: content of a source's config.json -> the module fields it fixes.
+    """
+
+    name: str
+    module: type[nn.Module]
+    variants: Mapping[str, Mapping[str, Any]]
+    tables: tuple[Table, ...]
+    groups: tuple[tuple[str, str], ...]
+    sets: tuple[tuple[str, str], ...]
+    preprocess: Callable[[str], Preprocess]
+    source_config: Callable[[Any], dict[str, Any]]
+    variant_from_config: Callable[[Mapping[str, Any]], dict[str, Any]]

@@ -1,0 +1,358 @@
+"""Vision Transformer (Dosovitskiy et al. 2021, https://arxiv.org/abs/2010.11929), pre-norm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jft.errors import WeightsError
+from jft.models.family import Family, Preprocess
+from jft.models.layers import DropPath, Dropout, Dtype, LayerNorm, Training, attention, gelu
+from jft.models.table import Entry, Table
+
+# Of every kernel and embedding (Hugging Face's initializer_range).
+INIT = nn.initializers.truncated_normal(0.02)
+
+
+class Dense(nn.Module):
+    """x @ kernel + bias over the last axis; params float32, product in dtype."""
+
+    features: int
+    use_bias: bool = True
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x [..., I] to [..., features]."""
+        kernel = self.param("kernel", INIT, (x.shape[-1], self.features), jnp.float32)
+        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        if not self.use_bias:
+            return y
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        return y + jnp.expand_dims(bias.astype(self.dtype), tuple(range(y.ndim - 1)))
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches times a matrix: the strided convolution without a convolution.
+
+    Pixels beyond the last whole patch are dropped, as a strided convolution drops them.
+    """
+
+    features: int
+    patch: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps images [B, H, W, C] to patches [B, (H // patch) * (W // patch), features]."""
+        batch, height, width, channels = x.shape
+        rows, columns, p = height // self.patch, width // self.patch, self.patch
+        x = x[:, : rows * p, : columns * p].astype(self.dtype)
+        x = x.reshape(batch, rows, p, columns, p, channels).swapaxes(2, 3)
+        x = x.reshape(batch, rows * columns, p * p * channels)
+        kernel = self.param("kernel", INIT, (p, p, channels, self.features), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        y = x @ kernel.reshape(-1, self.features).astype(self.dtype)
+        return y + bias.astype(self.dtype)[None, None]
+
+
+class Embed(nn.Module):
+    """Patches, class token and position embeddings: images [B, H, W, C] -> tokens [B, N, D]."""
+
+    features: int
+    patch: int
+    class_token: bool
+    dropout_rate: float
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, training: Training | None = None) -> jax.Array:
+        x = PatchEmbed(self.features, self.patch, self.dtype, name="patch")(x)
+        if self.class_token:
+            token = self.param("cls_token", INIT, (1, 1, self.features), jnp.float32)
+            token = jnp.broadcast_to(token.astype(self.dtype), (x.shape[0], 1, self.features))
+            x = jnp.concatenate([token, x], axis=1)
+        position = self.param("pos_embedding", INIT, (1, *x.shape[1:]), jnp.float32)
+        x = x + position.astype(self.dtype)
+        return Dropout(self.dropout_rate, name="dropout")(x, training)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with separate query, key and value matrices."""
+
+    heads: int
+    qkv_bias: bool
+    dropout_rate: float
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, training: Training | None = None) -> jax.Array:
+        """Maps tokens [B, N, D] to [B, N, D]."""
+        batch, length, features = x.shape
+        query, key, value = (
+            Dense(features, self.qkv_bias, self.dtype, name=name)(x).reshape(
+                batch, length, self.heads, features // self.heads
+            )
+            for name in ("query", "key", "value")
+        )
+        x = attention(query, key, value).reshape(batch, length, features)
+        x = Dense(features, True, self.dtype, name="out")(x)
+        return Dropout(self.dropout_rate, name="dropout")(x, training)
+
+
+class Mlp(nn.Module):
+    """Two dense layers with GELU between."""
+
+    features: int
+    gelu_form: str
+    dropout_rate: float
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, training: Training | None = None) -> jax.Array:
+        """Maps tokens [B, N, D] to [B, N, D]."""
+        y = Dense(self.features, True, self.dtype, name="fc1")(x)
+        y = Dense(x.shape[-1], True, self.dtype, name="fc2")(gelu(y, self.gelu_form))
+        return Dropout(self.dropout_rate, name="dropout")(y, training)
+
+
+class Block(nn.Module):
+    """x + attn(norm1(x)), then x + mlp(norm2(x))."""
+
+    heads: int
+    mlp_features: int
+    qkv_bias: bool
+    epsilon: float
+    gelu_form: str
+    dropout_rate: float
+    drop_path_rate: float
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, training: Training | None = None) -> jax.Array:
+        """Maps tokens [B, N, D] to [B, N, D]."""
+        rate, dtype = self.dropout_rate, self.dtype
+        y = LayerNorm(self.epsilon, dtype, name="norm1")(x)
+        y = Attention(self.heads, self.qkv_bias, rate, dtype, name="attn")(y, training)
+        x = x + DropPath(self.drop_path_rate, name="drop_path1")(y, training)
+        y = LayerNorm(self.epsilon, dtype, name="norm2")(x)
+        y = Mlp(self.mlp_features, self.gelu_form, rate, dtype, name="mlp")(y, training)
+        return x + DropPath(self.drop_path_rate, name="drop_path2")(y, training)
+
+
+class VisionTransformer(nn.Module):
+    """Vision Transformer classifier.
+
+    Attributes:
+      num_classes: width of the logits.
+      patch: side of a patch in pixels.
+      features: width of a token.
+      depth: number of blocks.
+      heads: attention heads; divides features.
+      mlp_features: inner width of the MLP.
+      class_token: whether a learnt token stands before the patches.
+      pooling: "cls" reads the class token, "mean" averages the patch tokens.
+      epsilon: of every LayerNorm; Hugging Face trains with 1e-12, most others with 1e-6.
+      gelu: "exact" (erf) or "tanh".
+      qkv_bias: whether query, key and value have a bias.
+      dropout_rate: after the embedding, attention and MLP.
+      drop_path_rate: of the last block; it grows linearly from 0.
+      dtype: of activations and products; params are float32.
+    """
+
+    num_classes: int
+    patch: int = 16
+    features: int = 384
+    depth: int = 12
+    heads: int = 6
+    mlp_features: int = 1536
+    class_token: bool = True
+    pooling: str = "cls"
+    epsilon: float = 1e-12
+    gelu: str = "exact"
+    qkv_bias: bool = True
+    dropout_rate: float = 0.0
+    drop_path_rate: float = 0.0
+    dtype: Dtype = jnp.float32
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Names of the stages from input to output."""
+        return ("embed", *(f"blocks_{i}" for i in range(self.depth)), "norm", "head")
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        start: int = 0,
+        stop: int | None = None,
+        training: Training | None = None,
+    ) -> jax.Array:
+        """Runs stages [start, stop) on images [B, H, W, C] or on the output of stage start - 1.
+
+        The stage "norm" normalises and pools, [B, N, D] -> [B, D]; "head" gives float32 logits.
+        """
+        for index, name in list(enumerate(self.stages))[start:stop]:
+            x = self._stage(index, name, x, training if training and index >= training.cut else None)
+        return x
+
+    def _stage(self, index: int, name: str, x: jax.Array, training: Training | None) -> jax.Array:
+        rate, dtype = self.dropout_rate, self.dtype
+        if name == "embed":
+            embed = Embed(self.features, self.patch, self.class_token, rate, dtype, name=name)
+            return embed(x, training)
+        if name == "norm":
+            norm = LayerNorm(self.epsilon, dtype, name=name)
+            if self.pooling == "cls":
+                return norm(x[:, 0])
+            return jnp.mean(norm(x[:, int(self.class_token) :]), axis=1)
+        if name == "head":
+            return Dense(self.num_classes, True, dtype, name=name)(x).astype(jnp.float32)
+        drop_path_rate = self.drop_path_rate * (index - 1) / max(self.depth - 1, 1)
+        block = Block(
+            self.heads,
+            self.mlp_features,
+            self.qkv_bias,
+            self.epsilon,
+            self.gelu,
+            rate,
+            drop_path_rate,
+            dtype,
+            name=name,
+        )
+        return block(x, training)
+
+
+def _dense_entries(path: str, source: str) -> tuple[Entry, Entry]:
+    return (
+        Entry(f"{path}/kernel", f"{source}.weight", "transpose"),
+        Entry(f"{path}/bias", f"{source}.bias"),
+    )
+
+
+def _norm_entries(path: str, source: str) -> tuple[Entry, Entry]:
+    return Entry(f"{path}/scale", f"{source}.weight"), Entry(f"{path}/bias", f"{source}.bias")
+
+
+_LAYER = "{p}encoder.layer.{i}"
+# Names in the files that Hugging Face's ViT saves; the pooler has no use in a classifier.
+HF_TABLE = Table(
+    entries=(
+        Entry("embed/cls_token", "{p}embeddings.cls_token"),
+        Entry("embed/pos_embedding", "{p}embeddings.position_embeddings"),
+        Entry("embed/patch/kernel", "{p}embeddings.patch_embeddings.projection.weight", "conv"),
+        Entry("embed/patch/bias", "{p}embeddings.patch_embeddings.projection.bias"),
+        *_norm_entries("blocks_{i}/norm1", f"{_LAYER}.layernorm_before"),
+        *_dense_entries("blocks_{i}/attn/query", f"{_LAYER}.attention.attention.query"),
+        *_dense_entries("blocks_{i}/attn/key", f"{_LAYER}.attention.attention.key"),
+        *_dense_entries("blocks_{i}/attn/value", f"{_LAYER}.attention.attention.value"),
+        *_dense_entries("blocks_{i}/attn/out", f"{_LAYER}.attention.output.dense"),
+        *_norm_entries("blocks_{i}/norm2", f"{_LAYER}.layernorm_after"),
+        *_dense_entries("blocks_{i}/mlp/fc1", f"{_LAYER}.intermediate.dense"),
+        *_dense_entries("blocks_{i}/mlp/fc2", f"{_LAYER}.output.dense"),
+        *_norm_entries("norm", "{p}layernorm"),
+        *_dense_entries("head", "classifier"),
+    ),
+    ignore=(r"(vit\.)?pooler\..*", r"(vit\.)?embeddings\.mask_token"),
+    prefixes=("vit.", ""),
+)
+
+_SIZES = {  # features, depth, heads
+    "ti": (192, 12, 3),
+    "s": (384, 12, 6),
+    "b": (768, 12, 12),
+    "l": (1024, 24, 16),
+}
+
+
+def _variant(size: str, patch: int) -> dict[str, int]:
+    features, depth, heads = _SIZES[size]
+    return {
+        "patch": patch,
+        "features": features,
+        "depth": depth,
+        "heads": heads,
+        "mlp_features": 4 * features,
+    }
+
+
+def _preprocess(variant: str) -> Preprocess:
+    """Mean and std 0.5, as the ImageNet-21k checkpoints; a source's own file overrides it."""
+    return Preprocess((127.5,) * 3, (127.5,) * 3, 32 if variant == "vit_tiny" else 224)
+
+
+_HF_FIELDS = {
+    "patch_size": "patch",
+    "hidden_size": "features",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "heads",
+    "intermediate_size": "mlp_features",
+    "layer_norm_eps": "epsilon",
+    "qkv_bias": "qkv_bias",
+}
+_HF_GELU = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+
+
+def _source_config(model: Any) -> dict[str, Any]:
+    """The content of config.json for transformers' ViTForImageClassification."""
+    module = model.module
+    fields = {theirs: getattr(module, ours) for theirs, ours in _HF_FIELDS.items()}
+    return {
+        "architectures": ["ViTForImageClassification"],
+        "model_type": "vit",
+        "image_size": model.preprocess.image_size,
+        "num_channels": len(model.preprocess.mean),
+        "hidden_act": {"exact": "gelu", "tanh": "gelu_new"}[module.gelu],
+        "hidden_dropout_prob": module.dropout_rate,
+        "attention_probs_dropout_prob": 0.0,
+        **fields,
+    }
+
+
+def _variant_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The module fields that a Hugging Face config.json fixes.
+
+    Raises:
+      WeightsError: the activation is none that this family has.
+    """
+    fields = {ours: config[theirs] for theirs, ours in _HF_FIELDS.items() if theirs in config}
+    if "hidden_act" in config:
+        if config["hidden_act"] not in _HF_GELU:
+            known = ", ".join(_HF_GELU)
+            raise WeightsError(f"hidden_act {config['hidden_act']!r} of the source is none of {known}")
+        fields["gelu"] = _HF_GELU[config["hidden_act"]]
+    return fields
+
+
+FAMILY = Family(
+    name="vit",
+    module=VisionTransformer,
+    variants={
+        **{
+            f"vit_{size}{patch}": _variant(size, patch)
+            for size, patches in {"ti": (16,), "s": (16, 32), "b": (16, 32), "l": (16, 32)}.items()
+            for patch in patches
+        },
+        "vit_tiny": {"patch": 8, "features": 32, "depth": 4, "heads": 4, "mlp_features": 64},
+    },
+    tables=(HF_TABLE,),
+    groups=(
+        ("embed", r"embed/.*"),
+        ("block", r"blocks_(\d+)/.*"),
+        ("final", r"norm/.*"),
+        ("head", r"head/.*"),
+    ),
+    sets=(
+        ("norm", r"(.*/)?norm\d?/.*"),
+        ("bias", r".*/bias"),
+        ("attn", r".*/attn/.*"),
+        ("mlp", r".*/mlp/.*"),
+    ),
+    preprocess=_preprocess,
+    source_config=_source_config,
+    variant_from_config=_variant_from_config,
+)

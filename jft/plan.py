@@ -1,0 +1,331 @@
+"""The plan: per phase what trains, what it costs and what freezing can save, before anything runs.
+
+Everything comes from shapes. The bound of a phase is the FLOPs of a full step over its own: the
+most that freezing can save in time when nothing but products costs time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+
+from jft.flops import Flops, analytic_flops
+from jft.tree import Flat, count_bytes, count_params, split
+
+Mask = Mapping[str, bool]
+MakeLoss = Callable[[Mask], Callable[..., Any]]
+
+# Trainable leaves below the others count as spoiling a cut when they are this few, or hold at most
+# this share of the phase's parameters, and cost at least this share of its FLOPs.
+_FEW_LEAVES = 4
+_FEW_PARAMS = 0.1
+_COSTLY = 0.02
+
+
+@dataclass(frozen=True)
+class PhaseParts:
+    """What the plan must know of one phase.
+
+    Attributes:
+      name: the train expression.
+      start_step: first step, from 0.
+      stop_step: the step at which the next phase starts.
+      mask: {path: True where trainable}.
+      tx: an optax transformation over the trainable flat dict.
+    """
+
+    name: str
+    start_step: int
+    stop_step: int
+    mask: Mask
+    tx: Any
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One phase of a run, counted.
+
+    Attributes:
+      index: position in the run, from 0.
+      name: the train expression.
+      start_step: first step, from 0.
+      stop_step: the step at which the next phase starts.
+      trainable_params: scalars that train.
+      trainable_bytes: their bytes.
+      frozen_params: scalars that stay.
+      frozen_bytes: their bytes.
+      kind: "full", "cut" (a prefix of stages is frozen) or "set" (scattered leaves are).
+      cut: name of the first stage that trains, if a prefix is frozen.
+      forward_flops: products of the forward pass of one step.
+      flops: products of one step, forward and backward.
+      full_flops: the same if every leaf trained.
+      optimizer_bytes: of the optimizer's state.
+      all_reduce_bytes: of the gradients and the metric sums that devices add up in a step.
+      argument_bytes: trainable and frozen leaves, optimizer state, and the loss's other inputs.
+      spoilers: the few trainable leaves low in the network that force the gradient through a
+        prefix which would be frozen without them.
+      spoiler_flops: what they add to each step.
+    """
+
+    index: int
+    name: str
+    start_step: int
+    stop_step: int
+    trainable_params: int
+    trainable_bytes: int
+    frozen_params: int
+    frozen_bytes: int
+    kind: str
+    cut: str | None
+    forward_flops: int
+    flops: int
+    full_flops: int
+    optimizer_bytes: int
+    all_reduce_bytes: int
+    argument_bytes: int
+    spoilers: tuple[str, ...] = ()
+    spoiler_flops: int = 0
+
+    @property
+    def bound(self) -> float:
+        """The most that the phase can be faster than full training, by FLOPs."""
+        return self.full_flops / self.flops if self.flops else 1.0
+
+    @property
+    def steps(self) -> int:
+        """How many steps the phase lasts."""
+        return self.stop_step - self.start_step
+
+    def to_dict(self) -> dict[str, Any]:
+        """The phase as it stands in plan.json."""
+        fields = {
+            key: value for key, value in vars(self).items() if key not in ("kind", "spoilers")
+        }
+        extra = {"train": self.name, "class": self.kind, "bound": round(self.bound, 4)}
+        return fields | extra | {"spoilers": list(self.spoilers)}
+
+
+def make_plan(
+    phases: Sequence[PhaseParts],
+    params: Flat,
+    stages: Sequence[str],
+    make_loss: MakeLoss,
+    data: Sequence[Any],
+    *,
+    scalars_bytes: int = 0,
+) -> list[PhasePlan]:
+    """Returns the plan of each phase; nothing is allocated or compiled.
+
+    Args:
+      phases: the phases in order.
+      params: {path: array or shape} of every parameter.
+      stages: stage names from input to output; a leaf's stage is the first part of its path.
+      make_loss: mask -> loss_fn(trainable, frozen, *data), as the step of such a phase runs it.
+      data: shapes of what else the loss takes: statistics, batch. One device's share gives the
+        numbers of one device.
+      scalars_bytes: metric sums that are reduced beside the gradients.
+
+    Raises:
+      ValueError: a leaf lies in no stage.
+    """
+    order = {stage: at for at, stage in enumerate(stages)}
+    for path in params:
+        if path.split("/")[0] not in order:
+            raise ValueError(f"leaf {path!r} is in none of the stages {', '.join(stages)}")
+    known: dict[frozenset[str], Flops] = {}
+
+    def flops(mask: Mask) -> Flops:
+        key = frozenset(path for path in params if mask[path])
+        if key not in known:
+            known[key] = analytic_flops(make_loss(mask), *split(params, mask), *data)
+        return known[key]
+
+    full = flops(dict.fromkeys(params, True)).total
+    data_bytes = _tree_bytes(data)
+    plans = []
+    for index, phase in enumerate(phases):
+        plan = _phase_plan(index, phase, params, order, flops, full)
+        plans.append(
+            replace(
+                plan,
+                all_reduce_bytes=plan.all_reduce_bytes + scalars_bytes,
+                argument_bytes=plan.argument_bytes + data_bytes,
+            )
+        )
+    return plans
+
+
+def _phase_plan(
+    index: int,
+    phase: PhaseParts,
+    params: Flat,
+    order: Mapping[str, int],
+    flops: Callable[[Mask], Flops],
+    full: int,
+) -> PhasePlan:
+    """The plan of one phase, without the data and the scalars that every phase shares."""
+    trainable, frozen = split(params, phase.mask)
+    optimizer = optimizer_bytes(phase.tx, trainable)
+    kind, cut = classify(phase.mask, order)
+    cost = flops(phase.mask)
+    spoilers, extra = _spoilers(phase.mask, params, order, flops)
+    return PhasePlan(
+        index=index,
+        name=phase.name,
+        start_step=phase.start_step,
+        stop_step=phase.stop_step,
+        trainable_params=count_params(trainable),
+        trainable_bytes=count_bytes(trainable),
+        frozen_params=count_params(frozen),
+        frozen_bytes=count_bytes(frozen),
+        kind=kind,
+        cut=cut,
+        forward_flops=cost.forward,
+        flops=cost.total,
+        full_flops=full,
+        optimizer_bytes=optimizer,
+        all_reduce_bytes=count_bytes(trainable),
+        argument_bytes=count_bytes(params) + optimizer,
+        spoilers=spoilers,
+        spoiler_flops=extra,
+    )
+
+
+def optimizer_bytes(tx: Any, trainable: Flat) -> int:
+    """Returns the bytes of the state that `tx` keeps for `trainable`."""
+    return _tree_bytes(jax.eval_shape(tx.init, trainable))
+
+
+def _tree_bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def classify(mask: Mask, order: Mapping[str, int]) -> tuple[str, str | None]:
+    """Returns ("full" | "cut" | "set", the first stage that trains if stages below it do not).
+
+    Args:
+      mask: {path: True where trainable}.
+      order: {stage: position}.
+    """
+    if all(mask.values()):
+        return "full", None
+    first = min(order[path.split("/")[0]] for path, trains in mask.items() if trains)
+    below = any(order[path.split("/")[0]] < first for path in mask)
+    return ("cut", next(s for s, at in order.items() if at == first)) if below else ("set", None)
+
+
+def _spoilers(
+    mask: Mask, params: Flat, order: Mapping[str, int], flops: Callable[[Mask], Flops]
+) -> tuple[tuple[str, ...], int]:
+    """The low trainable leaves whose freezing would raise the cut, and the FLOPs they cost.
+
+    The trainable stages are taken from the input on. As long as what was taken is little, it is a
+    candidate; the one that costs most per step is reported.
+    """
+    trains = [path for path in params if mask[path]]
+    stages = sorted({order[path.split("/")[0]] for path in trains})
+    total = count_params({path: params[path] for path in trains})
+    best: tuple[tuple[str, ...], int] = ((), 0)
+    for lower, upper in zip(stages, stages[1:], strict=False):
+        low = [path for path in trains if order[path.split("/")[0]] <= lower]
+        share = count_params({path: params[path] for path in low}) / total
+        if len(low) > _FEW_LEAVES and share > _FEW_PARAMS:
+            break
+        # Without an untrained stage between them the cut rises by no more than what they train.
+        if not any(lower < at < upper for at in order.values()):
+            continue
+        extra = flops(mask).total - flops({**mask, **dict.fromkeys(low, False)}).total
+        if extra > max(best[1], _COSTLY * flops(mask).total):
+            best = (tuple(low), extra)
+    return best
+
+
+def plan_table(plans: Sequence[PhasePlan]) -> str:
+    """Returns the phases as an aligned text table, with a line for each leaf that spoils a cut."""
+    titles = (
+        "phase train steps class cut trainable frozen GFLOP/step bound optimizer reduce".split()
+    )
+    rows = [titles]
+    for plan in plans:
+        rows.append(
+            [
+                str(plan.index),
+                plan.name,
+                f"{plan.start_step}-{plan.stop_step}",
+                plan.kind,
+                plan.cut or "-",
+                f"{plan.trainable_params:,}",
+                f"{plan.frozen_params:,}",
+                f"{plan.flops / 1e9:.4g}",
+                f"{plan.bound:.2f}x",
+                _megabytes(plan.optimizer_bytes),
+                _megabytes(plan.all_reduce_bytes),
+            ]
+        )
+    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
+    left = {1, 3, 4}  # words; numbers align right
+    lines = [
+        "  ".join(
+            cell.ljust(width) if at in left else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join(lines + [text for plan in plans if (text := spoiler_text(plan))])
+
+
+def spoiler_text(plan: PhasePlan) -> str:
+    """Returns one line that names the leaves which spoil the cut and what they cost, or ""."""
+    if not plan.spoilers:
+        return ""
+    first, more = plan.spoilers[0], len(plan.spoilers) - 1
+    names = first if not more else f"{first} and {more} more low leaves"
+    share = plan.spoiler_flops / plan.flops
+    return (
+        f"phase {plan.index}: {names} trained below frozen stages: "
+        f"+{plan.spoiler_flops / 1e9:.4g} GFLOP/step ({share:.0%} of the step); "
+        f"without, the bound is {plan.full_flops / (plan.flops - plan.spoiler_flops):.2f}x"
+    )
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.4g} MB"
+
+
+def to_dict(
+    plans: Sequence[PhasePlan],
+    params: Flat,
+    masks: Sequence[Mask],
+    groups: Mapping[str, str],
+    learning_rates: Mapping[str, float | Sequence[float | None] | None],
+) -> dict[str, Any]:
+    """Returns the content of plan.json.
+
+    Args:
+      plans: of all phases.
+      params: {path: array or shape}.
+      masks: of all phases.
+      groups: {path: its structural group}; groups are listed in order of first appearance.
+      learning_rates: {group: peak learning rate, or one per phase}; a missing group has none.
+    """
+    members: dict[str, Flat] = {}
+    for path, group in groups.items():
+        members.setdefault(group, {})[path] = params[path]
+    rows = []
+    for group, leaves in members.items():
+        trained = [count_params({p: leaf for p, leaf in leaves.items() if m[p]}) for m in masks]
+        rows.append(
+            {
+                "group": group,
+                "leaves": len(leaves),
+                "params": count_params(leaves),
+                "bytes": count_bytes(leaves),
+                "trainable": [bool(count) for count in trained],
+                "trainable_params": trained,
+                "learning_rate": learning_rates.get(group),
+            }
+        )
+    return {"phases": [plan.to_dict() for plan in plans], "groups": rows}

@@ -1,0 +1,239 @@
+"""Writes report.html: one file, no scripts, no outside references, light and dark.
+
+It reads only files of the run directory; whatever is missing is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from jft.report import results, setting
+from jft.report.markup import (
+    big,
+    count,
+    float_of,
+    listed,
+    number,
+    percent,
+    points_of,
+    share_of,
+    text,
+)
+from jft.report.plots import Band
+from jft.report.progress import format_seconds
+from jft.report.rundir import read_json, read_rows, write_atomic
+from jft.report.style import CSS
+
+_SPLIT_ORDER = ("test", "val")
+
+
+def write_report(workdir: Path | str, baselines: Sequence[Mapping[str, Any]] | None = None) -> Path:
+    """Writes report.html from the files of a run directory and returns its path.
+
+    Args:
+        workdir: the run directory.
+        baselines: rows {"name", "accuracy" in 0..1, "note"} to compare with; baselines.json of
+            the run directory when None.
+
+    Raises:
+        OSError: report.html cannot be written.
+    """
+    workdir = Path(workdir)
+    path = workdir / "report.html"
+    # A lone surrogate in a file name has no UTF-8 form; as a reference the browser shows a box.
+    write_atomic(path, render(workdir, baselines).encode("utf-8", "xmlcharrefreplace"))
+    return path
+
+
+def render(workdir: Path, baselines: Sequence[Mapping[str, Any]] | None = None) -> str:
+    """The whole page as a string."""
+    rows = read_rows(workdir / "metrics.jsonl")
+    plan = _mapping(workdir / "plan.json")
+    status = _mapping(workdir / "status.json")
+    report = _mapping(workdir / "conversion.json")
+    evaluations = _evaluations(workdir)
+    best = evaluations[0] if evaluations else {}
+    if baselines is None:
+        baselines = listed(read_json(workdir / "baselines.json"))
+    name = workdir.resolve().name
+    body = "".join(
+        (
+            _header(name, rows, plan, status, report, evaluations, baselines),
+            results.curves(rows, _bands(plan, rows)),
+            results.comparison(name, share_of(best.get("accuracy")), baselines),
+            results.confusion(best),
+            results.class_table(best),
+            results.gallery(workdir, best),
+            setting.phases(plan, rows),
+            setting.groups(plan),
+            setting.conversion(report),
+            setting.environment(
+                read_json(workdir / "run.json"), read_json(workdir / "config.json")
+            ),
+        )
+    )
+    # The policy forbids scripts and every outside address, whatever a string may smuggle in.
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{escape(name)} · jft report</title><style>{CSS}</style></head>"
+        f"<body><main>{body}<footer>Written by jft from the files of the run directory.</footer>"
+        "</main></body></html>\n"
+    )
+
+
+def _header(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    plan: Mapping[str, Any],
+    status: Mapping[str, Any],
+    report: Mapping[str, Any],
+    evaluations: Sequence[Mapping[str, Any]],
+    baselines: Sequence[Mapping[str, Any]],
+) -> str:
+    best = evaluations[0] if evaluations else {}
+    state = text(status.get("state"), "")
+    pill = f'<span class="pill{_alert(state)}">{escape(state)}</span>' if state else ""
+    tiles = _result_tiles(rows, evaluations) + _run_tiles(rows, plan, status, report)
+    cells = "".join(
+        f'<div class="tile{" first" if order == 0 and best else ""}"><dt>{escape(title)}</dt>'
+        f'<dd>{escape(value)}<span class="note">{escape(note)}</span></dd></div>'
+        for order, (title, value, note) in enumerate(tiles)
+    )
+    lead = _headline(best, baselines)
+    reason = text(status.get("exit_reason"), "")
+    if state not in ("", "done", "running") and reason:
+        lead = f"{lead} Stopped: {reason}.".strip()
+    grid = f'<dl class="tiles">{cells}</dl>' if cells else ""
+    return (
+        f'<header><div class="eyebrow">jft run report{pill}</div><h1>{escape(name)}</h1>'
+        f'<p class="lead">{escape(lead)}</p>{grid}</header>'
+    )
+
+
+def _headline(best: Mapping[str, Any], baselines: Sequence[Mapping[str, Any]]) -> str:
+    """The result in one sentence."""
+    accuracy = share_of(best.get("accuracy"))
+    if accuracy is None:
+        return ""
+    sentence = f"{percent(accuracy)} accuracy on {text(best.get('split'))}"
+    rivals = [
+        (share, text(row.get("name")))
+        for row in baselines
+        if isinstance(row, Mapping) and (share := share_of(row.get("accuracy"))) is not None
+    ]
+    if not rivals:
+        return sentence + "."
+    share, rival = max(rivals)
+    gap = round(100 * (accuracy - share), 1)
+    if gap == 0:
+        return f"{sentence}, level with the best comparison ({rival})."
+    side = "above" if gap > 0 else "below"
+    return f"{sentence}, {abs(gap):.1f} points {side} the best comparison ({rival})."
+
+
+def _result_tiles(
+    rows: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, str, str]]:
+    tiles = []
+    for order, found in enumerate(evaluations[:2]):
+        split = text(found.get("split"))
+        notes = []
+        if found.get("examples") is not None:
+            notes.append(f"{count(found['examples'])} examples")
+        if found.get("step") is not None:
+            notes.append(f"step {count(found['step'])}")
+        accuracy = percent(share_of(found.get("accuracy")))
+        tiles.append((f"{split} accuracy", accuracy, ", ".join(notes)))
+        if order == 0:
+            f1 = share_of(found.get("macro_f1"))
+            tiles.append(("macro F1", percent(f1), f"loss {number(float_of(found.get('loss')))}"))
+    if not evaluations:
+        for name, title in (("eval/accuracy", "accuracy"), ("train/loss", "training loss")):
+            points = points_of(rows, name)
+            if points:
+                step, value = points[-1]
+                shown = percent(value) if title == "accuracy" else number(value)
+                tiles.append((title, shown, f"step {step:,.0f}"))
+    return tiles
+
+
+def _run_tiles(
+    rows: Sequence[Mapping[str, Any]],
+    plan: Mapping[str, Any],
+    status: Mapping[str, Any],
+    report: Mapping[str, Any],
+) -> list[tuple[str, str, str]]:
+    tiles = []
+    steps = status.get("step", rows[-1]["step"] if rows else None)
+    if float_of(steps) is not None:
+        total = status.get("total_steps")
+        phases = len(listed(plan.get("phases")))
+        note = f"of {count(total)}" if float_of(total) is not None and total != steps else ""
+        if phases:
+            note = f"{note} in {phases} phase{'s' if phases > 1 else ''}".strip()
+        tiles.append(("steps", count(steps), note))
+    params = [float_of(row.get("params")) for row in listed(plan.get("groups")) if _is_map(row)]
+    if params and None not in params:
+        covered = share_of(report.get("coverage"))
+        note = "" if covered is None else f"{percent(covered)} pre-trained"
+        tiles.append(("parameters", big(math.fsum(value or 0.0 for value in params)), note))
+    elapsed = points_of(rows, "time/elapsed_seconds")
+    if elapsed:
+        compiled = points_of(rows, "time/compile_seconds")
+        spent = format_seconds(max(value for _, value in compiled)) if compiled else ""
+        note = f"{spent} of it compiling" if compiled else ""
+        tiles.append(("time", format_seconds(max(value for _, value in elapsed)), note))
+    return tiles
+
+
+def _bands(plan: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[Band]:
+    """Phases from the plan, cut where the run stands; else from the rows' own "phase"."""
+    last = max((float(row["step"]) for row in rows), default=math.inf)
+    bands = []
+    for order, phase in enumerate(listed(plan.get("phases"))):
+        start, stop = (
+            (float_of(phase.get(key)) if _is_map(phase) else None)
+            for key in ("start_step", "stop_step")
+        )
+        if start is not None and stop is not None and start < min(stop, last):
+            bands.append(Band(text(phase.get("name", order)), start, min(stop, last)))
+    if bands or plan:
+        return bands
+    for row in rows:
+        if "phase" not in row:
+            continue
+        name, step = f"phase {text(row['phase'])}", float(row["step"])
+        if bands and bands[-1].name == name:
+            bands[-1] = Band(name, bands[-1].start, step)
+        else:
+            bands.append(Band(name, bands[-1].stop if bands else step, step))
+    return [band for band in bands if band.stop > band.start]
+
+
+def _evaluations(workdir: Path) -> list[dict[str, Any]]:
+    """The contents of eval/*.json, the split that matters most first."""
+    found = [read_json(path) for path in sorted((workdir / "eval").glob("*.json"))]
+    found = [content for content in found if _is_map(content) and "accuracy" in content]
+    rank = {split: order for order, split in enumerate(_SPLIT_ORDER)}
+    return sorted(found, key=lambda content: rank.get(text(content.get("split")), len(rank)))
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    content = read_json(path)
+    return content if isinstance(content, dict) else {}
+
+
+def _is_map(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _alert(state: str) -> str:
+    return "" if state in ("done", "running") else " alert"

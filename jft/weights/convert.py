@@ -1,0 +1,311 @@
+"""Loads foreign checkpoints by the family's table, strictly.
+
+Every leaf is loaded, fresh because the config or a change of classes says so, or an error that
+names it; every name in the source is read, deliberately ignored, or an error. What no table can see
+are two tensors of equal shape that changed places: golden logits catch those.
+"""
+
+import itertools
+import math
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jft.errors import WeightsError, nearest
+from jft.models import table as tables
+from jft.tree import Flat, count_params, select, unflatten
+from jft.weights import naming as namings
+from jft.weights.naming import Leaves, Naming
+from jft.weights.preprocessing import source_preprocess
+from jft.weights.random_weights import write_random
+from jft.weights.readers import read
+from jft.weights.report import Report as Report
+from jft.weights.report import Row
+from jft.weights.resize import resize_positions
+from jft.weights.source import Source, resolve
+
+_SHOWN = 3  # leaves or names in one message
+_NEAREST_OF = 2_000  # names that are searched for a similar one
+_POSITIONS = re.compile(r"(.*/)?pos_embedding")
+_CLASS_TOKEN = "cls_token"
+# Fields of a source's config that shape training, not the function that the weights compute.
+_FREE_FIELDS = re.compile(r".*(_rate|momentum)")
+
+
+class _MisfitError(Exception):
+    """One leaf that the source cannot fill; collected into one WeightsError."""
+
+
+def load_pretrained(
+    model: Any,
+    source: str,
+    *,
+    fresh: Sequence[str] = (),
+    key: jax.Array | None = None,
+    image_shape: tuple[int, int, int] | None = None,
+    scratch_dir: str | Path | None = None,
+) -> tuple[dict[str, Any], Report]:
+    """Loads a source's weights into the shape of a model.
+
+    Args:
+      model: a Model; one without a family reads files in its own path names.
+      source: "pkg:DISTRIBUTION/path", "file:PATH" or "random:SEED".
+      fresh: regexes of the paths that are not loaded but made by the module's own init. The head
+        needs none when the class counts differ: it is fresh then, and the report says so.
+      key: a jax.random.key for the fresh leaves; key(0) by default.
+      image_shape: (height, width, channels); by default a square of the model's image size.
+      scratch_dir: where "random:SEED" writes its file; a temporary folder by default.
+
+    Returns:
+      ({"params", "batch_stats"} nested dicts of numpy arrays, the report). The report's
+      `preprocess` is the source's own where it has one: use it in place of the model's.
+
+    Raises:
+      WeightsError: the source is missing, damaged, or does not fit the model leaf by leaf.
+      ConfigError: a pattern of `fresh` matches no leaf.
+    """
+    leaves = namings.abstract_leaves(model, image_shape)
+    found, sha256, arrays = _open(model, source, image_shape, scratch_dir)
+    _check_card(found, sha256)
+    arrays, notes = namings.without_module_prefix(arrays)
+    naming = namings.choose_naming(model, leaves, arrays, source)
+    _check_config(model, found)
+    reasons = {path: f"by {rule!r}" for rule in fresh for path in select(leaves, rule, "fresh")}
+    reasons |= _replaced_head(naming, leaves, arrays, reasons)
+    shape = namings.image_shape_of(model, image_shape)
+    grids = _Grids(leaves, found, shape)
+    rows, flat = _assign(naming, leaves, arrays, reasons, grids, source)
+    flat |= _fresh_leaves(model, reasons, key, shape)
+    own = getattr(model, "preprocess", None)
+    preprocess, remarks = source_preprocess(found, own) if own else (None, [])
+    used = {row.source_name for row in rows if row.status != "fresh"}
+    params = {path: leaf for path, (collection, leaf) in leaves.items() if collection == "params"}
+    report = Report(
+        source=source,
+        sha256=sha256,
+        rows=rows,
+        unread=[name for name in arrays if name not in used],
+        loaded_params=count_params({p: v for p, v in params.items() if p not in reasons}),
+        all_params=count_params(params),
+        notes=notes + remarks,
+        table=naming.index,
+        preprocess=preprocess,
+    )
+    nested = {collection: {} for collection, _ in leaves.values()}
+    for path, (collection, _) in leaves.items():
+        nested[collection][path] = flat[path]
+    return {collection: unflatten(part) for collection, part in nested.items()}, report
+
+
+def _open(
+    model: Any,
+    source: str,
+    image_shape: tuple[int, int, int] | None,
+    scratch_dir: str | Path | None,
+) -> tuple[Source, str, dict[str, np.ndarray]]:
+    """The source, its hash and its arrays; "random:SEED" is written first, then read like any."""
+    kind, _, seed = source.partition(":")
+    if kind != "random":
+        found = resolve(source)
+        return found, found.sha256(), read(found)
+    if not seed.isdecimal():
+        raise WeightsError(f"source {source!r}: the seed must be a whole number, as in 'random:0'")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(scratch_dir or temporary) / f"random-{seed}"
+        write_random(model, folder, int(seed), image_shape=image_shape)
+        found = resolve(f"file:{folder}")
+        # Copied, since the mapped file may be gone in a moment.
+        arrays = {name: np.array(value) for name, value in read(found).items()}
+        return found, found.sha256(), arrays
+
+
+def _check_card(source: Source, sha256: str) -> None:
+    """Refuses an export whose weights are not the ones that its jft.json was written for."""
+    recorded = (source.card or {}).get("weights_sha256")
+    if recorded and source.files[0].name == "model.safetensors" and recorded != sha256:
+        raise WeightsError(f"{source.files[0]}: damaged or replaced, jft.json has another SHA-256")
+
+
+def _check_config(model: Any, source: Source) -> None:
+    """Refuses a source whose config.json tells of another architecture or another epsilon."""
+    if getattr(model, "family", None) is None or source.config is None:
+        return
+    try:
+        fields = model.family.variant_from_config(source.config)
+    except (TypeError, ValueError, KeyError) as error:
+        raise WeightsError(
+            f"source {source.text!r}: its config.json does not fit: {error}"
+        ) from error
+    for name, value in fields.items():
+        own = getattr(model.module, name, value)
+        if not _FREE_FIELDS.fullmatch(name) and own != value:
+            raise WeightsError(
+                f"source {source.text!r}: its config.json has {name} = {value!r}, the model has "
+                f"{own!r}; set model.args.{name} to match"
+            )
+
+
+def _replaced_head(
+    naming: Naming, leaves: Leaves, arrays: dict[str, np.ndarray], reasons: Mapping[str, str]
+) -> dict[str, str]:
+    """path -> reason of the head's leaves, where the source has another number of classes."""
+    head = [path for path in naming.head() if path not in reasons]
+    counts = set()
+    for path in head:
+        name, form = naming.names[path]
+        if name not in arrays or arrays[name].ndim != leaves[path][1].ndim:
+            return {}
+        theirs, ours = tables.to_jft(form, arrays[name]).shape, leaves[path][1].shape
+        if theirs[:-1] != ours[:-1]:
+            return {}
+        counts.add((theirs[-1:], ours[-1:]))
+    if len(counts) != 1 or min(counts)[0] == min(counts)[1]:
+        return {}
+    (theirs, ours) = counts.pop()
+    return {path: f"{theirs[0]} classes in the source, {ours[0]} here" for path in head}
+
+
+class _Grids:
+    """The patch grids of position embeddings, in the model and in the source."""
+
+    def __init__(self, leaves: Leaves, source: Source, image_shape: tuple[int, int, int]) -> None:
+        self.leaves, self.config = leaves, source.config or {}
+        self.image_shape = image_shape
+
+    def resize(self, path: str, value: np.ndarray) -> tuple[np.ndarray, str] | None:
+        """`value` on the model's grid and a note, or None where it cannot be fitted."""
+        wanted = self.leaves[path][1].shape
+        if value.ndim != 3 or len(wanted) != 3 or value.shape[::2] != wanted[::2]:
+            return None
+        folder = path.rpartition("/")[0]
+        extra = int(f"{folder}/{_CLASS_TOKEN}" in self.leaves)
+        new = self._grid(f"{folder}/patch/kernel", self.image_shape[:2], wanted[1] - extra)
+        size = self.config.get("image_size")
+        size = tuple(size) if isinstance(size, list) else (size, size)
+        old = self._grid(f"{folder}/patch/kernel", size, value.shape[1] - extra)
+        if new is None or old is None:
+            return None
+        moved = resize_positions(np.asarray(value, np.float32), old, new, extra)
+        return moved, f"grid {old[0]}x{old[1]} -> {new[0]}x{new[1]}, bicubic"
+
+    def _grid(self, kernel: str, size: Sequence[Any], tokens: int) -> tuple[int, int] | None:
+        """(rows, columns) by image size over patch size where that fits, else a square."""
+        if kernel in self.leaves and all(type(side) is int for side in size):
+            patch = self.leaves[kernel][1].shape[:2]
+            rows, columns = (side // p for side, p in zip(size, patch, strict=True))
+            if rows * columns == tokens > 0:
+                return rows, columns
+        side = math.isqrt(max(tokens, 0))
+        return (side, side) if side and side * side == tokens else None
+
+
+def _assign(
+    naming: Naming,
+    leaves: Leaves,
+    arrays: dict[str, np.ndarray],
+    reasons: Mapping[str, str],
+    grids: _Grids,
+    source: str,
+) -> tuple[list[Row], Flat]:
+    """Rows and arrays of all leaves; raises on what is missing, misshapen or extra."""
+    rows, flat, problems = [], {}, []
+    expected = {name for name, _ in naming.names.values()}
+    extra = [name for name in arrays if name not in expected and not naming.table.ignored(name)]
+    for path, (_, leaf) in leaves.items():
+        name, form = naming.names.get(path, (None, "same"))
+        if path in reasons:
+            rows.append(
+                Row(path, "fresh", name if name in arrays else None, leaf.shape, reasons[path])
+            )
+            continue
+        try:
+            if name is None:
+                raise _MisfitError(f"the table has no name for {path!r}")
+            if name not in arrays:
+                shown = len(problems) < _SHOWN  # the search is slow, and only these are printed
+                near = nearest(name, itertools.islice(extra, _NEAREST_OF)) if shown else ""
+                if path in naming.head():
+                    near += f" (a source without a head needs fresh = [{naming.table.head!r}])"
+                raise _MisfitError(f"{path!r} needs {name!r}, which is missing{near}")
+            flat[path], status, note = _convert(path, leaf, arrays[name], name, form, grids)
+            rows.append(Row(path, status, name, leaf.shape, note))
+        except _MisfitError as misfit:
+            problems.append(str(misfit))
+    if problems or extra:
+        raise WeightsError(f"source {source!r} does not fit: " + _summary(problems, extra, naming))
+    return rows, flat
+
+
+def _summary(problems: list[str], extra: list[str], naming: Naming) -> str:
+    """The first few problems and unread names in one line."""
+    parts = problems[:_SHOWN]
+    if len(problems) > _SHOWN:
+        parts.append(f"and {len(problems) - _SHOWN} more leaves")
+    expected = [name for name, _ in naming.names.values()]
+    for name in extra[:_SHOWN]:
+        known = naming.table.path_of(name, naming.prefix)
+        to = f" (the model has no leaf {known[0]!r})" if known else nearest(name, expected)
+        parts.append(f"{name!r} in the source belongs to no leaf{to}")
+    if len(extra) > _SHOWN:
+        parts.append(f"and {len(extra) - _SHOWN} more unread names")
+    return "; ".join(parts)
+
+
+def _convert(
+    path: str,
+    leaf: jax.ShapeDtypeStruct,
+    value: np.ndarray,
+    name: str,
+    form: str,
+    grids: _Grids,
+) -> tuple[np.ndarray, str, str]:
+    """(array in the model's layout, shape and dtype; status; note) of one leaf."""
+    status, note = "loaded", ""
+    stored = value.shape
+    try:
+        value = tables.to_jft(form, value)
+    except ValueError:
+        raise _MisfitError(f"{path!r} {leaf.shape} cannot be read from {name!r} {stored}") from None
+    if value.shape != leaf.shape:
+        resized = grids.resize(path, value) if _POSITIONS.fullmatch(path) else None
+        if resized is None:
+            raise _MisfitError(
+                f"{path!r} has shape {leaf.shape}, {name!r} gives {value.shape} (stored: {stored})"
+            )
+        value, note = resized
+        status = "resized"
+    theirs, ours = value.dtype, np.dtype(leaf.dtype)
+    if theirs != ours:
+        kinds = (jnp.floating, jnp.integer, jnp.bool_)
+        if not any(jnp.issubdtype(theirs, kind) and jnp.issubdtype(ours, kind) for kind in kinds):
+            raise _MisfitError(f"{path!r} is {ours.name}, {name!r} is {theirs.name}")
+        if status == "loaded":
+            status, note = "cast", f"from {theirs.name}"
+    with np.errstate(over="ignore"):  # what overflows is caught below
+        value = np.array(value, dtype=ours, order="C")  # own memory: the file may change later
+    if jnp.issubdtype(ours, jnp.floating) and not np.isfinite(value).all():
+        raise _MisfitError(f"{path!r} gets an infinite or undefined number from {name!r}")
+    return value, status, note
+
+
+def _fresh_leaves(
+    model: Any, reasons: Mapping[str, str], key: jax.Array | None, shape: tuple[int, int, int]
+) -> Flat:
+    """The fresh leaves by the module's own init; the others are dead code and never computed."""
+    if not reasons:
+        return {}
+
+    def init(key: jax.Array) -> Flat:
+        variables = model.init(key, jnp.zeros((1, *shape), jnp.float32))
+        return {
+            path: leaf for path, (_, leaf) in namings.join(variables).items() if path in reasons
+        }
+
+    made = jax.jit(init)(jax.random.key(0) if key is None else key)
+    return {path: np.array(leaf) for path, leaf in made.items()}

@@ -1,0 +1,141 @@
+"""One weight table applied to one model: which source name stands for which leaf, both ways."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jft.errors import ConfigError, WeightsError
+from jft.models import table as tables
+from jft.models.table import Table
+from jft.tree import flatten
+
+# Path -> (collection, shape and dtype). Parameters and statistics share the path space.
+Leaves = dict[str, tuple[str, jax.ShapeDtypeStruct]]
+_MODULE = "module."
+
+
+@dataclass(frozen=True)
+class Naming:
+    """The names of one model's leaves in one naming style.
+
+    Attributes:
+      names: path -> (source name, form); a path that the table does not know is left out.
+      table: the naming style.
+      prefix: what "{p}" stands for.
+      index: of the table in its family.
+    """
+
+    names: dict[str, tuple[str, str]]
+    table: Table
+    prefix: str
+    index: int = 0
+
+    def head(self) -> list[str]:
+        """Paths that are made anew when the class counts differ."""
+        return [path for path in self.names if re.fullmatch(self.table.head, path)]
+
+
+def image_shape_of(model: Any, image_shape: tuple[int, int, int] | None) -> tuple[int, int, int]:
+    """(height, width, channels) as given, else a square of the model's image size."""
+    if image_shape is not None:
+        return image_shape
+    preprocess = getattr(model, "preprocess", None)
+    if preprocess is None:
+        raise ConfigError("model: give image_shape=(height, width, channels), it has no preprocess")
+    return preprocess.image_size, preprocess.image_size, len(preprocess.mean)
+
+
+def abstract_leaves(model: Any, image_shape: tuple[int, int, int] | None = None) -> Leaves:
+    """The leaves of a model in the order of its stages, without computing any.
+
+    Args:
+      model: a Model, or any object with `init(key, image)`.
+      image_shape: (height, width, channels); by default a square of the model's image size.
+
+    Raises:
+      ConfigError: a path stands for a parameter and a statistic at once.
+    """
+    image = jax.ShapeDtypeStruct((1, *image_shape_of(model, image_shape)), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    stages: tuple[str, ...] = getattr(model, "stages", ())
+    order = {stage: index for index, stage in enumerate(stages)}
+    leaves = join(variables)
+    return dict(sorted(leaves.items(), key=lambda item: order.get(item[0].split("/")[0], 0)))
+
+
+def join(variables: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+    """path -> (collection, leaf) of {"params", "batch_stats"} trees."""
+    leaves: dict[str, tuple[str, Any]] = {}
+    for collection, tree in variables.items():
+        for path, leaf in flatten(tree).items():
+            if path in leaves:
+                raise ConfigError(f"model: {path!r} names a leaf of two collections")
+            leaves[path] = (collection, leaf)
+    return leaves
+
+
+def naming_of(
+    model: Any, paths: Iterable[str], index: int = 0, prefix: str | None = None
+) -> Naming:
+    """The naming of a model's own table; jft's own paths for a model without a family."""
+    family = getattr(model, "family", None)
+    if family is None:
+        return Naming({path: (path, "same") for path in paths}, Table(entries=()), "")
+    table = family.tables[index]
+    used = table.prefixes[0] if prefix is None else prefix
+    found = {path: table.source_of(path, used) for path in paths}
+    return Naming({path: name for path, name in found.items() if name}, table, used, index)
+
+
+def choose_naming(model: Any, paths: Iterable[str], names: Iterable[str], source: str) -> Naming:
+    """The naming under which most of a source's names are known.
+
+    Raises:
+      WeightsError: none is.
+    """
+    paths, names = list(paths), list(names)
+    family = getattr(model, "family", None)
+    if family is None:
+        return naming_of(model, paths)
+    table = tables.choose_table(family.tables, names)
+    if table is None:
+        expected = next(iter(naming_of(model, paths).names.values()))[0]
+        held = f"{names[0]!r}" if names else "nothing at all"
+        raise WeightsError(
+            f"source {source!r} does not fit the model: family {family.name} expects names such as "
+            f"{expected!r}, the source has {held}"
+        )
+    prefix, _ = table.prefix_for(names)
+    return naming_of(model, paths, family.tables.index(table), prefix)
+
+
+def without_module_prefix(
+    arrays: dict[str, np.ndarray],
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Strips the "module." that torch's DataParallel puts before every name, and says so."""
+    if not arrays or not all(name.startswith(_MODULE) for name in arrays):
+        return arrays, []
+    stripped = {name.removeprefix(_MODULE): value for name, value in arrays.items()}
+    return stripped, [f"the prefix {_MODULE!r} was stripped from all {len(arrays)} names"]
+
+
+def to_source_arrays(naming: Naming, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Leaves under their source names and in the source's layout, bitwise.
+
+    Raises:
+      WeightsError: a leaf has no name in the table.
+    """
+    arrays = {}
+    for path, leaf in flat.items():
+        if path not in naming.names:
+            raise WeightsError(
+                f"the leaf {path!r} has no name in the family's table, no way to write it"
+            )
+        name, form = naming.names[path]
+        arrays[name] = np.ascontiguousarray(tables.to_source(form, np.asarray(leaf)))
+    return arrays

