@@ -8,9 +8,10 @@ import jax
 import numpy as np
 
 from jft.config import load_config
-from jft.data.sources import describe, make_splits
+from jft.data.sources import describe
 from jft.errors import ConfigError
 from jft.models.zoo import Model, list_models, make_model
+from jft.task import make_data
 from jft.tree import count_bytes, count_params, flatten
 from jft.weights.convert import load_pretrained
 from jft.weights.readers import read
@@ -79,14 +80,4 @@ def data(args: argparse.Namespace) -> None:
     if args.words != ["inspect"]:
         raise ConfigError("jft data: should be jft data inspect --config=FILE.py")
     config = load_config(args.config, args.overrides)
-    section = config.data
-    splits = make_splits(
-        name=section.name,
-        path=section.path,
-        args=section.args.to_dict(),
-        seed=config.seed,
-        val_fraction=section.val_fraction,
-        test_fraction=section.test_fraction,
-        train_examples=section.train_examples,
-    )
-    print(describe(splits))
+    print(describe(make_data(config)))

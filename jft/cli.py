@@ -36,6 +36,10 @@ FLAGS: dict[str, dict[str, Any]] = {
         "action": "store_true",
         "help": "one step, one evaluation and one save in a temporary folder",
     },
+    "--leaves": {
+        "action": "store_true",
+        "help": "one line a leaf: the pattern that matched, rate, decay, bytes",
+    },
     "--resume": {
         "choices": ("auto", "force"),
         "default": "auto",
@@ -84,7 +88,11 @@ VERBS: dict[str, Verb] = {
         "write safetensors and config.json in the source's names",
         ("--workdir!", "--out!"),
     ),
-    "plan": Verb("jft.verbs:plan", "groups, phases, FLOPs and bytes before a run", ("--config!",)),
+    "plan": Verb(
+        "jft.verbs:plan",
+        "groups, phases, FLOPs and bytes before a run",
+        ("--config!", "--leaves"),
+    ),
     "report": Verb("jft.verbs:report", "write report.html of a run again", ("--workdir!",)),
     "models": Verb(
         "jft.browse:models",

@@ -8,17 +8,16 @@ Elementwise work, reductions and the optimizer are not counted.
 
 from __future__ import annotations
 
-import functools
 import math
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+
+from jft.products import DEPTHWISE, Axis, convolution_flops, dot_flops
 
 Flags = tuple[bool, ...]
 
@@ -32,8 +31,6 @@ _LINEAR = frozenset(
     "add sub neg add_any reshape transpose broadcast_in_dim convert_element_type reduce_sum slice "
     "concatenate pad squeeze expand_dims rev copy psum reduce_precision".split()
 )
-# The scope of a depthwise convolution that is written as multiply-adds; see models.layers.
-_DEPTHWISE = re.compile(r"(?:^|[/(])depthwise(?:[/)]|$)")
 
 
 @dataclass(frozen=True)
@@ -80,65 +77,34 @@ def analytic_flops(loss_fn: Callable[..., Any], trainable: Any, frozen: Any, *da
     return _Walker().cost(closed.jaxpr, live, used, grad).flops
 
 
-@functools.lru_cache(maxsize=4096)
-def valid_taps(
-    size: int, window: int, output: int, stride: int, low: int, lhs_dilate: int, rhs_dilate: int
-) -> int:
-    """Returns how many (output position, tap) pairs along one axis read a real input element.
-
-    Padding and the zeros between dilated elements are no work, so a convolution and the two that
-    make its gradients count the same.
-
-    Args:
-      size: input length before dilation.
-      window: number of taps.
-      output: output length.
-      stride: input step per output.
-      low: padding before the input; negative crops.
-      lhs_dilate: spacing of input elements.
-      rhs_dilate: spacing of taps.
-    """
-    starts = np.arange(output, dtype=np.int64) * stride - low
-    end = (size - 1) * lhs_dilate
-    total = 0
-    for tap in range(window):
-        at = starts + tap * rhs_dilate
-        total += int(np.count_nonzero((at >= 0) & (at <= end) & (at % lhs_dilate == 0)))
-    return total
-
-
-def _dot_flops(eqn: JaxprEqn) -> int:
-    (contracted, _), _ = eqn.params["dimension_numbers"]
-    lhs = eqn.invars[0].aval.shape
-    return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[axis] for axis in contracted)
-
-
 def _convolution_flops(eqn: JaxprEqn) -> int:
-    """The kernel's input features are per group already; batch groups only choose what meets."""
-    numbers = eqn.params["dimension_numbers"]
+    params, numbers = eqn.params, eqn.params["dimension_numbers"]
     lhs, rhs = (var.aval.shape for var in eqn.invars)
     out = eqn.outvars[0].aval.shape
-    flops = 2 * out[numbers.out_spec[0]] * out[numbers.out_spec[1]] * rhs[numbers.rhs_spec[1]]
-    for axis in range(len(lhs) - 2):
-        flops *= valid_taps(
-            size=lhs[numbers.lhs_spec[axis + 2]],
-            window=rhs[numbers.rhs_spec[axis + 2]],
-            output=out[numbers.out_spec[axis + 2]],
-            stride=eqn.params["window_strides"][axis],
-            low=eqn.params["padding"][axis][0],
-            lhs_dilate=eqn.params["lhs_dilation"][axis],
-            rhs_dilate=eqn.params["rhs_dilation"][axis],
+    axes = [
+        Axis(
+            size=lhs[numbers.lhs_spec[at + 2]],
+            window=rhs[numbers.rhs_spec[at + 2]],
+            output=out[numbers.out_spec[at + 2]],
+            stride=params["window_strides"][at],
+            low=params["padding"][at][0],
+            lhs_dilation=params["lhs_dilation"][at],
+            rhs_dilation=params["rhs_dilation"][at],
         )
-    return flops
+        for at in range(len(lhs) - 2)
+    ]
+    batch, features = (out[at] for at in numbers.out_spec[:2])
+    return convolution_flops(batch, features, rhs[numbers.rhs_spec[1]], axes)
 
 
 def _product_flops(eqn: JaxprEqn, scope: str) -> int:
     name = eqn.primitive.name
     if name == "dot_general":
-        return _dot_flops(eqn)
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        return dot_flops(eqn.invars[0].aval.shape, contracted, eqn.outvars[0].aval.shape)
     if name == "conv_general_dilated":
         return _convolution_flops(eqn)
-    if name == "mul" and _DEPTHWISE.search(scope) and _inexact(eqn.outvars[0]):
+    if name == "mul" and DEPTHWISE.search(scope) and _inexact(eqn.outvars[0]):
         return 2 * math.prod(eqn.outvars[0].aval.shape)
     return 0
 
@@ -186,13 +152,24 @@ def _calls(eqn: JaxprEqn) -> list[_Call]:
     if name == "while":
         return [_Call(params["body_jaxpr"].jaxpr, first=params["cond_nconsts"])]
     if name == "cond":
-        return [_Call(branch.jaxpr, first=1) for branch in params["branches"]]
+        branches = [_Call(branch.jaxpr, first=1) for branch in params["branches"]]
+        return _of_this_platform(branches, params.get("branches_platforms"))
     for key in ("jaxpr", "call_jaxpr"):
         inner = params.get(key)
         inner = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
         if isinstance(inner, Jaxpr) and len(inner.invars) == len(eqn.invars):
             return [_Call(inner, replay=name in ("remat2", "checkpoint"))]
     return []
+
+
+def _of_this_platform(branches: list[_Call], platforms: Any) -> list[_Call]:
+    """The branch of `lax.platform_dependent` that runs here; all of any other condition."""
+    if platforms is None:
+        return branches
+    backend = jax.default_backend()
+    names = {backend, "cuda", "rocm"} if backend == "gpu" else {backend}
+    exact = [b for b, p in zip(branches, platforms, strict=True) if p and names & set(p)]
+    return exact or [b for b, p in zip(branches, platforms, strict=True) if p is None]
 
 
 def _among(variables: Iterable[Any], known: set[Var] | frozenset[Var]) -> Flags:

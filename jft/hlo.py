@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jft.flops import valid_taps
+from jft.products import DEPTHWISE, Axis, convolution_flops, dot_flops
 
 Shape = tuple[str, tuple[int, ...]]  # (element type, dimensions)
 
@@ -28,11 +28,12 @@ _OPERAND = re.compile(r"%([\w.\-]+)")
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _TRIPS = re.compile(r'"known_trip_count":\s*\{\s*"n":\s*"?(\d+)')
-# The scope name as a whole component, alone or wrapped by a transformation: jvp(depthwise).
-_DEPTHWISE = re.compile(r"(?:^|[/(])depthwise(?:[/)]|$)")
 # XLA writes thin dots as multiply and reduce; the multiply keeps the name of the product, or of the
 # transpose after it in a gradient. No multiply that a user wrote has such a name.
 _THIN = re.compile(r"/(?:dot_general|conv_general_dilated|transpose)$")
+
+
+_SAME_VALUES = ("bitcast", "broadcast", "convert", "copy", "reshape", "transpose")
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,10 @@ class _Counter:
         opcode, shapes = instruction.opcode, instruction.shapes
         inputs = [scope[name].shapes[0] for name in instruction.operands if scope[name].shapes]
         if opcode == "dot":
-            total.kinds["dot"] += _dot_flops(instruction.attributes, inputs[0][1], shapes[0][1])
+            # A product with ones is a sum, of products that are counted where they are made.
+            if not any(self._ones(name, scope) for name in instruction.operands):
+                contracted = _dims(instruction.attributes, "lhs_contracting_dims")
+                total.kinds["dot"] += dot_flops(inputs[0][1], contracted, shapes[0][1])
         elif opcode == "convolution":
             dims = (inputs[0][1], inputs[1][1], shapes[0][1])
             total.kinds["convolution"] += _convolution_flops(instruction.attributes, *dims)
@@ -221,7 +225,7 @@ class _Counter:
             operands = [scope[name].shapes for name in instruction.operands]
             total.kinds["all-reduce"] += sum(_bytes(shape) for s in operands for shape in s)
         elif opcode == "multiply" and re.match(r"b?f\d", shapes[0][0]):
-            if _DEPTHWISE.search(instruction.op_name):
+            if DEPTHWISE.search(instruction.op_name):
                 total.kinds["depthwise"] += 2 * math.prod(shapes[0][1])
             elif _THIN.search(instruction.op_name):
                 total.kinds["dot"] += 2 * math.prod(shapes[0][1])
@@ -241,6 +245,16 @@ class _Counter:
             for role in ("calls", "to_apply", "called_computations"):
                 for name in _called(attributes, role):
                     total.add(self.total(name))
+
+    def _ones(self, name: str, scope: dict[str, _Instruction]) -> bool:
+        """Whether the value is the constant 1, everywhere."""
+        instruction = scope[name]
+        if instruction.opcode in _SAME_VALUES:
+            return self._ones(instruction.operands[0], scope)
+        if instruction.opcode == "fusion":
+            inner = self.computations[_called(instruction.attributes, "calls")[0]]
+            return self._ones(next(reversed(inner)), inner)  # the root stands last
+        return instruction.opcode == "constant" and instruction.inner == "1"
 
     def _trips(self, loop: _Instruction) -> int | None:
         """The trip count that XLA states, or the one bound of the condition (from 0, by 1)."""
@@ -281,44 +295,32 @@ def _dims(attributes: str, key: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", found.group(1))] if found else []
 
 
-def _dot_flops(attributes: str, lhs: Sequence[int], out: Sequence[int]) -> int:
-    contracted = _dims(attributes, "lhs_contracting_dims")
-    return 2 * math.prod(out) * math.prod(lhs[axis] for axis in contracted)
-
-
 def _convolution_flops(
     attributes: str, lhs: Sequence[int], rhs: Sequence[int], out: Sequence[int]
 ) -> int:
-    """2 x multiply-adds on real elements; holds for grouped and dilated forms alike.
-
-    The kernel's input-feature axis is already divided by the number of groups, and batch groups
-    only choose which rows meet, so each output element does (kernel inputs) x (valid taps).
-    """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
-    window = re.search(r"window=\{([^}]*)\}", attributes)
     if labels is None:
         raise ValueError(f"cannot read the convolution {attributes[:200]}")
     lhs_labels, rhs_labels, out_labels = labels.groups()
+    window = re.search(r"window=\{([^}]*)\}", attributes)
     parts = dict(part.split("=") for part in window.group(1).split()) if window else {}
-    flops = 2 * rhs[rhs_labels.index("i")]
-    flops *= out[out_labels.index("b")] * out[out_labels.index("f")]
-    for axis in range(len(lhs_labels) - 2):
-        digit = str(axis)
-        pads = parts.get("pad", "").split("x")[axis] if "pad" in parts else "0_0"
-        stride, lhs_dilate, rhs_dilate = (
-            int(parts[key].split("x")[axis]) if key in parts else 1
-            for key in ("stride", "lhs_dilate", "rhs_dilate")
-        )
-        flops *= valid_taps(
+
+    def axis(at: int) -> Axis:
+        digit = str(at)
+        own = {key: value.split("x")[at] for key, value in parts.items()}
+        return Axis(
             size=lhs[lhs_labels.index(digit)],
             window=rhs[rhs_labels.index(digit)],
             output=out[out_labels.index(digit)],
-            stride=stride,
-            low=int(pads.split("_")[0]),
-            lhs_dilate=lhs_dilate,
-            rhs_dilate=rhs_dilate,
+            stride=int(own.get("stride", 1)),
+            low=int(own.get("pad", "0_0").split("_")[0]),
+            lhs_dilation=int(own.get("lhs_dilate", 1)),
+            rhs_dilation=int(own.get("rhs_dilate", 1)),
         )
-    return flops
+
+    axes = [axis(at) for at in range(len(lhs_labels) - 2)]
+    batch, features = out[out_labels.index("b")], out[out_labels.index("f")]
+    return convolution_flops(batch, features, rhs[rhs_labels.index("i")], axes)
 
 
 def _library_flops(call: _Instruction, inputs: Sequence[Shape]) -> int | None:
@@ -332,11 +334,10 @@ def _library_flops(call: _Instruction, inputs: Sequence[Shape]) -> int | None:
     target = found.group(1) if found else ""
     if target.startswith("__cublas$"):
         contracted = _dims(call.attributes, "lhs_contracting_dimensions")
-        depth = math.prod(inputs[0][1][axis] for axis in contracted)
-        return 2 * math.prod(call.shapes[0][1]) * depth
+        return dot_flops(inputs[0][1], contracted, call.shapes[0][1])
     if target.startswith("__onednn$matmul"):
         transposed = re.search(r'"transpose_a":\s*true', call.attributes) is not None
-        return 2 * math.prod(call.shapes[0][1]) * inputs[0][1][-2 if transposed else -1]
+        return dot_flops(inputs[0][1], [-2 if transposed else -1], call.shapes[0][1])
     if target.startswith("__cudnn$conv"):
         first, second, result = inputs[0][1], inputs[1][1], call.shapes[0][1]
         if "BackwardInput" in target:

@@ -1,6 +1,5 @@
 """Small models and a full training step for the tests of counted and analytic FLOPs."""
 
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +17,16 @@ def shapes(**dims):
 
 
 def mlp_params():
-    dims = {f"blocks_{i}/{leaf}": dim for i in range(6) for leaf, dim in
-            (("kernel", (WIDTH, WIDTH)), ("bias", (WIDTH,)))}
-    return shapes(**{"stem/kernel": (48, WIDTH), "stem/bias": (WIDTH,)}, **dims,
-                  **{"head/kernel": (WIDTH, 10), "head/bias": (10,)})
+    dims = {
+        f"blocks_{i}/{leaf}": dim
+        for i in range(6)
+        for leaf, dim in (("kernel", (WIDTH, WIDTH)), ("bias", (WIDTH,)))
+    }
+    return shapes(
+        **{"stem/kernel": (48, WIDTH), "stem/bias": (WIDTH,)},
+        **dims,
+        **{"head/kernel": (WIDTH, 10), "head/bias": (10,)},
+    )
 
 
 def dense(p, name, x):
@@ -38,14 +43,19 @@ def mlp(p, x):
 def conv_params():
     dims = {"stem/kernel": (3, 3, 3, 16), "stem/bias": (16,)}
     for i in range(3):
-        dims |= {f"blocks_{i}/expand/kernel": (1, 1, 16, 32), f"blocks_{i}/expand/bias": (32,),
-                 f"blocks_{i}/conv/kernel": (3, 3, 32, 16), f"blocks_{i}/conv/bias": (16,)}
+        dims |= {
+            f"blocks_{i}/expand/kernel": (1, 1, 16, 32),
+            f"blocks_{i}/expand/bias": (32,),
+            f"blocks_{i}/conv/kernel": (3, 3, 32, 16),
+            f"blocks_{i}/conv/bias": (16,),
+        }
     return shapes(**dims, **{"head/kernel": (16, 10), "head/bias": (10,)})
 
 
 def conv(p, name, x, stride=1):
-    x = lax.conv_general_dilated(x, p[f"{name}/kernel"], (stride, stride), "SAME",
-                                 dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    x = lax.conv_general_dilated(
+        x, p[f"{name}/kernel"], (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
     return x + p[f"{name}/bias"][None, None, None]
 
 
@@ -64,8 +74,12 @@ def transformer_params(blocks=4):
         dims |= {f"{name}/norm1/scale": (WIDTH,), f"{name}/norm2/scale": (WIDTH,)}
         for part, dim in (("qkv", 3 * WIDTH), ("out", WIDTH)):
             dims |= {f"{name}/attn/{part}/kernel": (WIDTH, dim), f"{name}/attn/{part}/bias": (dim,)}
-        dims |= {f"{name}/mlp/up/kernel": (WIDTH, 4 * WIDTH), f"{name}/mlp/up/bias": (4 * WIDTH,),
-                 f"{name}/mlp/down/kernel": (4 * WIDTH, WIDTH), f"{name}/mlp/down/bias": (WIDTH,)}
+        dims |= {
+            f"{name}/mlp/up/kernel": (WIDTH, 4 * WIDTH),
+            f"{name}/mlp/up/bias": (4 * WIDTH,),
+            f"{name}/mlp/down/kernel": (4 * WIDTH, WIDTH),
+            f"{name}/mlp/down/bias": (WIDTH,),
+        }
     return shapes(**dims, **{"head/kernel": (WIDTH, 10), "head/bias": (10,)})
 
 
@@ -94,14 +108,19 @@ def transformer(p, x, wrap=lambda f: f):
     return dense(p, "head", x.mean(1))
 
 
-MODELS = {"mlp": (mlp, mlp_params), "conv": (conv_net, conv_params),
-          "transformer": (transformer, transformer_params)}
+MODELS = {
+    "mlp": (mlp, mlp_params),
+    "conv": (conv_net, conv_params),
+    "transformer": (transformer, transformer_params),
+}
 IMAGE = {"mlp": (4, 4, 3), "conv": (16, 16, 3), "transformer": (8, 8, 3)}
 
 
 def batch_shapes(name, size=BATCH):
-    return {"image": jax.ShapeDtypeStruct((size, *IMAGE[name]), jnp.float32),
-            "label": jax.ShapeDtypeStruct((size,), jnp.int32)}
+    return {
+        "image": jax.ShapeDtypeStruct((size, *IMAGE[name]), jnp.float32),
+        "label": jax.ShapeDtypeStruct((size,), jnp.int32),
+    }
 
 
 def make_masks(params):
@@ -177,7 +196,7 @@ def taps(x, size):
     height, width = x.shape[1] - size + 1, x.shape[2] - size + 1
     for i in range(size):
         for j in range(size):
-            yield i, j, x[:, i:i + height, j:j + width]
+            yield i, j, x[:, i : i + height, j : j + width]
 
 
 def _shifted(x, kernel):
@@ -209,8 +228,11 @@ shifted.defvjp(_shifted_forward, _shifted_backward)
 def depthwise_params():
     dims = {"stem/kernel": (3, 3, 3, 16), "stem/bias": (16,)}
     for i in range(3):
-        dims |= {f"blocks_{i}/dw/kernel": (3, 3, 1, 16), f"blocks_{i}/conv/kernel": (1, 1, 16, 16),
-                 f"blocks_{i}/conv/bias": (16,)}
+        dims |= {
+            f"blocks_{i}/dw/kernel": (3, 3, 1, 16),
+            f"blocks_{i}/conv/kernel": (1, 1, 16, 16),
+            f"blocks_{i}/conv/bias": (16,),
+        }
     return shapes(**dims, **{"head/kernel": (16, 10), "head/bias": (10,)})
 
 

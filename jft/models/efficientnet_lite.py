@@ -15,8 +15,8 @@ from flax import linen as nn
 from jft.models.family import Family, Preprocess
 from jft.models.layers import (
     BatchNorm,
-    DropPath,
     Dropout,
+    DropPath,
     Dtype,
     Training,
     conv,
@@ -238,7 +238,9 @@ TORCH_TABLE = Table(
 def _preprocess(variant: str) -> Preprocess:
     """Mean 127 and std 128 on the 0..255 scale, as the TensorFlow original's Lite models."""
     size = 32 if variant == "efficientnet_lite_tiny" else 224
-    return Preprocess((127.0,) * 3, (128.0,) * 3, size, crop_fraction=0.875, interpolation="bicubic")
+    return Preprocess(
+        (127.0,) * 3, (128.0,) * 3, size, crop_fraction=0.875, interpolation="bicubic"
+    )
 
 
 _CONFIG_FIELDS = ("stem_features", "blocks", "final_features", "norm_momentum", "norm_epsilon")

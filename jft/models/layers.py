@@ -8,6 +8,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 Dtype = jnp.dtype | type
@@ -152,7 +153,9 @@ def relu6(x: jax.Array) -> jax.Array:
 
 
 @relu6.defjvp
-def _relu6_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+def _relu6_jvp(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     (x,), (dx,) = primals, tangents
     y = relu6(x)
     return y, jnp.where((y > 0) & (y < 6), dx, jnp.zeros_like(dx))
@@ -196,10 +199,18 @@ def _tap(x: jax.Array, i: int, j: int, size: tuple[int, int], strides: Strides) 
     return jax.lax.slice(x, (0, i, j, 0), limit, (1, *strides, 1))
 
 
-def _live(length: int, out: int, stride: int, pad: int, size: int) -> range:
-    """Kernel positions along one axis that meet a pixel at all; the others see padding only."""
-    first = max(0, pad - (out - 1) * stride)
-    return range(first, min(size, length + pad))
+def _live(
+    shape: tuple[int, ...], kernel: jax.Array, strides: Strides, pads: Pads
+) -> list[tuple[int, int]]:
+    """Kernel positions that meet a pixel at all; the others see padding only."""
+    spans = []
+    sizes = zip(shape[1:3], kernel.shape[:2], strides, pads, strict=True)
+    for (length, size, stride, (low, _)), out in zip(
+        sizes, _out_size(shape, kernel, strides, pads), strict=True
+    ):
+        first = max(0, low - (out - 1) * stride)
+        spans.append(range(first, min(size, length + low)))
+    return [(i, j) for i in spans[0] for j in spans[1]]
 
 
 def _out_size(shape: tuple[int, ...], kernel: jax.Array, strides: Strides, pads: Pads) -> Strides:
@@ -213,13 +224,11 @@ def _out_size(shape: tuple[int, ...], kernel: jax.Array, strides: Strides, pads:
 def _shifted_conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> jax.Array:
     """Depthwise convolution as one multiply-add a kernel position."""
     size = _out_size(x.shape, kernel, strides, pads)
-    live = [_live(*args) for args in zip(x.shape[1:3], size, strides, (pads[0][0], pads[1][0]), kernel.shape[:2], strict=True)]
     padded = _pad(x, (*pads[0], 0), (*pads[1], 0))
     total = jnp.zeros((), jnp.float32)
-    for i in live[0]:
-        for j in live[1]:
-            tap = _tap(padded, i, j, size, strides).astype(jnp.float32)
-            total = total + tap * kernel[i, j].astype(jnp.float32)[None, None]
+    for i, j in _live(x.shape, kernel, strides, pads):
+        tap = _tap(padded, i, j, size, strides).astype(jnp.float32)
+        total = total + tap * kernel[i, j].astype(jnp.float32)[None, None]
     return total.astype(x.dtype)
 
 
@@ -233,12 +242,10 @@ def _shifted_dx(
     ):
         spread.append((k - 1 - lo, n + lo - ((out - 1) * s + 1), s - 1))
     dy = _pad(dy, spread[0], spread[1])
-    live = [_live(*args) for args in zip(shape[1:3], _out_size(shape, kernel, strides, pads), strides, (pads[0][0], pads[1][0]), kernel.shape[:2], strict=True)]
     total = jnp.zeros((), jnp.float32)
-    for i in live[0]:
-        for j in live[1]:
-            tap = _tap(dy, kernel.shape[0] - 1 - i, kernel.shape[1] - 1 - j, shape[1:3], (1, 1))
-            total = total + tap.astype(jnp.float32) * kernel[i, j].astype(jnp.float32)[None, None]
+    for i, j in _live(shape, kernel, strides, pads):
+        tap = _tap(dy, kernel.shape[0] - 1 - i, kernel.shape[1] - 1 - j, shape[1:3], (1, 1))
+        total = total + tap.astype(jnp.float32) * kernel[i, j].astype(jnp.float32)[None, None]
     return total.astype(dy.dtype)
 
 
@@ -251,28 +258,27 @@ def _shifted_dw(
     product with ones sums them faster than a reduction.
     """
     batch, rows, columns, channels = dy.shape
-    sh, sw = strides
-    high = [-(-(n + lo + hi) // s) * s - n - lo for n, s, (lo, hi) in zip(x.shape[1:3], strides, pads, strict=True)]
-    x = _pad(x, (pads[0][0], high[0], 0), (pads[1][0], high[1], 0))
-    x = x.reshape(batch, x.shape[1] // sh, sh, x.shape[2] // sw, sw, channels)
-    x = x.transpose(2, 4, 0, 1, 3, 5)  # [sh, sw, B, rows, columns, C]: every tap is contiguous
-    live = [_live(*args) for args in zip((1,1),(1,1),strides,(0,0),(0,0))] if 0 else [range(kernel.shape[0]), range(kernel.shape[1])]
+    padded = _pad(x, (*pads[0], 0), (*pads[1], 0))
     chunk = max(1, min(rows, CHUNK_BYTES // (batch * columns * channels * 4)))
     while rows % chunk:
         chunk -= 1
+    live = _live(x.shape, kernel, strides, pads)
+    taps = np.array([(r, i, j) for r in range(0, rows, chunk) for i, j in live], np.int32)
     ones = jnp.ones((1, batch * chunk * columns), jnp.float32)
-    taps = jnp.asarray([(r, i, j) for r in range(0, rows, chunk) for i in live[0] for j in live[1]])
+    window = (batch, (chunk - 1) * strides[0] + 1, (columns - 1) * strides[1] + 1, channels)
 
     def one(tap: jax.Array) -> jax.Array:
         row, i, j = tap
-        start = (i % sh, j % sw, 0, i // sh + row, j // sw, 0)
-        a = jax.lax.dynamic_slice(x, start, (1, 1, batch, chunk, columns, channels))[0, 0]
+        a = jax.lax.dynamic_slice(padded, (0, i + row * strides[0], j, 0), window)
+        a = _tap(a, 0, 0, (chunk, columns), strides)
         b = jax.lax.dynamic_slice(dy, (0, row, 0, 0), (batch, chunk, columns, channels))
         product = a.astype(jnp.float32) * b.astype(jnp.float32)
         return (ones @ product.reshape(-1, channels))[0]
 
-    sums = jax.lax.map(one, taps).reshape(rows // chunk, len(live[0]), len(live[1]), channels)
-    return jnp.sum(sums, 0)[:, :, None].astype(kernel.dtype)
+    sums = jax.lax.map(one, jnp.asarray(taps)).reshape(-1, len(live), channels).sum(0)
+    dw = jnp.zeros(kernel.shape, jnp.float32)
+    i, j = np.array(live).T
+    return dw.at[i, j, 0].set(sums).astype(kernel.dtype)
 
 
 def depthwise_conv(
@@ -313,17 +319,29 @@ def _depthwise_backward(strides: Strides, pads: Pads, saved: Any, dy: jax.Array)
 _depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 
-def conv(x: jax.Array, kernel: jax.Array, strides: Strides, padding: str | Pads = "SAME") -> jax.Array:
+def conv(
+    x: jax.Array, kernel: jax.Array, strides: Strides, padding: str | Pads = "SAME"
+) -> jax.Array:
     """Dense convolution: x [B, H, W, I], kernel [h, w, I, O]."""
     pads = _pads(x, kernel, strides, padding)
-    return _native_conv(x, kernel, strides, pads, 1) if IM == 0 else _patches_conv(x, kernel, strides, pads)
+    return (
+        _native_conv(x, kernel, strides, pads, 1)
+        if IM == 0
+        else _patches_conv(x, kernel, strides, pads)
+    )
+
 
 IM = 1
+
 
 def _patches_conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> jax.Array:
     size = _out_size(x.shape, kernel, strides, pads)
     padded = _pad(x, (*pads[0], 0), (*pads[1], 0))
-    taps = [_tap(padded, i, j, size, strides) for i in range(kernel.shape[0]) for j in range(kernel.shape[1])]
+    taps = [
+        _tap(padded, i, j, size, strides)
+        for i in range(kernel.shape[0])
+        for j in range(kernel.shape[1])
+    ]
     patches = jnp.concatenate(taps, -1)
     y = patches.reshape(-1, patches.shape[-1]) @ kernel.reshape(-1, kernel.shape[-1])
     return y.reshape(*patches.shape[:-1], -1)

@@ -134,7 +134,9 @@ class Table:
             prefix: sum(self.path_of(name, prefix) is not None for name in names)
             for prefix in self.prefixes
         }
-        best = max(self.prefixes, key=lambda prefix: counts[prefix])  # max keeps the first of equals
+        best = max(
+            self.prefixes, key=lambda prefix: counts[prefix]
+        )  # max keeps the first of equals
         return best, counts[best]
 
 

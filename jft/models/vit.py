@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from jft.errors import WeightsError
 from jft.models.family import Family, Preprocess
-from jft.models.layers import DropPath, Dropout, Dtype, LayerNorm, Training, attention, gelu
+from jft.models.layers import Dropout, DropPath, Dtype, LayerNorm, Training, attention, gelu
 from jft.models.table import Entry, Table
 
 # Of every kernel and embedding (Hugging Face's initializer_range).
@@ -197,7 +197,9 @@ class VisionTransformer(nn.Module):
         The stage "norm" normalises and pools, [B, N, D] -> [B, D]; "head" gives float32 logits.
         """
         for index, name in list(enumerate(self.stages))[start:stop]:
-            x = self._stage(index, name, x, training if training and index >= training.cut else None)
+            x = self._stage(
+                index, name, x, training if training and index >= training.cut else None
+            )
         return x
 
     def _stage(self, index: int, name: str, x: jax.Array, training: Training | None) -> jax.Array:
@@ -323,7 +325,9 @@ def _variant_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if "hidden_act" in config:
         if config["hidden_act"] not in _HF_GELU:
             known = ", ".join(_HF_GELU)
-            raise WeightsError(f"hidden_act {config['hidden_act']!r} of the source is none of {known}")
+            raise WeightsError(
+                f"hidden_act {config['hidden_act']!r} of the source is none of {known}"
+            )
         fields["gelu"] = _HF_GELU[config["hidden_act"]]
     return fields
 

@@ -101,7 +101,9 @@ def make_model(*, name: str, args: Mapping[str, Any] | None = None, num_classes:
     changed = {}
     for key, value in dict(args or {}).items():
         if key not in defaults:
-            raise ConfigError(f"model.args.{key}: {name} has no such argument{nearest(key, defaults)}")
+            raise ConfigError(
+                f"model.args.{key}: {name} has no such argument{nearest(key, defaults)}"
+            )
         changed[key] = _checked(f"model.args.{key}", value, defaults[key])
     image_size = changed.pop("image_size", preprocess.image_size)
     if num_classes < 1:

@@ -4,8 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -15,97 +14,17 @@ from jft.errors import DivergedError
 from jft.freeze.phases import Phase
 from jft.metrics import finish
 from jft.report.writers import RunWriter
-from jft.train.checkpoint import Checkpoints, Restored
-from jft.train.optim import OptimSection
-from jft.train.parallel import Parallel, check_replicas
+from jft.train.checkpoint import Restored
 from jft.train.lock import Lock
+from jft.train.parallel import check_replicas
+from jft.train.run import Outcome, Run, compile_phase, from_checkpoint, pack
 from jft.train.signals import StopSignals
-from jft.train.state import (
-    WINDOW_SUMS,
-    Frozen,
-    TrainState,
-    fill,
-    first_trainable_stage,
-    frozen_norms,
-    leaves_by_path,
-    make_state,
-    switch_phase,
-)
-from jft.train.step import StepParts, make_eval_step, make_train_step
+from jft.train.state import WINDOW_SUMS, Frozen, leaves_by_path, make_state, switch_phase
+from jft.train.step import make_eval_step
 from jft.tree import Flat
 
 # Steps the host may run ahead of the device: enough to hide its work, few enough batches to hold.
 IN_FLIGHT_STEPS = 8
-
-
-@dataclass(frozen=True)
-class Run:
-    """The built parts of a run.
-
-    Attributes:
-      workdir: the run directory.
-      phases: from freeze.phases.
-      optim: from train.optim.
-      parallel: from train.parallel.
-      parts: what every step is built from.
-      stages: of the model, from input to output.
-      shapes: {path: shape and dtype} of all params, and the same of all statistics.
-      start: returns the initial (params, model_state), flat; called only by a run that starts
-        from step 0, or to rebuild a damaged frozen leaf.
-      batches: returns the host batches from a position (batches already consumed) on.
-      batch_shape: {name: shape and dtype} of one global batch.
-      evaluate: runs a split, (predict_step, split, step) -> scalars; writes eval/<split>.json.
-      splits: evaluated at the end; "val" also every `eval_every_steps`.
-      checkpoints: of the run directory.
-      make_writer: takes the resumed step or None, returns the writer.
-      begin: called once the run directory is locked; writes config.json and its like.
-      info: JSON that goes into every checkpoint (config, label names, ...).
-      enforce: "split" or "optax".
-      eval_batch_shape: like `batch_shape`, for evaluation.
-      eval_every_steps: None evaluates at the end only.
-      save_every_steps: None saves at the end and on signals only.
-    """
-
-    workdir: Path
-    phases: tuple[Phase, ...]
-    optim: OptimSection
-    parallel: Parallel
-    parts: StepParts
-    stages: tuple[str, ...]
-    shapes: tuple[Flat, Flat]
-    start: Callable[[], tuple[Flat, Flat]]
-    batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]]
-    batch_shape: dict[str, Any]
-    evaluate: Callable[[Callable[..., Any], str, int], dict[str, float]]
-    splits: tuple[str, ...]
-    checkpoints: Checkpoints
-    make_writer: Callable[[int | None], RunWriter]
-    begin: Callable[[], None] = lambda: None
-    info: dict[str, Any] = field(default_factory=dict)
-    enforce: str = "split"
-    eval_batch_shape: dict[str, Any] = field(default_factory=dict)
-    eval_every_steps: int | None = None
-    save_every_steps: int | None = None
-
-    @property
-    def total_steps(self) -> int:
-        """Updates of the whole run."""
-        return self.phases[-1].stop_step
-
-    def phase_at(self, step: int) -> Phase:
-        """Returns the phase that does the update after `step`; the last one at the end."""
-        return next((p for p in self.phases if step < p.stop_step), self.phases[-1])
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended: its exit code (0, 75, 130), the step, and the last metrics by name."""
-
-    exit_code: int
-    step: int
-    metrics: dict[str, float]
-    params: Flat
-    model_state: Flat
 
 
 def fit(run: Run) -> Outcome:
@@ -151,7 +70,7 @@ class _Trainer:
         self.eval_step: Any = None
         self.in_flight: deque[jax.Array] = deque()
         self.rows: deque[_Row] = deque()
-        self.last: dict[str, jax.Array] = {}
+        self.last: dict[str, Any] = {}
         self.results: dict[str, float] = {}
         self.step, self.evaluated_step = 0, -1
         self.wait_seconds = 0.0
@@ -163,7 +82,7 @@ class _Trainer:
             self.state, self.frozen = make_state(self.phase, tx, params, stats, run.enforce)
         else:
             self.phase = run.phases[restored.info["phase"]]
-            self.state, self.frozen = _from_checkpoint(run, self.phase, restored)
+            self.state, self.frozen = from_checkpoint(run, self.phase, restored)
             self.step = restored.step
             self.results = dict(restored.info["results"])
             for message in restored.skipped:
@@ -173,13 +92,14 @@ class _Trainer:
 
     def train(self, stop: StopSignals) -> int:
         """Runs the phases that are left; returns the exit code."""
-        batches = iter(self.run.batches(self.step)) if self.step < self.run.total_steps else None
+        batches = self.run.batches(self.step)
         for phase in self.run.phases:
-            if phase.stop_step <= self.step:
+            last = min(phase.stop_step, self.run.total_steps)
+            if last <= self.step:
                 continue
             self.enter(phase)
             first = self.step
-            while self.step < phase.stop_step:
+            while self.step < last:
                 self.update(batches)
                 if self.step == first + 1 and self.run.parallel.num_devices > 1:
                     check_replicas(self.state)
@@ -211,7 +131,7 @@ class _Trainer:
             f"phase {phase.index} ({phase.name}): steps {phase.start_step}-{phase.stop_step},"
             f" compiled in {compile_seconds:.1f} s, waited {stall:.1f} s"
         )
-        if phase.index + 1 < len(run.phases):
+        if phase.stop_step < run.total_steps:
             self.compile(run.phases[phase.index + 1])
         self.clock, self.clock_step, self.wait_seconds = time.monotonic(), self.step, 0.0
 
@@ -345,38 +265,5 @@ class _Row:
 
     step: int
     phase: int
-    metrics: dict[str, jax.Array]
+    metrics: dict[str, Any]
     shown: bool = True
-
-
-def compile_phase(run: Run, phase: Phase) -> tuple[Any, float]:
-    """Returns the compiled step of `phase`, and the seconds it took; needs no arrays."""
-    began = time.monotonic()
-    state, frozen = abstract_state(run, phase)
-    step = make_train_step(
-        run.parts,
-        run.optim.tx(phase, run.enforce),
-        phase.mask,
-        run.optim.schedule,
-        cut=first_trainable_stage(phase.mask, run.stages),
-        frozen_norms=frozen_norms(phase.mask, run.shapes[1]),
-        axis_name=run.parallel.axis_name,
-    )
-    compiled = run.parallel.compile_train(step, state, frozen, run.batch_shape)
-    return compiled, time.monotonic() - began
-
-
-def abstract_state(run: Run, phase: Phase) -> tuple[TrainState, Frozen]:
-    """Returns shapes and dtypes of the state and frozen leaves of `phase`; allocates nothing."""
-    tx = run.optim.tx(phase, run.enforce)
-    return jax.eval_shape(lambda p, s: make_state(phase, tx, p, s, run.enforce), *run.shapes)
-
-
-def pack(state: TrainState, frozen: Frozen) -> tuple[Flat, Flat]:
-    """Returns (state, frozen) as flat dicts, as checkpoints hold them."""
-    return leaves_by_path(state), leaves_by_path(frozen)
-
-
-def _from_checkpoint(run: Run, phase: Phase, restored: Restored) -> tuple[TrainState, Frozen]:
-    state, frozen = abstract_state(run, phase)
-    return fill(state, restored.state), fill(frozen, restored.frozen)

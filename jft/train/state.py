@@ -1,5 +1,6 @@
 """The state of a run: what a step changes (TrainState) and what it only reads (Frozen)."""
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -28,12 +29,12 @@ class TrainState:
       faults: "total" non-finite steps so far, "halted" 1 once the run must stop; [] int32.
     """
 
-    step: jax.Array
+    step: Any
     params: Flat
     model_state: Flat
     opt_state: Any
-    window: dict[str, jax.Array]
-    faults: dict[str, jax.Array]
+    window: Flat
+    faults: Flat
 
 
 @flax.struct.dataclass
@@ -126,7 +127,9 @@ def switch_phase(
     found, structure = jax.tree_util.tree_flatten_with_path(fresh)
     moved = [old.get(_name(path), leaf) for path, leaf in found]
     opt_state = jax.tree_util.tree_unflatten(structure, moved)
-    state = state.replace(params=trainable[0], model_state=trainable[1], opt_state=opt_state)
+    state = dataclasses.replace(
+        state, params=trainable[0], model_state=trainable[1], opt_state=opt_state
+    )
     return state, Frozen(*rest)
 
 

@@ -44,25 +44,18 @@ class StepParts:
     log_every_steps: int = 10
 
 
-def make_train_step(
+def make_loss_sums(
     parts: StepParts,
-    tx: optax.GradientTransformationExtraArgs,
-    mask: dict[str, bool],
-    schedule: Callable[[Any], jax.Array],
     *,
     cut: int = 0,
     frozen_norms: frozenset[str] = frozenset(),
     axis_name: str | None = None,
-) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """Returns step(state, frozen, batch) -> (state, metrics), a pure function.
+) -> Callable[..., tuple[jax.Array, tuple[dict[str, jax.Array], Flat]]]:
+    """Returns f(params, stats, frozen, batch, key) -> (loss sum, (sums, moved statistics)).
 
-    Sums of loss, gradients and counts are added over micro-batches and over `axis_name` (None
-    under jit alone, where the batch is whole), and divided once by the number of examples that
-    count: ragged masks, accumulation and the number of devices change nothing.
+    It is what a step differentiates by `params`, the trainable leaves; batch has "row", the place
+    of each example in the global batch.
     """
-
-    def reduce(tree: Any) -> Any:
-        return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
     def loss_sums(params: Flat, stats: Flat, frozen: Frozen, batch: Batch, key: jax.Array):
         variables: dict[str, Any] = {"params": merge(params, frozen.params)}
@@ -81,37 +74,71 @@ def make_train_step(
         losses = parts.loss(logits, batch["label"])
         sums = classification_sums(logits, batch["label"], batch["mask"], losses)
         moved = flatten(updated.get("batch_stats", {}))
-        stats = {path: jax.lax.stop_gradient(moved[path]) for path in stats}
-        return sums["loss_sum"], (sums, stats)
+        return sums["loss_sum"], (
+            sums,
+            {path: jax.lax.stop_gradient(moved[path]) for path in stats},
+        )
 
-    def accumulate(state: TrainState, frozen: Frozen, batch: Batch, key: jax.Array):
-        grad = jax.grad(loss_sums, has_aux=True)
-        if parts.accum_steps == 1:
-            return grad(state.params, state.model_state, frozen, batch, key)
+    return loss_sums
 
-        # Strided rows: micro-batch i holds the rows with index i modulo k on any device count.
-        def micro(leaf: jax.Array) -> jax.Array:
-            k = parts.accum_steps
-            return leaf.reshape((leaf.shape[0] // k, k) + leaf.shape[1:]).swapaxes(0, 1)
 
-        def body(carry, rows: Batch):
-            grads, sums, stats = carry
-            more, (micro_sums, stats) = grad(state.params, stats, frozen, rows, key)
-            grads = jax.tree.map(jnp.add, grads, more)
-            return (grads, jax.tree.map(jnp.add, sums, micro_sums), stats), None
+def _sum_gradients(
+    loss_sums: Callable[..., Any],
+    accum_steps: int,
+    state: TrainState,
+    frozen: Frozen,
+    batch: Batch,
+    key: jax.Array,
+) -> tuple[Flat, dict[str, jax.Array], Flat]:
+    """Returns (gradients of the loss sum, sums, moved statistics), over all micro-batches."""
+    grad = jax.grad(loss_sums, has_aux=True)
+    if accum_steps == 1:
+        grads, (sums, stats) = grad(state.params, state.model_state, frozen, batch, key)
+        return grads, sums, stats
 
-        grads = jax.tree.map(jnp.zeros_like, state.params)
-        sums = {name: jnp.zeros((), jnp.float32) for name in WINDOW_SUMS}
-        carry, _ = jax.lax.scan(body, (grads, sums, state.model_state), jax.tree.map(micro, batch))
-        return carry[0], (carry[1], carry[2])
+    # Strided rows: micro-batch i holds the rows with index i modulo k on any device count.
+    def micro(leaf: jax.Array) -> jax.Array:
+        rows = leaf.shape[0] // accum_steps
+        return leaf.reshape((rows, accum_steps) + leaf.shape[1:]).swapaxes(0, 1)
+
+    def body(carry: Any, rows: Batch) -> tuple[Any, None]:
+        grads, sums, stats = carry
+        more, (micro_sums, stats) = grad(state.params, stats, frozen, rows, key)
+        added = jax.tree.map(jnp.add, (grads, sums), (more, micro_sums))
+        return (*added, stats), None
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    sums = {name: jnp.zeros((), jnp.float32) for name in WINDOW_SUMS}
+    carry, _ = jax.lax.scan(body, (zeros, sums, state.model_state), jax.tree.map(micro, batch))
+    return carry
+
+
+def make_train_step(
+    parts: StepParts,
+    tx: optax.GradientTransformationExtraArgs,
+    mask: dict[str, bool],
+    schedule: Callable[[Any], jax.Array],
+    *,
+    cut: int = 0,
+    frozen_norms: frozenset[str] = frozenset(),
+    axis_name: str | None = None,
+) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """Returns step(state, frozen, batch) -> (state, metrics), a pure function.
+
+    Sums of loss, gradients and counts are added over micro-batches and over `axis_name` (None
+    under jit alone, where the batch is whole), and divided once by the number of examples that
+    count: ragged masks, accumulation and the number of devices change nothing.
+    """
+    loss_sums = make_loss_sums(parts, cut=cut, frozen_norms=frozen_norms, axis_name=axis_name)
 
     def step(state: TrainState, frozen: Frozen, batch: Batch):
         key = jax.random.fold_in(jax.random.key(parts.seed), state.step)
         rows = batch["label"].shape[0]
         first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * rows
         batch = dict(batch, row=first + jnp.arange(rows, dtype=jnp.int32))
-        grads, (sums, stats) = accumulate(state, frozen, batch, key)
-        grads, sums = reduce((grads, sums))
+        grads, sums, stats = _sum_gradients(loss_sums, parts.accum_steps, state, frozen, batch, key)
+        if axis_name is not None:
+            grads, sums = jax.lax.psum((grads, sums), axis_name)
         weight = jnp.maximum(sums["weight_sum"], 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
         # The norm, like everything after it, sees the trainable leaves alone.
@@ -122,11 +149,12 @@ def make_train_step(
             for path, leaf in state.params.items()
         }
         finite = jnp.isfinite(sums["loss_sum"]) & jnp.isfinite(norm)
+        rate = schedule(state.step)
         state = _accept(parts, state, finite, sums, params, stats, opt_state)
         metrics = dict(
             state.window,
             grad_norm=norm,
-            learning_rate=schedule(state.step - 1),
+            learning_rate=rate,
             nonfinite_steps=state.faults["total"],
             halted=state.faults["halted"],
         )

@@ -131,7 +131,7 @@ def _read_npy(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np
         refuse(path, f"the member {name!r} is no readable .npy: {str(error)[:120]!r}")
     if dtype == np.dtype("V2"):
         dtype = np.dtype(ml_dtypes.bfloat16)  # numpy's way of saving it
-    elif dtype.hasobject or dtype.kind not in "biuf":
+    elif dtype.kind not in "biuf":
         refuse(
             path, f"the member {name!r} holds {str(dtype)[:60]}, not numbers (pickle is never read)"
         )

@@ -1,0 +1,47 @@
+"""jft, the JAX fine-tuner: converted weights, config-driven runs, freezing that costs nothing."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jft.config import load_config
+    from jft.setup import setup
+    from jft.train.loop import fit
+    from jft.trained import evaluate, export, predict, report
+    from jft.tree import merge, split
+    from jft.weights.convert import load_pretrained
+
+# Name -> module. Loaded at first use, so that `jft --help` does not wait for jax.
+_PUBLIC = {
+    "load_config": "jft.config",
+    "setup": "jft.setup",
+    "fit": "jft.train.loop",
+    "evaluate": "jft.trained",
+    "predict": "jft.trained",
+    "export": "jft.trained",
+    "report": "jft.trained",
+    "load_pretrained": "jft.weights.convert",
+    "split": "jft.tree",
+    "merge": "jft.tree",
+}
+
+__all__ = [
+    "evaluate",
+    "export",
+    "fit",
+    "load_config",
+    "load_pretrained",
+    "merge",
+    "predict",
+    "report",
+    "setup",
+    "split",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'jft' has no attribute {name!r}")
+    found = getattr(import_module(_PUBLIC[name]), name)
+    globals()[name] = found
+    return found

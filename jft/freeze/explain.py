@@ -1,0 +1,75 @@
+"""The explain table: what trains, when, why, at which rate and at what size."""
+
+from collections.abc import Mapping, Sequence
+
+from jft.freeze.groups import Groups
+from jft.freeze.phases import Phase
+from jft.tree import Flat, count_bytes, count_params
+
+
+def explain(
+    groups: Groups,
+    phases: Sequence[Phase],
+    shapes: Flat,
+    rates: Mapping[str, float],
+    decays: Mapping[str, float],
+    *,
+    every_leaf: bool = False,
+) -> str:
+    """Returns an aligned table with one line a structural group, or a leaf.
+
+    Args:
+      groups: of the model.
+      phases: of the run; one column each: "train", "part" of the group, or "-" frozen.
+      shapes: {path: shape and dtype}.
+      rates: {path: peak learning rate}, before the phase's own factor.
+      decays: {path: weight decay}.
+      every_leaf: a line a leaf, with the pattern that put it in its group.
+    """
+    head = ["leaf" if every_leaf else "group", "pattern" if every_leaf else "leaves"]
+    head += ["parameters", "bytes", "rate", "decay", *(f"phase {p.index}" for p in phases)]
+    rows = [head]
+    if every_leaf:
+        members = [(path, groups.patterns[path][1], [path]) for path in groups.paths]
+    else:
+        members = []
+        for name in groups.order:
+            paths = [path for path in groups.paths if path in groups.members[name]]
+            members.append((name, f"{len(paths):,}", paths))
+    for name, second, paths in members:
+        leaves = {path: shapes[path] for path in paths}
+        row = [name, second, f"{count_params(leaves):,}", f"{count_bytes(leaves):,}"]
+        row += [_span(rates, paths), _span(decays, paths)]
+        row += [_trains(phase, paths) for phase in phases]
+        rows.append(row)
+    everything = {path: shapes[path] for path in groups.paths}
+    total = ["all", f"{len(everything):,}" if not every_leaf else ""]
+    total += [f"{count_params(everything):,}", f"{count_bytes(everything):,}", "", ""]
+    for phase in phases:
+        part = {path: leaf for path, leaf in everything.items() if phase.mask[path]}
+        total.append(f"{count_params(part):,}")
+    rows.append(total)
+    return align(rows, left={0, 1} if every_leaf else {0})
+
+
+def _span(values: Mapping[str, float], paths: Sequence[str]) -> str:
+    low, high = min(values[p] for p in paths), max(values[p] for p in paths)
+    return f"{high:.3g}" if low == high else f"{low:.3g}-{high:.3g}"
+
+
+def _trains(phase: Phase, paths: Sequence[str]) -> str:
+    count = sum(phase.mask[path] for path in paths)
+    return "train" if count == len(paths) else f"{count} of {len(paths)}" if count else "-"
+
+
+def align(rows: Sequence[Sequence[str]], left: set[int]) -> str:
+    """Returns rows of cells as text; the columns in `left` align left, the others right."""
+    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if at in left else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

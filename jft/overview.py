@@ -1,0 +1,94 @@
+"""What a run will do and cost, from shapes alone: plan.json and the tables before the first step."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jft.freeze.explain import explain
+from jft.freeze.phases import Phase
+from jft.plan import PhaseParts, PhasePlan, make_plan, plan_table
+from jft.plan import to_dict as plan_dict
+from jft.task import Task, batch_shapes
+from jft.train.optim import OptimSection
+from jft.train.parallel import Parallel
+from jft.train.state import Frozen, first_trainable_stage, frozen_norms
+from jft.train.step import StepParts, make_loss_sums
+from jft.tree import Flat
+
+
+def plan_phases(
+    task: Task,
+    parallel: Parallel,
+    phases: tuple[Phase, ...],
+    optim: OptimSection,
+    parts: StepParts,
+) -> list[PhasePlan]:
+    """Returns what each phase costs on one device, counted from shapes; compiles nothing."""
+    params, stats = task.shapes
+    rows = task.config.train.batch_size // parallel.num_devices
+    batch = batch_shapes(task, rows) | {"row": jax.ShapeDtypeStruct((rows,), np.int32)}
+
+    def make_loss(mask: Mapping[str, bool]) -> Any:
+        fixed = frozen_norms(dict(mask), stats)
+        cut = first_trainable_stage(dict(mask), task.model.stages)
+        sums = make_loss_sums(parts, cut=cut, frozen_norms=fixed)
+
+        def loss(trainable: Flat, frozen: Flat, stats: Flat, batch: Flat) -> jax.Array:
+            return sums(trainable, stats, Frozen(frozen, {}), batch, jax.random.key(0))[0]
+
+        return loss
+
+    described = [PhaseParts(p.name, p.start_step, p.stop_step, p.mask, optim.tx(p)) for p in phases]
+    return make_plan(described, params, task.stages, make_loss, (stats, batch))
+
+
+def describe_plan(
+    task: Task, plans: list[PhasePlan], phases: tuple[Phase, ...], optim: OptimSection
+) -> dict[str, Any]:
+    """Returns the content of plan.json."""
+    groups = {path: group for path, (group, _) in task.groups().patterns.items()}
+    factors: dict[str, set[float]] = {}
+    for path, group in groups.items():
+        factors.setdefault(group, set()).add(optim.multipliers[path])
+    peak = task.config.optim.learning_rate
+    rates = {
+        group: [peak * phase.lr_scale * max(found) for phase in phases]
+        for group, found in factors.items()
+    }
+    masks = [phase.mask for phase in phases]
+    return plan_dict(plans, task.shapes[0], masks, groups, rates)
+
+
+def tables(
+    task: Task,
+    phases: tuple[Phase, ...],
+    optim: OptimSection,
+    plans: list[PhasePlan],
+    every_leaf: bool = False,
+) -> str:
+    """Returns the groups table (or one line a leaf) and the phases table."""
+    params, section = task.shapes[0], task.config.optim
+    rates = {path: section.learning_rate * optim.multipliers[path] for path in params}
+    decays = {path: section.weight_decay * optim.decay_mask[path] for path in params}
+    table = explain(task.groups(), phases, params, rates, decays, every_leaf=every_leaf)
+    return f"{table}\n\n{plan_table(plans)}"
+
+
+def summary(
+    task: Task,
+    parallel: Parallel,
+    phases: tuple[Phase, ...],
+    optim: OptimSection,
+    plans: list[PhasePlan],
+    conversion: Mapping[str, Any] | None,
+) -> str:
+    """Returns what to show before the first step: weights, groups, phases, data, devices."""
+    sizes = ", ".join(f"{name} {len(source):,}" for name, source in task.splits.items())
+    kinds = ", ".join(sorted({device.device_kind for device in parallel.mesh.devices.flat}))
+    parts = [conversion["text"]] if conversion else ["weights   random, no source"]
+    parts.append(tables(task, phases, optim, plans))
+    parts.append(f"data      {sizes}; {len(task.splits.label_names)} classes")
+    parts.append(f"devices   {parallel.num_devices} x {kinds}, {parallel.mode}")
+    return "\n\n".join(parts)

@@ -1,0 +1,147 @@
+"""Data and model of a config: what training, evaluation, prediction and the plan share."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from jft.data.images import canvas_shape
+from jft.data.sources import Splits, make_splits
+from jft.freeze.groups import COMMON_SETS, Groups, make_groups
+from jft.models.family import Preprocess
+from jft.models.own import OwnModel, own_model
+from jft.models.zoo import Model, make_model
+from jft.tree import Flat, flatten
+from jft.weights.convert import load_pretrained
+
+# Folded into the run's key for fresh leaves; no step of a run has this number.
+INIT_FOLD = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Task:
+    """Data and model of a config, without any weights: what training, evaluation and plan share.
+
+    Attributes:
+      config: the locked config.
+      splits: train, val, test.
+      model: from the zoo, or the user's own.
+      preprocess: of the model, or of its source where that has its own.
+      image_shape: (H, W, C) of a batch on the host.
+      shapes: {path: shape and dtype} of params and of statistics.
+    """
+
+    config: ConfigDict
+    splits: Splits
+    model: Model | OwnModel
+    preprocess: Preprocess
+    image_shape: tuple[int, int, int]
+    shapes: tuple[Flat, Flat]
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Stages from input to output; for a module without any, its top-level names."""
+        return self.model.stages or tuple(dict.fromkeys(p.split("/")[0] for p in self.shapes[0]))
+
+    def groups(self) -> Groups:
+        """Groups of the model, with the config's own."""
+        family = self.model.family
+        order = {stage: index for index, stage in enumerate(self.stages)}
+        paths = sorted(self.shapes[0], key=lambda p: (order.get(p.split("/")[0], 0), p))
+        return make_groups(
+            paths,
+            structural=family.groups if family else (),
+            sets=family.sets if family else COMMON_SETS,
+            extra=[tuple(pair) for pair in self.config.freeze.groups],
+        )
+
+
+def make_data(config: ConfigDict) -> Splits:
+    """Returns the splits of a config's data section."""
+    data = config.data
+    return make_splits(
+        name=data.name,
+        path=data.path,
+        args=data.args.to_dict(),
+        seed=config.seed,
+        val_fraction=data.val_fraction,
+        test_fraction=data.test_fraction,
+        train_examples=data.train_examples,
+    )
+
+
+def make_task(config: ConfigDict, model: Any = None) -> Task:
+    """Returns data and model of a config.
+
+    Args:
+      config: from `load_config`.
+      model: the user's own module; None makes the one of `config.model`.
+    """
+    splits = make_data(config)
+    made = _make_model(config, model, len(splits.label_names))
+    used = made.preprocess
+    size, channels = used.image_size, len(used.mean)
+    image = jax.ShapeDtypeStruct((1, size, size, channels), np.float32)
+    variables = jax.eval_shape(made.init, jax.random.key(0), image)
+    shapes = (flatten(variables["params"]), flatten(variables.get("batch_stats", {})))
+    native = splits.train.image_shape
+    return Task(config, splits, made, used, canvas_shape(native, used), shapes)
+
+
+def with_preprocess(task: Task, values: Mapping[str, Any] | None) -> Task:
+    """Returns the task with the preprocessing that its source brought along, if any."""
+    if not values:
+        return task
+    size = {"image_size": task.preprocess.image_size}
+    used = Preprocess.from_dict({**values, **size})
+    shape = canvas_shape(task.splits.train.image_shape, used)
+    return replace(task, preprocess=used, image_shape=shape)
+
+
+def _make_model(config: ConfigDict, module: Any, num_classes: int) -> Model | OwnModel:
+    size = config.data.image_size
+    if module is not None:
+        own = getattr(module, "preprocess", None) or OwnModel.preprocess
+        if size is not None:
+            own = Preprocess.from_dict(own.to_dict() | {"image_size": size})
+        return own_model(module, num_classes, own)
+    args = config.model.args.to_dict()
+    args.setdefault("dtype", config.train.dtype)
+    if size is not None:
+        args["image_size"] = size
+    return make_model(name=config.model.name, args=args, num_classes=num_classes)
+
+
+def initial_leaves(task: Task, workdir: Path) -> tuple[Flat, Flat, dict[str, Any] | None]:
+    """Returns (params, model_state, conversion report or None) that a run starts from."""
+    config, size = task.config, task.preprocess.image_size
+    key = jax.random.fold_in(jax.random.key(config.seed), INIT_FOLD)
+    shape = (size, size, len(task.preprocess.mean))
+    if config.init.source is None:
+        variables, report = task.model.init(key, jnp.zeros((1, *shape))), None
+    else:
+        variables, found = load_pretrained(
+            task.model,
+            config.init.source,
+            fresh=list(config.init.fresh),
+            key=key,
+            image_shape=shape,
+            scratch_dir=workdir / "random",
+        )
+        report = found.to_dict() | {"text": found.text()}
+    flat = (flatten(variables["params"]), flatten(variables.get("batch_stats", {})))
+    return *(jax.tree.map(np.asarray, leaves) for leaves in flat), report
+
+
+def batch_shapes(task: Task, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shapes and dtypes of a global batch of `rows` examples."""
+    return {
+        "image": jax.ShapeDtypeStruct((rows, *task.image_shape), np.uint8),
+        "label": jax.ShapeDtypeStruct((rows,), np.int32),
+        "mask": jax.ShapeDtypeStruct((rows,), np.float32),
+    }

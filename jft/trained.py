@@ -1,0 +1,187 @@
+"""Uses a run directory: evaluate, predict, export, and the report after training."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from jft.baselines import measure
+from jft.config import from_json
+from jft.data.decode import load_image
+from jft.errors import ConfigError, WeightsError, nearest
+from jft.evaluate.run import fetch_each
+from jft.report.html import write_report
+from jft.report.rundir import read_json, write_json
+from jft.setup import (
+    eval_batch_size,
+    evaluate_split,
+    make_checkpoints,
+    make_schedule_parts,
+)
+from jft.task import Task, batch_shapes, initial_leaves, make_task, with_preprocess
+from jft.train.parallel import Parallel, make_parallel
+from jft.train.state import Frozen, leaves_by_path
+from jft.train.step import StepParts, make_eval_step
+from jft.tree import Flat, merge
+from jft.weights.export import export_weights
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's newest good checkpoint, ready to use.
+
+    Attributes:
+      task: data and model.
+      parallel: the devices.
+      parts: transforms and loss.
+      params: {path: leaf}.
+      model_state: {path: leaf}.
+      step: updates it had.
+    """
+
+    task: Task
+    parallel: Parallel
+    parts: StepParts
+    params: Flat
+    model_state: Flat
+    step: int
+
+    def predict_step(self) -> Any:
+        """Returns batch -> {"logits" [B, K], "loss" [B]}, compiled."""
+        shapes = batch_shapes(self.task, eval_batch_size(self.task.config, self.parallel))
+        leaves = self.parallel.place((self.params, self.model_state))
+        params, stats = leaves
+        compiled = self.parallel.compile_eval(make_eval_step(self.parts), params, stats, shapes)
+        return lambda batch: compiled(
+            params, stats, self.parallel.place_batch({name: batch[name] for name in shapes})
+        )
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """Returns the config that a run directory was made with."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"--workdir={workdir}: no run there; it has no config.json")
+    return from_json(path.read_text())
+
+
+def load_trained(workdir: str | Path, model: Any = None) -> Trained:
+    """Returns the newest good checkpoint of a run.
+
+    Args:
+      workdir: the run directory.
+      model: the user's own module, if the run was made with one.
+
+    Raises:
+      ConfigError: no run is there.
+      WeightsError: it has no checkpoint, or none that is whole.
+    """
+    workdir = Path(workdir)
+    config = read_config(workdir)
+    task = make_task(config, model)
+    task = with_preprocess(task, (read_json(workdir / "conversion.json") or {}).get("preprocess"))
+
+    def rebuild(paths: list[str]) -> Flat:
+        leaves = leaves_by_path(Frozen(*initial_leaves(task, workdir)[:2]))
+        return {path: leaves[path] for path in paths if path in leaves}
+
+    restored = make_checkpoints(config, workdir).restore(rebuild=rebuild)
+    if restored is None:
+        raise WeightsError(f"{workdir}: the run has no checkpoint yet")
+    leaves = {**restored.frozen, **restored.state}
+    flats = []
+    for kind, shapes in zip(("params", "model_state"), task.shapes, strict=True):
+        missing = [path for path in shapes if f"{kind}/{path}" not in leaves]
+        if missing:
+            raise WeightsError(f"{workdir}: the checkpoint lacks {missing[0]!r}")
+        flats.append({path: leaves[f"{kind}/{path}"] for path in shapes})
+    parallel = make_parallel(mode=config.parallel.mode, devices=config.parallel.devices)
+    _, _, parts = make_schedule_parts(task, parallel)
+    return Trained(task, parallel, parts, flats[0], flats[1], restored.step)
+
+
+def evaluate(workdir: str | Path, split: str = "test", model: Any = None) -> dict[str, float]:
+    """Returns loss, accuracy and macro F1 of a split; writes eval/<split>.json."""
+    trained = load_trained(workdir, model)
+    known = list(trained.task.splits)
+    if split not in known:
+        raise ConfigError(
+            f"--split={split}: the data has {', '.join(known)}{nearest(split, known)}"
+        )
+    step = trained.predict_step()
+    return evaluate_split(trained.task, Path(workdir), trained.parallel, step, split, trained.step)
+
+
+def predict(
+    workdir: str | Path, files: Sequence[str | Path], model: Any = None
+) -> list[dict[str, Any]]:
+    """Returns one dict an image file: file, label, probability, and all probabilities by name.
+
+    Raises:
+      DataError: a file is missing or no image.
+    """
+    trained = load_trained(workdir, model)
+    task, names = trained.task, trained.task.splits.label_names
+    rows = eval_batch_size(task.config, trained.parallel)
+
+    def batches() -> Any:
+        for start in range(0, len(files), rows):
+            part = [Path(file) for file in files[start : start + rows]]
+            images = np.zeros((rows, *task.image_shape), np.uint8)
+            for row, file in enumerate(part):
+                images[row] = load_image(file, task.image_shape, task.preprocess.interpolation)
+            zeros = np.zeros(rows, np.int32)
+            yield {"image": images, "label": zeros, "mask": zeros.astype(np.float32), "file": part}
+
+    found = []
+    for batch, outputs in fetch_each(trained.predict_step(), batches()):
+        probabilities = np.asarray(jax.nn.softmax(outputs["logits"], axis=-1))
+        for file, row in zip(batch["file"], probabilities, strict=False):
+            best = int(row.argmax())
+            by_name = {name: float(value) for name, value in zip(names, row, strict=True)}
+            found.append(
+                {
+                    "file": str(file),
+                    "label": names[best],
+                    "probability": float(row[best]),
+                    "probabilities": by_name,
+                }
+            )
+    return found
+
+
+def export(workdir: str | Path, out: str | Path, model: Any = None) -> Path:
+    """Writes safetensors, config.json and preprocessing in the names of the run's source."""
+    trained = load_trained(workdir, model)
+    conversion = read_json(Path(workdir) / "conversion.json") or {}
+    variables = {"params": merge(trained.params)}
+    if trained.model_state:
+        variables["batch_stats"] = merge(trained.model_state)
+    return export_weights(
+        trained.task.model,
+        variables,
+        out,
+        label_names=trained.task.splits.label_names,
+        preprocess=trained.task.preprocess,
+        table=conversion.get("table", 0),
+        provenance={
+            "source": conversion.get("source"),
+            "sha256": conversion.get("sha256"),
+            "step": trained.step,
+            "config": json.loads((Path(workdir) / "config.json").read_text()),
+        },
+    )
+
+
+def report(workdir: str | Path) -> Path:
+    """Measures the config's baselines where that is not done yet, and writes report.html."""
+    workdir = Path(workdir)
+    config = read_config(workdir)
+    if config.report.baselines:
+        write_json(workdir / "baselines.json", measure(config, workdir))
+    return write_report(workdir)
