@@ -67,8 +67,8 @@ def analytic_flops(loss_fn: Callable[..., Any], trainable: Any, frozen: Any, *da
       ValueError: the first result is no scalar.
     """
     closed = jax.make_jaxpr(loss_fn)(trainable, frozen, *data)
-    outputs = closed.out_avals
-    if not outputs or outputs[0].shape != ():
+    outputs = closed.jaxpr.outvars
+    if not outputs or _shape(outputs[0]) != ():
         raise ValueError("the first result of loss_fn must be the scalar loss")
     count = len(jax.tree.leaves(trainable))
     live = tuple(at < count and _inexact(var) for at, var in enumerate(closed.jaxpr.invars))
@@ -79,8 +79,7 @@ def analytic_flops(loss_fn: Callable[..., Any], trainable: Any, frozen: Any, *da
 
 def _convolution_flops(eqn: JaxprEqn) -> int:
     params, numbers = eqn.params, eqn.params["dimension_numbers"]
-    lhs, rhs = (var.aval.shape for var in eqn.invars)
-    out = eqn.outvars[0].aval.shape
+    lhs, rhs, out = (_shape(var) for var in (*eqn.invars, eqn.outvars[0]))
     axes = [
         Axis(
             size=lhs[numbers.lhs_spec[at + 2]],
@@ -101,12 +100,16 @@ def _product_flops(eqn: JaxprEqn, scope: str) -> int:
     name = eqn.primitive.name
     if name == "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]
-        return dot_flops(eqn.invars[0].aval.shape, contracted, eqn.outvars[0].aval.shape)
+        return dot_flops(_shape(eqn.invars[0]), contracted, _shape(eqn.outvars[0]))
     if name == "conv_general_dilated":
         return _convolution_flops(eqn)
     if name == "mul" and DEPTHWISE.search(scope) and _inexact(eqn.outvars[0]):
-        return 2 * math.prod(eqn.outvars[0].aval.shape)
+        return 2 * math.prod(_shape(eqn.outvars[0]))
     return 0
+
+
+def _shape(var: Any) -> tuple[int, ...]:
+    return var.aval.shape
 
 
 def _inexact(var: Any) -> bool:

@@ -1,9 +1,10 @@
-"""What a run will do and cost, from shapes alone: plan.json and the tables before the first step."""
+"""What a run will do and cost, from shapes alone: plan.json and the tables to show before it."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jft.freeze.explain import explain
@@ -13,7 +14,7 @@ from jft.plan import to_dict as plan_dict
 from jft.task import Task, batch_shapes
 from jft.train.optim import OptimSection
 from jft.train.parallel import Parallel
-from jft.train.state import Frozen, first_trainable_stage, frozen_norms
+from jft.train.state import WINDOW_SUMS, Frozen, first_trainable_stage, frozen_norms
 from jft.train.step import StepParts, make_loss_sums
 from jft.tree import Flat
 
@@ -28,20 +29,30 @@ def plan_phases(
     """Returns what each phase costs on one device, counted from shapes; compiles nothing."""
     params, stats = task.shapes
     rows = task.config.train.batch_size // parallel.num_devices
-    batch = batch_shapes(task, rows) | {"row": jax.ShapeDtypeStruct((rows,), np.int32)}
+    batch = batch_shapes(task, rows)
+    # The state's own scalars: step, the window's sums, the two fault counters; 4 bytes each.
+    scalars = jax.ShapeDtypeStruct((3 + len(WINDOW_SUMS),), np.int32)
 
     def make_loss(mask: Mapping[str, bool]) -> Any:
         fixed = frozen_norms(dict(mask), stats)
         cut = first_trainable_stage(dict(mask), task.model.stages)
         sums = make_loss_sums(parts, cut=cut, frozen_norms=fixed)
 
-        def loss(trainable: Flat, frozen: Flat, stats: Flat, batch: Flat) -> jax.Array:
+        def loss(trainable: Flat, frozen: Flat, stats: Flat, batch: Flat, _: Any) -> jax.Array:
+            batch = dict(batch, row=jnp.arange(rows, dtype=jnp.int32))
             return sums(trainable, stats, Frozen(frozen, {}), batch, jax.random.key(0))[0]
 
         return loss
 
     described = [PhaseParts(p.name, p.start_step, p.stop_step, p.mask, optim.tx(p)) for p in phases]
-    return make_plan(described, params, task.stages, make_loss, (stats, batch))
+    return make_plan(
+        described,
+        params,
+        task.stages,
+        make_loss,
+        (stats, batch, scalars),
+        scalars_bytes=4 * len(WINDOW_SUMS),
+    )
 
 
 def describe_plan(

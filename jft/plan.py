@@ -23,6 +23,10 @@ MakeLoss = Callable[[Mask], Callable[..., Any]]
 _FEW_LEAVES = 4
 _FEW_PARAMS = 0.1
 _COSTLY = 0.02
+_TITLES: tuple[str, ...] = (
+    *("phase", "train", "steps", "class", "cut", "trainable", "frozen"),
+    *("GFLOP/step", "bound", "optimizer", "reduce"),
+)
 
 
 @dataclass(frozen=True)
@@ -245,10 +249,7 @@ def _spoilers(
 
 def plan_table(plans: Sequence[PhasePlan]) -> str:
     """Returns the phases as an aligned text table, with a line for each leaf that spoils a cut."""
-    titles = (
-        "phase train steps class cut trainable frozen GFLOP/step bound optimizer reduce".split()
-    )
-    rows = [titles]
+    rows: list[list[str]] = [[*_TITLES]]
     for plan in plans:
         rows.append(
             [

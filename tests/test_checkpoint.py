@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -400,7 +401,7 @@ def test_a_damaged_step_counts_for_nothing_when_old_ones_are_deleted(run):
 
 def test_what_a_killed_writer_leaves_is_no_step_and_no_hindrance(run):
     folder = run / "checkpoints"
-    for name in ("30.writing", "30.writing.orbax-checkpoint-tmp", "7.deleting"):
+    for name in ("30.writing", "40.writing/40.orbax-checkpoint-tmp", "7.deleting"):
         shutil.copytree(folder / "20", folder / name)
     (folder / "30").mkdir()  # committed by orbax, say, with no manifest
     (folder / "30" / "commit_success.txt").touch()
@@ -553,3 +554,55 @@ def test_kill_9_in_the_middle_of_saves_costs_one_save_at_most(tmp_path):
 @pytest.mark.faults
 def test_many_kills_cost_one_save_each_at_most(tmp_path):
     kill_many(tmp_path, 10 if SHORT else 100)
+
+
+# Two processes
+
+PROCESS = """
+import os, sys
+sys.path[:0] = [{root!r}]
+import jax, numpy as np
+rank = int(sys.argv[1])
+jax.distributed.initialize("127.0.0.1:{port}", 2, rank)
+from jax.experimental import multihost_utils
+from jft.errors import WeightsError
+from jft.train.checkpoint import Checkpoints
+mesh = jax.sharding.Mesh(np.array(jax.devices()), "batch")
+def place(value, *spec):
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    return jax.make_array_from_process_local_data(sharding, value)
+whole, part = place(np.arange(6.0)), place(np.arange(2.0), "batch")
+with Checkpoints({run!r}) as checkpoints:
+    for step in (1, 2, 3):
+        checkpoints.save(step, {{"w": whole * step}}, {{"f": whole}}, {{}})
+    checkpoints.wait()
+    multihost_utils.sync_global_devices("saved")
+    restored = checkpoints.restore()
+    assert restored.step == 3 and (restored.state["w"] == 3 * np.arange(6)).all()
+    try:
+        checkpoints.save(4, {{"w": part}}, {{}}, {{}})
+        assert rank == 1
+    except WeightsError as error:
+        assert rank == 0 and "spread over processes" in str(error)
+multihost_utils.sync_global_devices("done")
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_process_0_of_two_saves_and_both_restore(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    root = str(Path(__file__).parent.parent)
+    script = PROCESS.format(root=root, port=port, run=str(tmp_path))
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", script, str(rank)], env=environment)
+        for rank in range(2)
+    ]
+    try:
+        assert [process.wait(120) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()

@@ -17,6 +17,7 @@ RANKS: dict[str, float] = {
     "jft": 10,
     "jft.errors": 0,
     "jft.tree": 0,
+    "jft.products": 0,
     "jft.values": 0,
     "jft.keys": 0,
     "jft.models.layers": 0,

@@ -12,18 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jft.models.conv import dense_conv, depthwise_conv, pointwise_conv
 from jft.models.family import Family, Preprocess
-from jft.models.layers import (
-    BatchNorm,
-    Dropout,
-    DropPath,
-    Dtype,
-    Training,
-    conv,
-    depthwise_conv,
-    pointwise_conv,
-    relu6,
-)
+from jft.models.layers import BatchNorm, DropPath, Dropout, Dtype, Training, relu6
 from jft.models.table import Entry, Table
 
 # (repeats, kernel, stride of the first, expansion, output channels)
@@ -72,7 +63,7 @@ class Conv(nn.Module):
             return depthwise_conv(x, kernel, strides)
         if self.size == 1 and self.stride == 1:
             return pointwise_conv(x, kernel)
-        return conv(x, kernel, strides)
+        return dense_conv(x, kernel, strides)
 
 
 class ConvNorm(nn.Module):

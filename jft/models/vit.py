@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from jft.errors import WeightsError
 from jft.models.family import Family, Preprocess
-from jft.models.layers import Dropout, DropPath, Dtype, LayerNorm, Training, attention, gelu
+from jft.models.layers import Dropout, DropPath, Dtype, LayerNorm, Training, attention, gelu, matmul
 from jft.models.table import Entry, Table
 
 # Of every kernel and embedding (Hugging Face's initializer_range).
@@ -29,7 +29,7 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps x [..., I] to [..., features]."""
         kernel = self.param("kernel", INIT, (x.shape[-1], self.features), jnp.float32)
-        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        y = matmul(x.astype(self.dtype), kernel.astype(self.dtype))
         if not self.use_bias:
             return y
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
@@ -56,7 +56,7 @@ class PatchEmbed(nn.Module):
         x = x.reshape(batch, rows * columns, p * p * channels)
         kernel = self.param("kernel", INIT, (p, p, channels, self.features), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        y = x @ kernel.reshape(-1, self.features).astype(self.dtype)
+        y = matmul(x, kernel.reshape(-1, self.features).astype(self.dtype))
         return y + bias.astype(self.dtype)[None, None]
 
 

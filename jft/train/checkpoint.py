@@ -1,6 +1,6 @@
 """Checkpoints: orbax v1 underneath; saved in the background, whole or not at all, verified on read.
 
-A step is built in `checkpoints/<step>.writing`: orbax writes and commits the leaves there, every
+A step is built in `checkpoints/<step>.writing/`: orbax writes and commits the leaves there, every
 file is hashed and forced to disk, manifest.json follows, and one rename to `checkpoints/<step>`
 makes it count. Whatever moment a process dies at, a folder named by a number is a finished step.
 Reading goes newest first, checks files before orbax parses them and leaves afterwards, and falls
@@ -190,7 +190,7 @@ class Checkpoints:
     def _save(
         self, step: int, state: dict[str, np.ndarray], pending: list[Pending], text: str
     ) -> None:
-        work = self.folder / f"{step}.writing"
+        work = self.folder / f"{step}.writing" / str(step)
         try:
             self._tidy_up()
             info, metrics = json.loads(text)
@@ -202,11 +202,11 @@ class Checkpoints:
                 write_manifest(work, manifest)
                 self._set_aside(step, "replaced")
                 work.rename(self.folder / str(step))
+                shutil.rmtree(work.parent)
             sync_folder(self.folder)
             self._prune(step)
         except Exception as error:
-            for leftover in self.folder.glob(f"{step}.writing*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+            shutil.rmtree(work.parent, ignore_errors=True)
             raise WeightsError(
                 f"step {step} could not be saved in {self.folder}: {first_line(error)}"
             ) from error
@@ -220,7 +220,7 @@ class Checkpoints:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         self.frozen.clear_leftovers()
-        for pattern in ("*.writing", "*.writing.*", "*.deleting"):
+        for pattern in ("*.writing", "*.deleting"):
             for leftover in self.folder.glob(pattern):
                 shutil.rmtree(leftover)
         good = self.steps()

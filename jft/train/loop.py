@@ -74,7 +74,8 @@ class _Trainer:
         self.results: dict[str, float] = {}
         self.step, self.evaluated_step = 0, -1
         self.wait_seconds = 0.0
-        self.clock, self.clock_step = time.monotonic(), 0
+        self.began = self.clock = time.monotonic()
+        self.clock_step, self.compile_seconds = 0, 0.0
         if restored is None:
             self.phase = run.phases[0]
             params, stats = run.start()
@@ -126,6 +127,7 @@ class _Trainer:
             self.phase = phase
         self.state, self.frozen = run.parallel.place((self.state, self.frozen))
         self.current, compile_seconds = future.result()
+        self.compile_seconds += compile_seconds
         stall = time.monotonic() - began
         self.writer.message(
             f"phase {phase.index} ({phase.name}): steps {phase.start_step}-{phase.stop_step},"
@@ -198,6 +200,8 @@ class _Trainer:
             "examples_per_second": rows * steps / seconds,
             "data_wait_percent": min(100.0, 100.0 * waited / seconds),
             "eta_seconds": eta,
+            "elapsed_seconds": now - self.began,
+            "compile_seconds": self.compile_seconds,
         }
 
     def predict_step(self) -> Callable[[Mapping[str, Any]], dict[str, jax.Array]]:
