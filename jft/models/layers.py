@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -177,8 +179,37 @@ class LayerNorm(nn.Module):
 
 
 def gelu(x: jax.Array, form: str) -> jax.Array:
-    return jax.nn.gelu(x, approximate=form == "tanh")
+    """GELU (Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415): "exact" (erf) or "tanh"."""
+    return _gelu(x) if form == "exact" else jax.nn.gelu(x, approximate=True)
 
 
-def attention(q, k, v):
-    return jax.nn.dot_product_attention(q, k, v)
+@jax.custom_jvp
+def _gelu(x: jax.Array) -> jax.Array:
+    # By erf, not erfc as jax.nn.gelu: the CPU backend has a rational erf without exp or branches.
+    return 0.5 * x * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+@_gelu.defjvp
+def _gelu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    (x,), (dx,) = primals, tangents
+    below = 0.5 * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
+    density = jnp.exp(-0.5 * x * x) * (1.0 / math.sqrt(2.0 * math.pi))
+    return _gelu(x), (below + x * density) * dx
+
+
+def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """softmax(query key^T / sqrt(D)) value: [B, N, heads, D] each, softmax in float32."""
+    query = query * (1.0 / math.sqrt(query.shape[-1]))
+    query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
+    scores = jnp.einsum("bhnd,bhmd->bhnm", query, key, preferred_element_type=jnp.float32)
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.exp(scores - top)
+    # Divided after the product with value: N x D quotients and gradients for N x N.
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    mixed = jnp.einsum(
+        "bhnm,bhmd->bhnd",
+        weights.astype(value.dtype),
+        value,
+        preferred_element_type=jnp.float32,
+    )
+    return (mixed / total).astype(value.dtype).swapaxes(1, 2)
