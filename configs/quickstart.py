@@ -51,9 +51,9 @@ def get_config(arg: str = ""):
     config.loss.args = {"label_smoothing": 0.1}
 
     config.train.steps = 240
-    config.train.batch_size = 50
+    config.train.batch_size = 48
     config.eval.every_steps = 60
-    config.eval.batch_size = 125
+    config.eval.batch_size = 128
     config.checkpoint.every_steps = 60
     config.report.baselines = ["logistic_regression", "scratch", str(MEASURED)]
 
