@@ -5,21 +5,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jft.config import load_config
-    from jft.setup import setup
+    from jft.prepare import setup
     from jft.train.loop import fit
-    from jft.trained import evaluate, export, predict, report
+    from jft.trained import evaluate, export, predict
     from jft.tree import merge, split
     from jft.weights.convert import load_pretrained
 
-# Name -> module. Loaded at first use, so that `jft --help` does not wait for jax.
+# Name -> module. Loaded at first use, so that `jft --help` does not wait for jax. No module or
+# package of jft may have one of these names: importing it would take the function's place.
 _PUBLIC = {
     "load_config": "jft.config",
-    "setup": "jft.setup",
+    "setup": "jft.prepare",
     "fit": "jft.train.loop",
     "evaluate": "jft.trained",
     "predict": "jft.trained",
     "export": "jft.trained",
-    "report": "jft.trained",
     "load_pretrained": "jft.weights.convert",
     "split": "jft.tree",
     "merge": "jft.tree",
@@ -33,7 +33,6 @@ __all__ = [
     "load_pretrained",
     "merge",
     "predict",
-    "report",
     "setup",
     "split",
 ]

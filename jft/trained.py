@@ -14,15 +14,15 @@ from jft.baselines import measure
 from jft.config import from_json
 from jft.data.decode import load_image
 from jft.errors import ConfigError, WeightsError, nearest
-from jft.evaluate.run import fetch_each
-from jft.report.html import write_report
-from jft.report.rundir import read_json, write_json
-from jft.setup import (
+from jft.evaluation import fetch_each
+from jft.prepare import (
     eval_batch_size,
     evaluate_split,
     make_checkpoints,
     make_schedule_parts,
 )
+from jft.report.html import write_report
+from jft.report.rundir import read_json, write_json
 from jft.task import Task, batch_shapes, initial_leaves, make_task, with_preprocess
 from jft.train.parallel import Parallel, make_parallel
 from jft.train.state import Frozen, leaves_by_path

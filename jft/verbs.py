@@ -9,8 +9,8 @@ from pathlib import Path
 from jft import trained
 from jft.config import load_config
 from jft.errors import ConfigError
+from jft.prepare import plan_text, setup
 from jft.report.rundir import write_atomic
-from jft.setup import plan_text, setup
 from jft.train.loop import fit
 
 

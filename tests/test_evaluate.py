@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jft.errors import DataError
-from jft.evaluate.run import fetch_each, run_split
+from jft.evaluation import fetch_each, run_split
 from jft.report.png import encode_png, thumbnail
 
 NAMES = ["cat", "dog", "<script>alert(1)</script>"]

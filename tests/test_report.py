@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 
-from jft.evaluate.run import run_split
+from jft.evaluation import run_split
 from jft.report.html import render, write_report
 from jft.report.markup import big, flat_pairs, number, percent
 from jft.report.plots import Band, Series, heat_image, line_chart, nice_ticks

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import tomllib
 from pathlib import Path
 
@@ -36,7 +37,7 @@ RANKS: dict[str, float] = {
     "jft.train.step": 4,
     "jft.train.parallel": 4,
     "jft.train": 5,
-    "jft.evaluate": 5,
+    "jft.evaluation": 5,
     "jft.weights.export": 5,
     "jft.plan": 5,
     "jft.hlo": 5,
@@ -49,7 +50,7 @@ RANKS: dict[str, float] = {
     "jft.overview": 7.7,
     "jft.provenance": 2,
     "jft.baselines": 8,
-    "jft.setup": 8,
+    "jft.prepare": 8,
     "jft.trained": 8.2,
     "jft.verbs": 8.5,
     "jft.browse": 8.5,
@@ -155,3 +156,8 @@ def test_the_wheel_holds_every_package():
 @pytest.mark.parametrize("module", [name_of(path) for path in FILES if path.stem != "__main__"])
 def test_every_module_imports(module):
     assert importlib.import_module(module).__name__ == module
+
+
+def test_no_module_takes_the_name_of_a_public_function():
+    jft = importlib.import_module("jft")
+    assert not [name for name in jft.__all__ if importlib.util.find_spec(f"jft.{name}")]

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from tiny_net import CLASSES, make_batch, make_parts
 
-from jft.evaluate.run import run_split
+from jft.evaluation import run_split
 from jft.freeze.groups import make_groups
 from jft.freeze.phases import make_phases
 from jft.report.writers import RunWriter

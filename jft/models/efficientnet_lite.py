@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from jft.models.conv import dense_conv, depthwise_conv, pointwise_conv
 from jft.models.family import Family, Preprocess
-from jft.models.layers import BatchNorm, DropPath, Dropout, Dtype, Training, relu6
+from jft.models.layers import BatchNorm, Dropout, DropPath, Dtype, Training, relu6
 from jft.models.table import Entry, Table
 
 # (repeats, kernel, stride of the first, expansion, output channels)

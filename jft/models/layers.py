@@ -11,6 +11,7 @@ from flax import linen as nn
 
 Dtype = jnp.dtype | type
 
+
 @flax.struct.dataclass
 class Training:
     """What a training pass must know; a model called with `training=None` runs as in evaluation.

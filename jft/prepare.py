@@ -14,7 +14,7 @@ from jft.config import diff, from_json, to_json
 from jft.data.images import make_eval_transform, make_train_transform
 from jft.data.loader import make_eval_loader, make_train_loader
 from jft.errors import ConfigError
-from jft.evaluate.run import run_split
+from jft.evaluation import run_split
 from jft.freeze.phases import Phase, make_phases
 from jft.losses import make_loss
 from jft.overview import describe_plan, plan_phases, summary, tables
