@@ -1,8 +1,10 @@
 """Groups, set expressions, masks and phases."""
 
+import numpy as np
 import pytest
 
 from jft.errors import ConfigError
+from jft.freeze.explain import explain
 from jft.freeze.groups import make_groups
 from jft.freeze.masks import make_mask
 from jft.freeze.phases import make_phases
@@ -157,3 +159,18 @@ def test_last_k_trains_what_lies_above(groups):
 def test_bad_phases_are_named(groups, kw, message):
     with pytest.raises(ConfigError, match=message):
         phases(groups, **kw)
+
+
+def test_the_explain_table_says_where_each_leaf_trains_and_why(groups):
+    plan = phases(groups, phases="head@50 | block[-2:] + bias + head")
+    shapes = {path: np.zeros((2, 3), np.float32) for path in PATHS}
+    rates = dict.fromkeys(PATHS, 0.1) | {"head/bias": 0.2}
+    table = explain(groups, plan, shapes, rates, dict.fromkeys(PATHS, 0.0)).splitlines()
+    rows = {line.split("  ")[0]: line for line in table}
+    assert rows["block[0]"].split()[-4:] == ["-", "1", "of", "3"]
+    assert rows["block[11]"].split()[-2:] == ["-", "train"]
+    assert "0.1-0.2" in rows["head"] and rows["head"].endswith("train    train")
+    assert rows["all"].split()[-2:] == ["12", "114"]
+    leaves = explain(groups, plan, shapes, rates, rates, every_leaf=True).splitlines()
+    assert len(leaves) == len(PATHS) + 2
+    assert any("blocks_10/attn/bias" in line and r"blocks_(\d+)/.*" in line for line in leaves)
