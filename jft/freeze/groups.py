@@ -52,23 +52,14 @@ class Groups:
                 f"{what}: group {name!r} of {atom!r} is not numbered; {self._names()}"
             )
         count = self.counts[name]
-        try:
-            bounds = [int(part) if part.strip() else None for part in index.split(":")]
-        except ValueError:
-            bounds = []
-        if not 1 <= len(bounds) <= 3 or bounds == [None]:
+        wanted = _positions(index, count)
+        if wanted is None:
             raise ConfigError(
                 f"{what}: {atom!r} should be like {name}[2], {name}[-3:] or {name}[:4]"
             )
-        if len(bounds) == 1:
-            wanted = [bounds[0] + count if bounds[0] < 0 else bounds[0]]
-        else:
-            outside = any(b is not None and abs(b) > count for b in bounds[:2])
-            wanted = [] if outside else list(range(count))[slice(*bounds)]
-        if not wanted or not all(0 <= i < count for i in wanted):
-            raise ConfigError(
-                f"{what}: {atom!r} is empty; the model has {name}[0] .. {name}[{count - 1}]"
-            )
+        if not wanted:
+            last = f"{name}[{count - 1}]"
+            raise ConfigError(f"{what}: {atom!r} is empty; the model has {name}[0] .. {last}")
         return frozenset().union(*(self.members[f"{name}[{i}]"] for i in wanted))
 
     def _names(self) -> str:
@@ -76,6 +67,25 @@ class Groups:
         return "groups: " + ", ".join(
             f"{n}[0:{self.counts[n]}]" if n in self.counts else n for n in plain
         )
+
+
+def _positions(index: str, count: int) -> list[int] | None:
+    """Returns the positions that "2", "-3:" or ":4" mean of `count`; None where it cannot be read.
+
+    Reaching beyond the ends gives none at all, unlike a Python slice: it is a mistake here.
+    """
+    try:
+        bounds = [int(part) if part.strip() else None for part in index.split(":")]
+    except ValueError:
+        return None
+    if len(bounds) > 3 or bounds == [None]:
+        return None
+    if any(bound is not None and not -count <= bound <= count for bound in bounds[:2]):
+        return []
+    if len(bounds) > 1:
+        return list(range(count))[slice(*bounds)]
+    at = bounds[0] or 0
+    return [at % count] if at < count else []
 
 
 def make_groups(

@@ -143,9 +143,8 @@ def _live(
         low = pads[axis][0]
         first, last = max(0, low - (out[axis] - 1) * s), min(k, n + low)
         part.append(slice(first, last))
-        end = (
-            (out[axis] - 1) * s + last - low
-        )  # one past the last pixel read, from the image's edge
+        # One past the last pixel that is read, counted from the image's edge.
+        end = (out[axis] - 1) * s + last - low
         trimmed.append((low - first, end - n))
     return (part[0], part[1]), (trimmed[0], trimmed[1])
 
@@ -158,9 +157,8 @@ def _shifted_conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads)
     padded = _pad(x, (*pads[0], 0), (*pads[1], 0))
     total = jnp.zeros((), jnp.float32)
     for i, j in np.ndindex(kernel.shape[:2]):
-        total = (
-            total + _tap(padded, i, j, size, strides).astype(jnp.float32) * kernel[i, j][None, None]
-        )
+        tap = _tap(padded, i, j, size, strides).astype(jnp.float32)
+        total = total + tap * kernel[i, j][None, None]
     return total.astype(x.dtype)
 
 

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite (Tan & Le 2019, https://arxiv.org/abs/1905.11946; the Lite variants of its repository).
+"""EfficientNet-Lite: the Lite variants of https://arxiv.org/abs/1905.11946 (Tan & Le 2019).
 
 Against EfficientNet: no squeeze-and-excitation, ReLU6 for swish, stem and head of fixed width.
 """
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jft.models.conv import dense_conv, depthwise_conv, pointwise_conv
-from jft.models.family import Family, Preprocess
+from jft.models.family import Family, Preprocess, range_faults
 from jft.models.layers import BatchNorm, Dropout, DropPath, Dtype, Training, relu6
 from jft.models.table import Entry, Table
 
@@ -53,7 +53,7 @@ class Conv(nn.Module):
         channels = x.shape[-1]
         shape = (self.size, self.size, 1 if self.depthwise else channels)
         shape += (channels if self.depthwise else self.features,)
-        # Normal with variance 2 / fan_out, as the TensorFlow original; a depthwise tap feeds one channel.
+        # Normal with variance 2 / fan_out, as the TensorFlow original.
         fan_out = self.size**2 * (1 if self.depthwise else self.features)
         init = nn.initializers.normal((2.0 / fan_out) ** 0.5)
         kernel = self.param("kernel", init, shape, jnp.float32).astype(self.dtype)
@@ -77,6 +77,7 @@ class ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, training: Training | None = None) -> jax.Array:
+        """Maps images [B, H, W, 3] to [B, H / 2, W / 2, features]."""
         x = Conv(self.features, self.size, self.stride, dtype=self.dtype, name="conv")(x)
         return relu6(BatchNorm(**self.norm, name="bn")(x, training))
 
@@ -90,13 +91,14 @@ class Final(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, training: Training | None = None) -> jax.Array:
+        """Maps [B, H, W, C] to [B, features]."""
         x = Conv(self.features, dtype=self.dtype, name="conv")(x)
         x = relu6(BatchNorm(**self.norm, name="bn")(x, training))
         return jnp.mean(x, axis=(1, 2), dtype=jnp.float32).astype(self.dtype)
 
 
 class Block(nn.Module):
-    """Inverted residual: expand 1 x 1, depthwise, project 1 x 1; added to its input where shapes agree."""
+    """Inverted residual: expand 1 x 1, depthwise, project 1 x 1; added where shapes agree."""
 
     size: int
     stride: int
@@ -108,6 +110,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, training: Training | None = None) -> jax.Array:
+        """Maps [B, H, W, C] to [B, H / stride, W / stride, features]."""
         inner = x.shape[-1] * self.expansion
         y = x
         if self.expansion != 1:
@@ -131,6 +134,7 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, training: Training | None = None) -> jax.Array:
+        """Maps features [B, F] to logits."""
         x = Dropout(self.dropout_rate, name="dropout")(x, training)
         init = nn.initializers.truncated_normal(0.02)
         kernel = self.param("kernel", init, (x.shape[-1], self.num_classes), jnp.float32)
@@ -251,6 +255,18 @@ def _variant_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
+def _faults(module: EfficientNetLite, image_size: int) -> dict[str, str]:
+    del image_size  # any size runs: "SAME" padding leaves at least one pixel
+    sizes = ("stem_features", "final_features", "norm_epsilon")
+    shares = ("dropout_rate", "drop_path_rate", "norm_momentum")
+    wrong = range_faults(module, positive=sizes, shares=shares)
+    specs = [spec if isinstance(spec, tuple) else (spec,) for spec in module.blocks]
+    whole = all(isinstance(value, int) and value > 0 for spec in specs for value in spec)
+    if not specs or not whole or {len(spec) for spec in specs} != {5}:
+        wrong["blocks"] = "must list 5 positive integers a group of blocks"
+    return wrong
+
+
 FAMILY = Family(
     name="efficientnet_lite",
     module=EfficientNetLite,
@@ -277,4 +293,5 @@ FAMILY = Family(
     preprocess=_preprocess,
     source_config=_source_config,
     variant_from_config=_variant_from_config,
+    faults=_faults,
 )

@@ -40,7 +40,9 @@ class Preprocess:
         """The inverse of `to_dict`; unknown keys are left out."""
         known = {field.name for field in fields(cls)}
         kept = {name: value for name, value in values.items() if name in known}
-        return cls(**kept | {name: tuple(map(float, kept[name])) for name in ("mean", "std")})
+        for name in ("mean", "std"):
+            kept[name] = tuple(float(value) for value in kept[name])
+        return cls(**kept)
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,17 @@ class Family:
 
     Attributes:
       name: the file's name, "vit".
-      module: the Linen module; `__call__(x, start, stop, training)`, `stages`, `num_classes`, `dtype`.
+      module: the Linen module; called with (x, start, stop, training);
+        has `stages`, `num_classes`, `dtype`.
       variants: variant name -> module fields (without num_classes).
       tables: naming styles it reads; the first is the one it exports.
-      groups: ordered structural (name, regex) with full coverage; a captured number is the index, so
-        ("block", r"blocks_(\\d+)/.*") makes block[0], block[1], ...
+      groups: ordered structural (name, regex) with full coverage; a captured number is the
+        index, so ("block", r"blocks_(\\d+)/.*") makes block[0], block[1], ...
       sets: cross-cutting named sets (name, regex): norm, bias, ...
       preprocess: variant name -> Preprocess.
       source_config: module -> content of config.json in the source's format.
       variant_from_config: content of a source's config.json -> the module fields it fixes.
+      faults: (module, image_size) -> {argument: what is wrong with it}.
     """
 
     name: str
@@ -69,3 +73,18 @@ class Family:
     preprocess: Callable[[str], Preprocess]
     source_config: Callable[[Any], dict[str, Any]]
     variant_from_config: Callable[[Mapping[str, Any]], dict[str, Any]]
+    faults: Callable[[Any, int], dict[str, str]]
+
+
+def range_faults(
+    module: Any, *, positive: tuple[str, ...], shares: tuple[str, ...]
+) -> dict[str, str]:
+    """What is wrong with fields that must be above 0, or in [0, 1)."""
+    values = {name: getattr(module, name) for name in positive + shares}
+    wrong = {name: f"must be above 0, not {values[name]}" for name in positive if values[name] <= 0}
+    wrong |= {
+        name: f"must be at least 0 and below 1, not {values[name]}"
+        for name in shares
+        if not 0 <= values[name] < 1
+    }
+    return wrong

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 Dtype = jnp.dtype | type
+# Of dense kernels and embeddings (Hugging Face's initializer_range).
+INIT = nn.initializers.truncated_normal(0.02)
 
 
 @flax.struct.dataclass
@@ -19,7 +21,7 @@ class Training:
     Attributes:
       weight: [B] float32, 1 for an example that counts, 0 for padding.
       index: [B] int32, the example's row in the global batch; random masks derive from it.
-      axis_name: axis over which BatchNorm moments are summed; None on one device or under jit alone.
+      axis_name: axis over which BatchNorm moments are summed; None on one device and under jit.
       cut: stages [0, cut) run as in evaluation.
       frozen_norms: module paths ("blocks_3/bn1") of BatchNorms that use and keep their statistics.
     """
@@ -129,7 +131,7 @@ class DropPath(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, training: Training | None = None) -> jax.Array:
-        """Drops whole examples of the branch x [B, ...] with probability `rate`, scales the rest."""
+        """Drops examples of the branch x [B, ...] with probability `rate`, scales the rest."""
         if training is None or self.rate == 0.0:
             return x
         keys = _example_keys(self.make_rng("dropout"), training.index)
@@ -159,6 +161,24 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     # kernel's gradient, and the elementwise work before is repeated in that bad order.
     y = x.reshape(-1, x.shape[-1]) @ kernel
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+class Dense(nn.Module):
+    """x @ kernel + bias over the last axis; params float32, product in dtype."""
+
+    features: int
+    use_bias: bool = True
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps x [..., I] to [..., features]."""
+        kernel = self.param("kernel", INIT, (x.shape[-1], self.features), jnp.float32)
+        y = matmul(x.astype(self.dtype), kernel.astype(self.dtype))
+        if not self.use_bias:
+            return y
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        return y + jnp.expand_dims(bias.astype(self.dtype), tuple(range(y.ndim - 1)))
 
 
 class LayerNorm(nn.Module):

@@ -1,4 +1,4 @@
-"""Weight tables: how the names and layouts of a foreign checkpoint map to jft's paths, both ways."""
+"""Weight tables: how names and layouts of a foreign checkpoint map to jft's, both ways."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _conv_to_source(value: Array) -> Array:
     return value.transpose(3, 2, 0, 1)
 
 
-# name -> (source to jft, jft to source). Pure permutations of axes, so each pair is a bitwise inverse.
+# name -> (source to jft, jft to source): permutations of axes, each pair a bitwise inverse.
 FORMS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
     "same": (_same, _same),
     "transpose": (_transpose, _transpose),  # [out, in] <-> [in, out]
@@ -96,7 +96,7 @@ class Table:
       entries: the lines; each jft path is matched by exactly one of them.
       ignore: regexes of source names (after the prefix is known, full match on the whole name) that
         are deliberately unread, such as batch counters.
-      prefixes: alternatives for "{p}"; the first whose names occur is used, export writes the first.
+      prefixes: alternatives for "{p}"; the one whose names occur is used, export writes the first.
       head: regex of the jft paths that are made anew when the class counts differ.
     """
 

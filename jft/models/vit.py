@@ -10,30 +10,20 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jft.errors import WeightsError
-from jft.models.family import Family, Preprocess
-from jft.models.layers import Dropout, DropPath, Dtype, LayerNorm, Training, attention, gelu, matmul
+from jft.models.family import Family, Preprocess, range_faults
+from jft.models.layers import (
+    INIT,
+    Dense,
+    Dropout,
+    DropPath,
+    Dtype,
+    LayerNorm,
+    Training,
+    attention,
+    gelu,
+    matmul,
+)
 from jft.models.table import Entry, Table
-
-# Of every kernel and embedding (Hugging Face's initializer_range).
-INIT = nn.initializers.truncated_normal(0.02)
-
-
-class Dense(nn.Module):
-    """x @ kernel + bias over the last axis; params float32, product in dtype."""
-
-    features: int
-    use_bias: bool = True
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps x [..., I] to [..., features]."""
-        kernel = self.param("kernel", INIT, (x.shape[-1], self.features), jnp.float32)
-        y = matmul(x.astype(self.dtype), kernel.astype(self.dtype))
-        if not self.use_bias:
-            return y
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        return y + jnp.expand_dims(bias.astype(self.dtype), tuple(range(y.ndim - 1)))
 
 
 class PatchEmbed(nn.Module):
@@ -71,6 +61,7 @@ class Embed(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, training: Training | None = None) -> jax.Array:
+        """Maps images to tokens."""
         x = PatchEmbed(self.features, self.patch, self.dtype, name="patch")(x)
         if self.class_token:
             token = self.param("cls_token", INIT, (1, 1, self.features), jnp.float32)
@@ -215,17 +206,9 @@ class VisionTransformer(nn.Module):
         if name == "head":
             return Dense(self.num_classes, True, dtype, name=name)(x).astype(jnp.float32)
         drop_path_rate = self.drop_path_rate * (index - 1) / max(self.depth - 1, 1)
-        block = Block(
-            self.heads,
-            self.mlp_features,
-            self.qkv_bias,
-            self.epsilon,
-            self.gelu,
-            rate,
-            drop_path_rate,
-            dtype,
-            name=name,
-        )
+        heads, mlp, bias, epsilon = self.heads, self.mlp_features, self.qkv_bias, self.epsilon
+        rates = (rate, drop_path_rate)
+        block = Block(heads, mlp, bias, epsilon, self.gelu, *rates, dtype, name=name)
         return block(x, training)
 
 
@@ -263,23 +246,14 @@ HF_TABLE = Table(
     prefixes=("vit.", ""),
 )
 
-_SIZES = {  # features, depth, heads
-    "ti": (192, 12, 3),
-    "s": (384, 12, 6),
-    "b": (768, 12, 12),
-    "l": (1024, 24, 16),
-}
+# features, depth, heads
+_SIZES = {"ti": (192, 12, 3), "s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16)}
 
 
 def _variant(size: str, patch: int) -> dict[str, int]:
     features, depth, heads = _SIZES[size]
-    return {
-        "patch": patch,
-        "features": features,
-        "depth": depth,
-        "heads": heads,
-        "mlp_features": 4 * features,
-    }
+    sizes = {"features": features, "depth": depth, "heads": heads, "mlp_features": 4 * features}
+    return {"patch": patch, **sizes}
 
 
 def _preprocess(variant: str) -> Preprocess:
@@ -322,14 +296,25 @@ def _variant_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
       WeightsError: the activation is none that this family has.
     """
     fields = {ours: config[theirs] for theirs, ours in _HF_FIELDS.items() if theirs in config}
-    if "hidden_act" in config:
-        if config["hidden_act"] not in _HF_GELU:
-            known = ", ".join(_HF_GELU)
-            raise WeightsError(
-                f"hidden_act {config['hidden_act']!r} of the source is none of {known}"
-            )
-        fields["gelu"] = _HF_GELU[config["hidden_act"]]
-    return fields
+    form = config.get("hidden_act", "gelu")
+    if form not in _HF_GELU:
+        raise WeightsError(f"hidden_act {form!r} of the source is none of {', '.join(_HF_GELU)}")
+    return fields | {"gelu": _HF_GELU[form]}
+
+
+def _faults(module: VisionTransformer, image_size: int) -> dict[str, str]:
+    sizes = ("patch", "features", "depth", "heads", "mlp_features", "epsilon")
+    wrong = range_faults(module, positive=sizes, shares=("dropout_rate", "drop_path_rate"))
+    for name, choices in (("pooling", ("cls", "mean")), ("gelu", ("exact", "tanh"))):
+        if getattr(module, name) not in choices:
+            wrong[name] = f"must be one of {', '.join(choices)}, not {getattr(module, name)!r}"
+    if not wrong and module.features % module.heads:
+        wrong["heads"] = f"{module.heads} does not divide features {module.features}"
+    if not wrong and module.patch > image_size:
+        wrong["patch"] = f"{module.patch} is larger than the image of {image_size} pixels"
+    if module.pooling == "cls" and not module.class_token:
+        wrong["pooling"] = "'cls' needs class_token"
+    return wrong
 
 
 FAMILY = Family(
@@ -359,4 +344,5 @@ FAMILY = Family(
     preprocess=_preprocess,
     source_config=_source_config,
     variant_from_config=_variant_from_config,
+    faults=_faults,
 )

@@ -62,10 +62,10 @@ class Model:
         start: int = 0,
         stop: int | None = None,
         training: Training | None = None,
-        rngs: Mapping[str, jax.Array] | None = None,
+        rngs: dict[str, jax.Array] | None = None,
         mutable: Any = False,
     ) -> Any:
-        """Runs stages [start, stop); returns the output, and the changed collections if `mutable`."""
+        """Runs stages [start, stop); returns the output, and changed collections if `mutable`."""
         return self.module.apply(
             variables, x, start=start, stop=stop, training=training, rngs=rngs, mutable=mutable
         )
@@ -108,7 +108,11 @@ def make_model(*, name: str, args: Mapping[str, Any] | None = None, num_classes:
     image_size = changed.pop("image_size", preprocess.image_size)
     if num_classes < 1:
         raise ConfigError(f"model: num_classes must be at least 1, not {num_classes}")
+    if image_size < 1:
+        raise ConfigError(f"model.args.image_size: must be above 0, not {image_size}")
     module = family.module(**{**family.variants[name], **changed, "num_classes": num_classes})
+    for argument, fault in family.faults(module, image_size).items():
+        raise ConfigError(f"model.args.{argument}: {fault}")
     values = preprocess.to_dict() | {"image_size": image_size}
     return Model(module, family, name, num_classes, Preprocess.from_dict(values))
 

@@ -1,0 +1,120 @@
+"""PyTorch on the same shapes, for whoever has it: eager, float32, AdamW, two threads.
+
+ViT is that of transformers, EfficientNet-Lite that of efficientnet-lite-pytorch in channels_last.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from benchmarks.bare import LEARNING_RATE, WEIGHT_DECAY
+from benchmarks.timing import stopwatch
+from benchmarks.workloads import CLASSES, Workload
+
+THREADS = 2
+_BLOCK = re.compile(r"(?:layers?|_blocks)\.(\d+)\.")
+_ABOVE = re.compile(r"vit\.layernorm|classifier|_conv_head|_bn1\.|_fc")
+_HEAD = re.compile(r"classifier|_fc")
+
+
+class Torch:
+    """The torch arm: a training loop over the same numpy batches."""
+
+    def __init__(self, workload: Workload, phase: str) -> None:
+        """Builds model and optimizer.
+
+        Raises:
+          ImportError: torch, or the package that holds the model, is missing.
+        """
+        import torch
+
+        torch.set_num_threads(THREADS)
+        self.torch = torch
+        self.conv = not workload.model.startswith("vit")
+        self.model = _lite(workload) if self.conv else _vit(workload)
+        preprocess = workload.zoo_model().preprocess
+        shape = (1, -1, 1, 1)
+        self.mean = torch.tensor(preprocess.mean).view(shape)
+        self.std = torch.tensor(preprocess.std).view(shape)
+        self.size = workload.image_size
+        if self.conv:
+            self.model = self.model.to(memory_format=torch.channels_last)
+        self.model.train()
+        for name, leaf in self.model.named_parameters():
+            leaf.requires_grad_(trains(name, workload, phase))
+        for module in self.model.modules():
+            own = list(module.parameters(recurse=False))
+            if "BatchNorm" in type(module).__name__ and not any(p.requires_grad for p in own):
+                module.eval()
+        live = [leaf for leaf in self.model.parameters() if leaf.requires_grad]
+        decayed = [leaf for leaf in live if leaf.ndim > 1]
+        rest = [leaf for leaf in live if leaf.ndim <= 1]
+        groups = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
+        self.optim = torch.optim.AdamW(groups, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        self.batches, self.at = workload.batches(), 0
+
+    def window(self, steps: int) -> float:
+        """Runs `steps` steps; returns the seconds."""
+        seconds = stopwatch()
+        for _ in range(steps):
+            self._step(self.batches[self.at % len(self.batches)])
+            self.at += 1
+        return seconds()
+
+    def _step(self, batch: Mapping[str, np.ndarray]) -> None:
+        torch = self.torch
+        edge = round((batch["image"].shape[1] - self.size) / 2)
+        image = batch["image"][:, edge : edge + self.size, edge : edge + self.size]
+        # A view of NHWC memory as NCHW is what channels_last means.
+        x = (torch.from_numpy(image).permute(0, 3, 1, 2).float() - self.mean) / self.std
+        if not self.conv:
+            x = x.contiguous()
+        found = self.model(x)
+        logits = found if self.conv else found.logits
+        label = torch.from_numpy(batch["label"]).long()
+        self.optim.zero_grad(set_to_none=True)
+        torch.nn.functional.cross_entropy(logits, label).backward()
+        self.optim.step()
+
+
+def trains(name: str, workload: Workload, phase: str) -> bool:
+    """Returns whether the torch parameter `name` trains in a phase."""
+    if phase == "all" or _HEAD.search(name):
+        return True
+    if phase == "head":
+        return False
+    block = _BLOCK.search(name)
+    if block:
+        return int(block.group(1)) >= workload.blocks - workload.blocks // 2
+    return _ABOVE.match(name) is not None
+
+
+def _vit(workload: Workload) -> Any:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    module = workload.zoo_model().module
+    config = ViTConfig(
+        image_size=workload.image_size,
+        patch_size=module.patch,
+        hidden_size=module.features,
+        num_hidden_layers=module.depth,
+        num_attention_heads=module.heads,
+        intermediate_size=module.mlp_features,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        num_labels=CLASSES,
+    )
+    return ViTForImageClassification(config)
+
+
+def _lite(workload: Workload) -> Any:
+    from efficientnet_lite_pytorch import EfficientNet
+
+    return EfficientNet.from_name(
+        workload.model.replace("_", "-"),
+        num_classes=CLASSES,
+        dropout_rate=0.0,
+        drop_connect_rate=0.0,
+    )

@@ -1,0 +1,316 @@
+"""What a compiled step costs: nothing beyond its phase, with everything that a step can do on."""
+
+import functools
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+from ml_collections import ConfigDict
+
+from jft import hlo, setup
+from jft.config import base, from_json, to_json
+from jft.data.images import canvas_side
+from jft.models.layers import Training
+from jft.overview import plan_phases
+from jft.task import make_task
+from jft.train.run import abstract_state, compile_phase
+from jft.train.state import first_trainable_stage, frozen_norms, make_state
+from jft.train.step import make_train_step
+from jft.tree import count_bytes, flatten, merge
+
+ACCUM, BATCH, DEVICES = 2, 64, 8
+SUMS_BYTES = 3 * 4  # loss, correct answers and weights, float32
+FLOPS_BAR, TEMP_BAR = 0.05, 1.05
+MODELS = {
+    "vit_tiny": {"depth": 2},
+    # Two blocks, so that the file compiles in seconds: with and without an expansion and a stride.
+    "efficientnet_lite_tiny": {"blocks": [[1, 3, 1, 1, 8], [1, 5, 2, 3, 16]]},
+}
+PHASES = {"head": "head", "half": "block[-1:] + final + head", "all": "all"}
+MODES = ("pmap", "auto")
+every_phase = pytest.mark.parametrize("phase", PHASES)
+every_mode = pytest.mark.parametrize("mode", MODES)
+every_model = pytest.mark.parametrize("model", MODELS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Compiles with the plain kernel emitter: what is counted here is decided before it runs."""
+    compile_fully = jax.stages.Lowered.compile
+
+    def compile_plainly(lowered):
+        return compile_fully(lowered, compiler_options={"xla_cpu_use_fusion_emitters": False})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.stages.Lowered, "compile", compile_plainly)
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    built.cache_clear()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler(tmp_path_factory, quick_compilation):
+    """Compiles in two threads what the tests will ask for, what is asked for now first."""
+    built.folder = tmp_path_factory.mktemp("costs")
+    with ThreadPoolExecutor(2) as pool:
+        later.pool = pool
+        yield
+        pool.shutdown(cancel_futures=True)
+    later.cache_clear()
+
+
+@functools.cache
+def later(make, *case):
+    return later.pool.submit(make, *case)
+
+
+def cost(model: str, mode: str, phase: str, make=None) -> hlo.Cost:
+    """What `make`, by default jft's own step, costs on one device of eight."""
+    cases = list(itertools.product(MODELS, MODES, PHASES))
+    for case in cases:
+        built(*case[:2])
+    wanted = later(make or of_jft, model, mode, phase)
+    for case in cases:
+        later(of_jft, *case)
+        later(by_hand, *case)
+    return wanted.result()
+
+
+def config(model: str, mode: str) -> ConfigDict:
+    path = built.folder / f"{model}.npz"
+    side = {"vit_tiny": 32, "efficientnet_lite_tiny": canvas_side(32, 0.875)}[model]
+    if not path.exists():
+        label = np.arange(BATCH) % 10
+        np.savez(path, image=np.zeros((BATCH, side, side, 3), np.uint8), label=label)
+    config = base()
+    config.data.name, config.data.path = "npz", str(path)
+    config.model.name, config.model.args = model, MODELS[model]
+    config.augment.flip = False
+    config.freeze.phases = " | ".join(
+        text if name == "all" else f"{text}@{(at + 1) * 10}"
+        for at, (name, text) in enumerate(PHASES.items())
+    )
+    config.optim.grad_clip_norm = config.optim.weight_decay = 0.1
+    config.train.steps, config.train.nonfinite = 30, "skip"
+    config.train.batch_size, config.train.accum_steps = BATCH, ACCUM
+    config.parallel.mode, config.parallel.devices = mode, DEVICES
+    return from_json(to_json(config))
+
+
+@functools.cache
+def built(model: str, mode: str):
+    """(task, run, {phase: plan}) as `jft train` builds them."""
+    made = config(model, mode)
+    task, run = make_task(made), setup(made, built.folder / f"{model}_{mode}")
+    plans = plan_phases(task, run.parallel, run.phases, run.optim, run.parts)
+    return task, run, dict(zip(PHASES, plans, strict=True))
+
+
+def phase_of(run, phase):
+    return run.phases[list(PHASES).index(phase)]
+
+
+def of_jft(model: str, mode: str, phase: str) -> hlo.Cost:
+    """Cost of the step that jft compiles for a phase."""
+    run = built(model, mode)[1]
+    return hlo.count(compile_phase(run, phase_of(run, phase))[0])
+
+
+def hand_loss(task, cut):
+    """Loss of a phase whose stages below `cut` are frozen; the prefix runs as in evaluation."""
+    model, size = task.model, task.preprocess.image_size
+    edge = round((task.image_shape[0] - size) / 2)
+    mean, std = (
+        np.reshape(np.asarray(values, np.float32), (1, 1, 1, 3))
+        for values in (task.preprocess.mean, task.preprocess.std)
+    )
+
+    def loss(live, moving, rest, fixed, batch, key, axis):
+        image = batch["image"][:, edge : edge + size, edge : edge + size].astype(jnp.float32)
+        variables = {"params": merge(live, rest)}
+        if moving or fixed:
+            variables["batch_stats"] = merge(moving, fixed)
+        features = model.apply(variables, (image - mean) / std, stop=cut)
+        logits, changed = model.apply(
+            variables,
+            features,
+            start=cut,
+            training=Training(batch["mask"], batch["row"], axis),
+            rngs={"dropout": key},
+            mutable=["batch_stats"],
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        correct = (logits.argmax(-1) == batch["label"]) * batch["mask"]
+        total = (losses * batch["mask"]).sum()
+        changed = flatten(changed.get("batch_stats", {}))
+        sums = (total, correct.sum(), batch["mask"].sum())
+        return total, (sums, {path: changed[path] for path in moving})
+
+    return loss
+
+
+def hand_step(task, cut, tx, axis):
+    """A step for one phase alone: accumulates, clips, logs the norm and checks finiteness."""
+    grad = jax.grad(hand_loss(task, cut), has_aux=True)
+
+    def step(state, frozen, batch):
+        live, moving, opt_state, count = state
+        rows = batch["label"].shape[0]
+        first = 0 if axis is None else lax.axis_index(axis) * rows
+        batch = batch | {"row": first + jnp.arange(rows, dtype=jnp.int32)}
+        parts = {name: x.reshape(-1, ACCUM, *x.shape[1:]) for name, x in batch.items()}
+        key = jax.random.fold_in(jax.random.key(0), count)
+
+        def body(carry, index):
+            grads, sums, moving = carry
+            micro = {n: lax.dynamic_index_in_dim(x, index, 1, False) for n, x in parts.items()}
+            more, (new_sums, moving) = grad(live, moving, *frozen, micro, key, axis)
+            return (*jax.tree.map(jnp.add, (grads, sums), (more, new_sums)), moving), None
+
+        start = (jax.tree.map(jnp.zeros_like, live), (jnp.zeros(()),) * 3, moving)
+        (grads, sums, moved), _ = lax.scan(body, start, jnp.arange(ACCUM))
+        if axis is not None:
+            grads, sums = lax.psum((grads, sums), axis)
+        grads = {path: leaf / sums[2] for path, leaf in grads.items()}
+        norm = jnp.sqrt(sum(jnp.sum(leaf * leaf) for leaf in grads.values()))
+        grads = {path: leaf * jnp.minimum(1.0, 0.1 / norm) for path, leaf in grads.items()}
+        updates, new_opt = tx.update(grads, opt_state, live)
+        new = (optax.apply_updates(live, updates), moved, new_opt)
+        finite = jnp.isfinite(norm) & jnp.isfinite(sums[0])
+        kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (live, moving, opt_state))
+        return (*kept, count + 1), (*sums, norm)
+
+    return step
+
+
+def by_hand(model: str, mode: str, phase: str) -> hlo.Cost:
+    """Cost of the hand-written step of the same phase, devices and shapes."""
+    task, run, _ = built(model, mode)
+    state, frozen = abstract_state(run, phase_of(run, phase))
+    decayed = {path: len(leaf.shape) > 1 for path, leaf in state.params.items()}
+    tx = optax.adamw(1e-3, weight_decay=0.1, mask=decayed)
+    count = jax.ShapeDtypeStruct((), np.int32)
+    start = (state.params, state.model_state, jax.eval_shape(tx.init, state.params), count)
+    cut = min(task.model.stages.index(path.split("/")[0]) for path in state.params)
+    step = hand_step(task, cut, tx, run.parallel.axis_name)
+    rest = (frozen.params, frozen.model_state)
+    return hlo.count(run.parallel.compile_train(step, start, rest, run.batch_shape))
+
+
+def moment_bytes(model: str, phase: str, mode: str) -> int:
+    """Bytes of BatchNorm's own sums in one micro-batch: first and second moments, and the count.
+
+    Under pmap the gradients of the moments are summed as well, and equal counts once.
+    """
+    task, run, _ = built(model, "pmap")
+    state, _ = abstract_state(run, phase_of(run, phase))
+    means = {p: x for p, x in state.model_state.items() if p.endswith("/mean")}
+    image = jax.ShapeDtypeStruct((1, *(task.preprocess.image_size,) * 2, 3), np.float32)
+    keep = {"capture_intermediates": lambda module, _: type(module).__name__ == "BatchNorm"}
+    module = task.model.module
+    _, seen = jax.eval_shape(
+        lambda key, x: module.apply(module.init(key, x), x, mutable=["intermediates"], **keep),
+        jax.random.key(0),
+        image,
+    )
+    shapes = flatten(seen["intermediates"]) if means else {}
+    sizes = {p.rpartition("/")[0]: x[0].shape[1:3] for p, x in shapes.items()}
+    positions = [np.prod(sizes[path.rpartition("/")[0]]) for path in means]
+    forward = 2 * count_bytes(means)
+    if mode == "auto":
+        return forward + 4 * len(positions)
+    return 2 * forward + 4 * len(set(positions))
+
+
+@every_phase
+@every_mode
+@every_model
+def test_flops_are_those_of_the_plan(model, mode, phase):
+    plan = built(model, mode)[2][phase]
+    found = cost(model, mode, phase)
+    assert found.flops == pytest.approx(plan.flops, rel=FLOPS_BAR)
+    assert not found.uncounted
+    assert all(trips is not None for _, trips in found.loops)
+
+
+@every_phase
+@every_mode
+@every_model
+def test_argument_and_optimizer_bytes_are_exact(model, mode, phase):
+    task, run, plans = built(model, mode)
+    state, frozen = abstract_state(run, phase_of(run, phase))
+    leaves = (state.params, state.model_state, frozen.params, frozen.model_state)
+    trainable = sum(leaf.size for leaf in state.params.values())
+    # Adam's two moments, and a counter for the leaves that entered in each phase so far; the step,
+    # the window's sums and the two fault counters.
+    counters = len(set(phase_of(run, phase).entered.values()))
+    optimizer, scalars = 2 * 4 * trainable + 4 * counters, 4 + SUMS_BYTES + 2 * 4
+    batch = BATCH // DEVICES * (int(np.prod(task.image_shape)) + 4 + 4)
+    exact = sum(count_bytes(part) for part in leaves) + optimizer + scalars + batch
+    assert cost(model, mode, phase).argument_bytes == exact
+    assert plans[phase].optimizer_bytes == optimizer
+    assert plans[phase].argument_bytes == exact
+
+
+@every_phase
+@every_model
+def test_pmap_sums_the_trainable_gradients_once_and_nothing_else(model, phase):
+    plan = built(model, "pmap")[2][phase]
+    assert plan.all_reduce_bytes == plan.trainable_bytes + SUMS_BYTES
+    moments = ACCUM * moment_bytes(model, phase, "pmap")
+    assert cost(model, "pmap", phase).all_reduce_bytes == plan.all_reduce_bytes + moments
+
+
+@every_phase
+@every_model
+def test_auto_sums_the_trainable_gradients_and_nothing_else(model, phase):
+    """The compiler adds up after every micro-batch: it does not move the sums out of the loop."""
+    plan = built(model, "auto")[2][phase]
+    own = plan.trainable_bytes + SUMS_BYTES
+    moments = moment_bytes(model, phase, "auto")
+    assert cost(model, "auto", phase).all_reduce_bytes == ACCUM * (own + moments)
+
+
+@every_phase
+@every_mode
+@every_model
+def test_temporary_memory_is_that_of_a_step_written_for_this_phase_alone(model, mode, phase):
+    ours, theirs = cost(model, mode, phase), cost(model, mode, phase, by_hand)
+    assert ours.temp_bytes <= TEMP_BAR * theirs.temp_bytes
+    assert ours.flops == pytest.approx(theirs.flops, rel=FLOPS_BAR)
+
+
+@every_phase
+@every_mode
+@every_model
+def test_the_state_is_updated_in_place(model, mode, phase):
+    run = built(model, mode)[1]
+    state, _ = abstract_state(run, phase_of(run, phase))
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert cost(model, mode, phase).alias_bytes == held
+
+
+@every_model
+def test_clipping_over_all_leaves_fails_the_flop_bar(model):
+    """The mutant: gradients by all parameters are clipped together, and masked afterwards."""
+    _, run, plans = built(model, "pmap")
+    phase, (params, stats) = phase_of(run, "head"), run.shapes
+    tx = optax.chain(optax.clip_by_global_norm(0.1), run.optim.tx(phase, "optax"))
+    state, frozen = jax.eval_shape(lambda p, s: make_state(phase, tx, p, s, "optax"), params, stats)
+    step = make_train_step(
+        run.parts,
+        tx,
+        phase.mask,
+        run.optim.schedule,
+        cut=first_trainable_stage(phase.mask, run.stages),
+        frozen_norms=frozen_norms(phase.mask, stats),
+        axis_name=run.parallel.axis_name,
+    )
+    compiled = run.parallel.compile_train(step, state, frozen, run.batch_shape)
+    assert hlo.count(compiled).flops > (1 + FLOPS_BAR) * plans["head"].flops

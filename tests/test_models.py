@@ -1,0 +1,329 @@
+"""Families: stages, groups, tables, arguments; one device equals eight."""
+
+import functools
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jft.errors import ConfigError
+from jft.models.family import Preprocess
+from jft.models.layers import Training
+from jft.models.table import FORMS, Entry, Table, choose_table, to_jft, to_source
+from jft.models.zoo import FAMILIES, list_models, make_model
+from jft.tree import flatten, unflatten
+
+TINY = ("efficientnet_lite_tiny", "vit_tiny")
+SMALL = {
+    "efficientnet_lite_tiny": {"blocks": ((1, 3, 1, 1, 8), (1, 5, 2, 2, 8)), "final_features": 16},
+    "vit_tiny": {"depth": 2},
+}
+SIZE = 16
+BATCH = 16
+
+
+@functools.cache
+def tiny(name, **args):
+    model = make_model(name=name, args=SMALL[name] | args, num_classes=5)
+    return model, model.init(jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))
+
+
+def images(count=4, size=SIZE, seed=0):
+    shape = (count, size, size, 3)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def shapes_of(name):
+    model = make_model(name=name, num_classes=7)
+    size = model.preprocess.image_size
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
+    return model, variables
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_any_two_parts_compose_to_the_whole_bitwise(name):
+    model, variables = tiny(name, drop_path_rate=0.3, dropout_rate=0.2)
+    x, rngs = images(), {"dropout": jax.random.key(1)}
+    state = Training(jnp.ones(4), jnp.arange(4))
+
+    def run(x, **part):
+        return model.apply(variables, x, training=state, rngs=rngs, **part)
+
+    outputs = [x]
+    for stage in range(len(model.stages)):
+        outputs.append(run(outputs[-1], start=stage, stop=stage + 1))
+    whole = run(x)
+    np.testing.assert_array_equal(outputs[-1], whole)
+    np.testing.assert_array_equal(run(x, stop=2), outputs[2])
+    np.testing.assert_array_equal(run(outputs[2], start=2), whole)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_part_needs_only_its_own_leaves(name):
+    model, variables = tiny(name)
+    cut = 2
+    kept = {
+        kind: {stage: leaf for stage, leaf in tree.items() if stage in model.stages[cut:]}
+        for kind, tree in variables.items()
+    }
+    features = model.apply(variables, images(), stop=cut)
+    top = model.apply(kept, features, start=cut)
+    np.testing.assert_array_equal(top, model.apply(variables, images()))
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_leaf_has_one_stage_one_group_and_one_source_name(name):
+    model, variables = shapes_of(name)
+    family, names = model.family, []
+    for kind, tree in variables.items():
+        for path in flatten(tree):
+            assert path.split("/")[0] in model.stages
+            if kind == "params":
+                assert sum(bool(re.fullmatch(p, path)) for _, p in family.groups) == 1, path
+            for table in family.tables:
+                found = [entry.source_name(path, "") for entry in table.entries]
+                assert sum(name is not None for name in found) == 1, path
+            source, form = family.tables[0].source_of(path)
+            assert family.tables[0].path_of(source) == (path, form)
+            names.append(source)
+    assert len(set(names)) == len(names)
+    used = {path.split("/")[0] for path in flatten(variables["params"])}
+    assert used == set(model.stages)
+    paths = list(flatten(variables["params"]))
+    for group, pattern in (*family.groups, *family.sets):
+        assert any(re.fullmatch(pattern, path) for path in paths), group
+
+
+def test_parameter_counts_are_the_published_ones():
+    wanted = {"efficientnet_lite0": 4_652_008, "vit_b16": 86_567_656, "vit_l32": 306_535_400}
+    for name, count in wanted.items():
+        model = make_model(name=name, num_classes=1000)
+        image = jnp.zeros((1, 224, 224, 3))
+        params = flatten(jax.eval_shape(model.init, jax.random.key(0), image)["params"])
+        assert sum(leaf.size for leaf in params.values()) == count
+
+
+def loss_and_grads(model, variables, x, label, weight, index, axis_name=None):
+    """Weighted mean loss, its gradients and statistics: sums divided once by the global weight."""
+    total = weight.sum()
+    if axis_name is not None:
+        total = jax.lax.psum(total, axis_name)
+    training = Training(weight, index, axis_name)
+    stats = {kind: tree for kind, tree in variables.items() if kind != "params"}
+
+    def loss(params):
+        logits, changed = model.apply(
+            {"params": params, **stats},
+            x,
+            training=training,
+            rngs={"dropout": jax.random.key(1)},
+            mutable=["batch_stats"],
+        )
+        rows = jax.nn.log_softmax(logits)
+        picked = jnp.take_along_axis(rows, label[:, None], 1)[:, 0]
+        return -jnp.sum(picked * weight) / total, changed
+
+    (value, changed), grads = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+    if axis_name is not None:
+        value, grads = jax.lax.psum((value, grads), axis_name)
+    return value, grads, changed
+
+
+def assert_same_tree(found, wanted, tolerance=2e-5):
+    for path, value in flatten(wanted).items():
+        value = np.asarray(value)
+        other = np.asarray(flatten(found)[path])
+        assert np.abs(other - value).max() <= tolerance * max(1.0, np.abs(value).max()), path
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_one_device_equals_eight_with_ragged_masks_dropout_and_batch_norm(name):
+    model, variables = tiny(name, drop_path_rate=0.3, dropout_rate=0.2)
+    rng = np.random.default_rng(3)
+    label = jnp.asarray(rng.integers(0, 5, BATCH))
+    weight = jnp.ones(BATCH).at[-3:].set(0.0)
+    batch = (images(BATCH), label, weight, jnp.arange(BATCH))
+    run = functools.partial(loss_and_grads, model, variables)
+    value, grads, stats = jax.jit(run)(*batch)
+
+    shards = [array.reshape(8, -1, *array.shape[1:]) for array in batch]
+    many = jax.pmap(functools.partial(run, axis_name="batch"), axis_name="batch")(*shards)
+    first = jax.tree.map(lambda leaf: leaf[0], many)
+    np.testing.assert_allclose(first[0], value, rtol=1e-5)
+    assert_same_tree(first[1], grads)
+    assert_same_tree(first[2], stats)
+
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = [jax.device_put(array, NamedSharding(mesh, PartitionSpec("batch"))) for array in batch]
+    value_auto, grads_auto, stats_auto = jax.jit(run)(*spread)
+    np.testing.assert_allclose(value_auto, value, rtol=1e-5)
+    assert_same_tree(grads_auto, grads)
+    assert_same_tree(stats_auto, stats)
+
+
+def test_stages_below_the_cut_run_as_in_evaluation():
+    model, variables = tiny("efficientnet_lite_tiny", drop_path_rate=0.5, dropout_rate=0.5)
+    x, rngs = images(4), {"dropout": jax.random.key(1)}
+    cut = len(model.stages) - 1
+    training = Training(jnp.ones(4), jnp.arange(4), cut=cut)
+    out, changed = model.apply(
+        variables, x, stop=cut, training=training, rngs=rngs, mutable=["batch_stats"]
+    )
+    np.testing.assert_array_equal(out, model.apply(variables, x, stop=cut))
+    for path, value in flatten(changed["batch_stats"]).items():
+        np.testing.assert_array_equal(value, flatten(variables["batch_stats"])[path])
+
+
+def test_frozen_norms_keep_their_statistics_and_the_others_move():
+    model, variables = tiny("efficientnet_lite_tiny")
+    frozen = frozenset({"stem/bn", "blocks_1/bn1"})
+    training = Training(jnp.ones(4), jnp.arange(4), frozen_norms=frozen)
+    _, changed = model.apply(
+        variables,
+        images(4),
+        training=training,
+        rngs={"dropout": jax.random.key(1)},
+        mutable=["batch_stats"],
+    )
+    before = flatten(variables["batch_stats"])
+    for path, value in flatten(changed["batch_stats"]).items():
+        same = np.array_equal(value, before[path])
+        assert same == (path.rsplit("/", 1)[0] in frozen), path
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_bfloat16_keeps_float32_params_logits_and_statistics(name):
+    model, variables = tiny(name, dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    logits = jax.jit(model.apply)(variables, images())
+    assert logits.dtype == jnp.float32
+    middle = jax.eval_shape(functools.partial(model.apply, stop=2), variables, images())
+    assert middle.dtype == jnp.bfloat16
+    plain, _ = tiny(name)
+    assert 0 < np.abs(logits - plain.apply(variables, images())).max() < 0.1
+
+
+def test_stray_pixels_beyond_the_last_patch_are_dropped():
+    model, variables = tiny("vit_tiny")
+    x = images(4, SIZE + 3)
+    part = model.apply(variables, x[:, :SIZE, :SIZE])
+    np.testing.assert_array_equal(model.apply(variables, x), part)
+
+
+@pytest.mark.parametrize("size", [1, 13])
+def test_odd_sizes_run(size):
+    model, variables = tiny("efficientnet_lite_tiny")
+    assert jax.jit(model.apply)(variables, images(4, size)).shape == (4, 5)
+
+
+def test_mean_pooling_needs_no_class_token():
+    model, variables = tiny("vit_tiny", pooling="mean", class_token=False)
+    assert "cls_token" not in variables["params"]["embed"]
+    last = len(model.stages) - 2
+    tokens = model.apply(variables, images(), stop=last)
+    pooled = model.apply(variables, tokens, start=last, stop=last + 1)
+    assert tokens.shape == (4, 4, 32) and pooled.shape == (4, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "words"),
+    [
+        ("vit_s6", {}, ("model.name", "'vit_s16'")),
+        ("vit_tiny", {"patchs": 4}, ("model.args.patchs", "'patch'")),
+        ("vit_tiny", {"num_classes": 4}, ("model.args.num_classes",)),
+        ("vit_tiny", {"patch": "4"}, ("model.args.patch", "int")),
+        ("vit_tiny", {"patch": 4.5}, ("model.args.patch", "4.5")),
+        ("vit_tiny", {"qkv_bias": 1}, ("model.args.qkv_bias", "bool")),
+        ("vit_tiny", {"dtype": "float33"}, ("model.args.dtype", "'float33'")),
+        ("vit_tiny", {"dtype": "int32"}, ("model.args.dtype", "int32")),
+        ("vit_tiny", {"pooling": "avg"}, ("model.args.pooling", "'avg'", "mean")),
+        ("vit_tiny", {"gelu": "erf"}, ("model.args.gelu", "'erf'", "exact")),
+        ("vit_tiny", {"heads": 5}, ("model.args.heads", "5")),
+        ("vit_tiny", {"class_token": False}, ("model.args.pooling", "class_token")),
+        ("vit_tiny", {"drop_path_rate": 1.5}, ("model.args.drop_path_rate", "1.5")),
+        ("vit_tiny", {"patch": 0}, ("model.args.patch", "0")),
+        ("vit_tiny", {"patch": 64}, ("model.args.patch", "64")),
+        ("efficientnet_lite_tiny", {"blocks": 3}, ("model.args.blocks", "list")),
+        ("efficientnet_lite_tiny", {"blocks": [[1, 2]]}, ("model.args.blocks", "5")),
+        ("efficientnet_lite_tiny", {"norm_epsilon": 0.0}, ("model.args.norm_epsilon", "0")),
+    ],
+)
+def test_a_wrong_argument_is_one_line_with_its_key(name, args, words):
+    with pytest.raises(ConfigError) as error:
+        make_model(name=name, args=args, num_classes=5)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_arguments_take_the_type_of_their_default():
+    args = {"patch": 4.0, "drop_path_rate": 0, "dtype": "bfloat16", "image_size": 20}
+    model = make_model(name="vit_tiny", args=args, num_classes=5)
+    assert model.module.patch == 4 and isinstance(model.module.patch, int)
+    assert isinstance(model.module.drop_path_rate, float)
+    assert model.module.dtype == jnp.bfloat16
+    assert model.preprocess.image_size == 20
+    with pytest.raises(ConfigError, match="num_classes"):
+        make_model(name="vit_tiny", num_classes=0)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_source_config_gives_the_same_architecture_back(name):
+    model = make_model(name=name, num_classes=3)
+    config = json.loads(json.dumps(model.family.source_config(model)))
+    fields = model.family.variant_from_config(config)
+    assert fields
+    for field, value in fields.items():
+        assert getattr(model.module, field) == value, field
+
+
+def test_list_models_filters_by_pattern():
+    assert list_models("vit_t*") == ["vit_ti16", "vit_tiny"]
+    assert set(TINY) <= set(list_models())
+    assert {family.name for family in FAMILIES.values()} == set(FAMILIES)
+
+
+def test_preprocess_survives_json():
+    for name in list_models():
+        preprocess = make_model(name=name, num_classes=2).preprocess
+        again = json.loads(json.dumps(preprocess.to_dict())) | {"unknown": 1}
+        assert Preprocess.from_dict(again) == preprocess
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_are_bitwise_inverse(form):
+    shape = (3, 5) if form == "transpose" else (4, 3, 2, 5)
+    value = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    again = to_source(form, to_jft(form, value))
+    assert again.shape == value.shape and again.tobytes() == value.tobytes()
+
+
+def test_a_table_names_both_ways_under_its_prefix():
+    entry = Entry("blocks_{i}/attn/{j}/kernel", "{p}layer.{i}.head.{j}.weight", "transpose")
+    table = Table((entry, Entry("head/bias", "fc.bias")), (r".*\.count",), ("vit.", ""))
+    assert table.source_of("blocks_11/attn/2/kernel") == (
+        "vit.layer.11.head.2.weight",
+        "transpose",
+    )
+    assert table.path_of("layer.3.head.0.weight", "") == ("blocks_3/attn/0/kernel", "transpose")
+    assert table.path_of("layer.03.head.0.weight", "") is None
+    assert table.path_of("vitXlayer.3.head.0.weight") is None
+    assert table.prefix_for(["layer.3.head.0.weight", "fc.bias"]) == ("", 2)
+    assert table.ignored("bn.count") and not table.ignored("bn.counter")
+    other = Table((Entry("a", "b"),))
+    assert choose_table((other, table), ["fc.bias"]) is table
+    assert choose_table((other, table), ["x"]) is None
+    with pytest.raises(ValueError, match="fields"):
+        Entry("blocks_{i}/kernel", "layer.weight")
+    with pytest.raises(ValueError, match="form"):
+        Entry("a", "b", "rotate")
+
+
+def test_flat_paths_round_trip():
+    _, variables = tiny("vit_tiny")
+    again = unflatten(flatten(variables["params"]))
+    assert jax.tree.structure(again) == jax.tree.structure(dict(variables["params"]))
