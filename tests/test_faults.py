@@ -14,9 +14,9 @@ from pathlib import Path
 import fault_run
 import pytest
 
+import jft
 from jft.config import from_json
 from jft.errors import WeightsError
-from jft.task import initial_leaves, make_task
 from jft.train.checkpoint import Checkpoints
 from jft.train.state import Frozen, leaves_by_path
 
@@ -197,8 +197,8 @@ def victim(request, place, straight, env):
     manifests = [json.loads((folder / "manifest.json").read_text()) for folder in folders]
     needed = {sha256 for manifest in manifests for sha256 in manifest["frozen"].values()}
     files += [workdir / "frozen" / f"{sha256}.safetensors" for sha256 in needed]
-    task = make_task(from_json((workdir / "config.json").read_text()))
-    source = leaves_by_path(Frozen(*initial_leaves(task, workdir)[:2]))
+    run = jft.setup(from_json((workdir / "config.json").read_text()), workdir)
+    source = leaves_by_path(Frozen(*run.start()))
     return Victim(
         workdir, saved, sorted(files), lambda paths: {path: source[path] for path in paths}
     )
