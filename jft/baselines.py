@@ -9,11 +9,37 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jft.data.protocol import Source
+from jft.data.sources import Splits
 from jft.errors import ConfigError
 from jft.report.rundir import read_rows
 from jft.task import make_data
 
 LOGISTIC = "logistic_regression"
+
+
+def check(config: ConfigDict, splits: Splits) -> None:
+    """Raises ConfigError where a baseline cannot be measured, before hours of training.
+
+    What is fitted needs a test split, and training images of one size.
+    """
+    if LOGISTIC not in config.report.baselines:
+        return
+    if splits.test is None:
+        raise ConfigError("report.baselines: logistic_regression needs a test split")
+    if splits.train.image_shape is None:
+        raise ConfigError(
+            "report.baselines: logistic_regression needs images of one size (npz, csv, sklearn)"
+        )
+    _linear_models()
+
+
+def _linear_models() -> Any:
+    try:
+        return importlib.import_module("sklearn.linear_model")
+    except ImportError as error:
+        raise ConfigError(
+            "report.baselines: logistic_regression needs scikit-learn: pip install 'jft[report]'"
+        ) from error
 
 
 def measure(config: ConfigDict, workdir: Path) -> list[dict[str, Any]]:
@@ -46,15 +72,10 @@ def _run_row(folder: Path) -> list[dict[str, Any]]:
 
 def logistic_regression(config: ConfigDict) -> dict[str, Any]:
     """Fits multinomial logistic regression on raw pixels in [0, 1] and scores the test split."""
-    try:
-        linear = importlib.import_module("sklearn.linear_model")
-    except ImportError as error:
-        raise ConfigError(
-            "report.baselines: logistic_regression needs scikit-learn: pip install 'jft[report]'"
-        ) from error
     splits = make_data(config)
-    if splits.test is None:
-        raise ConfigError("report.baselines: logistic_regression needs a test split")
+    check(config, splits)
+    linear = _linear_models()
+    assert splits.test is not None  # checked
     images, labels = _pixels(splits.train)
     model = linear.LogisticRegression(max_iter=1000, C=0.1).fit(images, labels)
     test_images, test_labels = _pixels(splits.test)
@@ -65,9 +86,5 @@ def logistic_regression(config: ConfigDict) -> dict[str, Any]:
 
 def _pixels(source: Source) -> tuple[np.ndarray, np.ndarray]:
     """float32 [N, H * W * C] in [0, 1], and labels [N]; images must share one shape."""
-    if source.image_shape is None:
-        raise ConfigError(
-            "report.baselines: logistic_regression needs images of one size (npz, csv, sklearn)"
-        )
     images = [np.asarray(source[i]["image"], np.float32).ravel() / 255 for i in range(len(source))]
     return np.stack(images), np.asarray(source.labels)

@@ -35,6 +35,10 @@ CHOICES = {
 _GIVEN = ("num_classes", "dtype", "parent", "name", "seed", "path", "image_size")
 
 
+_SPLITS = ("train", "val", "test")
+_METRICS = tuple(f"eval/{name}" for name in ("accuracy", "loss", "macro_f1"))
+
+
 def base() -> ConfigDict:
     """Returns every key with its default, for a config file to change."""
     config = ConfigDict(type_safe=False)  # types are checked once, with full paths, on loading
@@ -206,6 +210,18 @@ def _check_together(values: Mapping[str, Any]) -> None:
     if values["data.val_fraction"] + values["data.test_fraction"] >= 1:
         raise ConfigError(
             "config.data.val_fraction + config.data.test_fraction leave no training data"
+        )
+    for split in values["eval.splits"]:
+        if split not in _SPLITS:
+            raise ConfigError(
+                f"config.eval.splits: no split {split!r}{nearest(str(split), _SPLITS)};"
+                f" there are {', '.join(_SPLITS)}"
+            )
+    best = values["checkpoint.best"]
+    if best is not None and best not in _METRICS:
+        raise ConfigError(
+            f"config.checkpoint.best: no metric {best!r}{nearest(best, _METRICS)};"
+            f" there are {', '.join(_METRICS)}"
         )
     for name in ("augment.scale", "augment.ratio"):
         pair = values[name]

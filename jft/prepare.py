@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from jft.baselines import check as check_baselines
 from jft.config import diff, from_json, to_json
 from jft.data.images import make_eval_transform, make_train_transform
 from jft.data.loader import make_eval_loader, make_train_loader
@@ -110,15 +111,16 @@ def setup(
     if resumes and resume != "force":
         check_unchanged(config, workdir)
     task = make_task(config, model)
+    check_baselines(config, task.splits)
     conversion = read_json(workdir / "conversion.json") if resumes else None
     leaves = None
     if conversion is None and config.init.source is not None:
-        leaves = initial_leaves(task, workdir)
+        leaves = initial_leaves(task)
         conversion = leaves[2]
     task = with_preprocess(task, (conversion or {}).get("preprocess"))
 
     def start() -> tuple[Flat, Flat]:
-        return (leaves or initial_leaves(task, workdir))[:2]
+        return (leaves or initial_leaves(task))[:2]
 
     return _make_run(task, workdir, checkpoints, start, conversion, dry_run)
 

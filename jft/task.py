@@ -1,5 +1,6 @@
 """Data and model of a config: what training, evaluation, prediction and the plan share."""
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -117,7 +118,7 @@ def _make_model(config: ConfigDict, module: Any, num_classes: int) -> Model | Ow
     return make_model(name=config.model.name, args=args, num_classes=num_classes)
 
 
-def initial_leaves(task: Task, workdir: Path) -> tuple[Flat, Flat, dict[str, Any] | None]:
+def initial_leaves(task: Task) -> tuple[Flat, Flat, dict[str, Any] | None]:
     """Returns (params, model_state, conversion report or None) that a run starts from."""
     config, size = task.config, task.preprocess.image_size
     key = jax.random.fold_in(jax.random.key(config.seed), INIT_FOLD)
@@ -125,14 +126,17 @@ def initial_leaves(task: Task, workdir: Path) -> tuple[Flat, Flat, dict[str, Any
     if config.init.source is None:
         variables, report = task.model.init(key, jnp.zeros((1, *shape))), None
     else:
-        variables, found = load_pretrained(
-            task.model,
-            config.init.source,
-            fresh=list(config.init.fresh),
-            key=key,
-            image_shape=shape,
-            scratch_dir=workdir / "random",
-        )
+        # Random weights are the same every time: they need no place in the run directory, which a
+        # wrong config, or another process's run, must find untouched.
+        with tempfile.TemporaryDirectory(prefix="jft-random-") as scratch:
+            variables, found = load_pretrained(
+                task.model,
+                config.init.source,
+                fresh=list(config.init.fresh),
+                key=key,
+                image_shape=shape,
+                scratch_dir=Path(scratch),
+            )
         report = found.to_dict() | {"text": found.text()}
     flat = (flatten(variables["params"]), flatten(variables.get("batch_stats", {})))
     return *(jax.tree.map(np.asarray, leaves) for leaves in flat), report

@@ -87,7 +87,7 @@ def load_trained(workdir: str | Path, model: Any = None) -> Trained:
     task = with_preprocess(task, (read_json(workdir / "conversion.json") or {}).get("preprocess"))
 
     def rebuild(paths: list[str]) -> Flat:
-        leaves = leaves_by_path(Frozen(*initial_leaves(task, workdir)[:2]))
+        leaves = leaves_by_path(Frozen(*initial_leaves(task)[:2]))
         return {path: leaves[path] for path in paths if path in leaves}
 
     restored = make_checkpoints(config, workdir).restore(rebuild=rebuild)
@@ -99,6 +99,13 @@ def load_trained(workdir: str | Path, model: Any = None) -> Trained:
         missing = [path for path in shapes if f"{kind}/{path}" not in leaves]
         if missing:
             raise WeightsError(f"{workdir}: the checkpoint lacks {missing[0]!r}")
+        for path, wanted in shapes.items():
+            found = tuple(leaves[f"{kind}/{path}"].shape)
+            if found != tuple(wanted.shape):
+                raise WeightsError(
+                    f"{workdir}: the checkpoint's {path!r} is {list(found)}, data and model need"
+                    f" {list(wanted.shape)}: have the classes changed?"
+                )
         flats.append({path: leaves[f"{kind}/{path}"] for path in shapes})
     parallel = make_parallel(mode=config.parallel.mode, devices=config.parallel.devices)
     _, _, parts = make_schedule_parts(task, parallel)

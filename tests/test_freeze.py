@@ -118,6 +118,11 @@ def test_the_string_form_expands_to_steps(groups):
     assert [p.name for p in plan] == ["head", "block[-3:]+head", "all - stem", "all"]
 
 
+def test_a_whole_number_is_steps_and_not_a_fraction(groups):
+    assert phases(groups, phases="head@1 | all")[0].stop_step == 1
+    assert phases(groups, phases=[{"train": "head", "until": 1}, "all"])[0].stop_step == 1
+
+
 def test_list_and_string_forms_agree(groups):
     listed = [{"train": "head", "until": 0.3}, {"train": "all"}]
     assert phases(groups, phases=listed) == phases(groups, phases="head@30%|all")

@@ -179,7 +179,7 @@ def _until_steps(until: Any, total_steps: int, steps_per_epoch: float, where: st
     if isinstance(until, str):
         found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*(%|ep|epochs?|steps?)?", until.strip())
         try:
-            number = float(found[1]) if found else None
+            number = found and (int(found[1]) if found[1].isdigit() else float(found[1]))
         except ValueError:
             number = None
         if number is not None and found is not None and found[2]:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,11 +27,13 @@ class OwnModel:
       module: has `init(key, x)` and `apply(variables, x, ...)`, as a Linen module does.
       num_classes: width of the logits.
       preprocess: how images become its input; its image_size is that of `init`.
+      names: top-level names of its params, in the order that it calls them.
     """
 
     module: Any
     num_classes: int
     preprocess: Preprocess = CENTRED
+    names: tuple[str, ...] = ()
     family: None = None
     variant: None = None
 
@@ -43,8 +45,8 @@ class OwnModel:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """The module's own `stages`, from input to output, or () when it lists none."""
-        return tuple(getattr(self.module, "stages", ()))
+        """The module's own `stages`, from input to output, else `names`."""
+        return tuple(getattr(self.module, "stages", self.names))
 
     def init(self, key: jax.Array, image: jax.Array) -> dict[str, Any]:
         """Fresh {"params", "batch_stats"} for images like `image` [1, H, W, C]."""
@@ -94,6 +96,15 @@ def own_model(module: Any, num_classes: int, preprocess: Preprocess | None = Non
     model = OwnModel(module, num_classes, preprocess or CENTRED)
     size = model.preprocess.image_size
     image = jax.ShapeDtypeStruct((1, size, size, len(model.preprocess.mean)), jnp.float32)
+    order: list[str] = []
+
+    def init(key: jax.Array, x: jax.Array) -> Any:
+        found = model._call("init", key, x, None)
+        order.extend(found["params"])  # jax sorts what leaves the trace
+        return found
+
+    jax.eval_shape(init, jax.random.key(0), image)
+    model = replace(model, names=tuple(order))
     variables = jax.eval_shape(model.init, jax.random.key(0), image)
     logits = jax.eval_shape(lambda v, x: model.apply(v, x), variables, image)
     if getattr(logits, "shape", None) != (1, num_classes):

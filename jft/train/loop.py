@@ -17,7 +17,7 @@ from jft.report.writers import RunWriter
 from jft.train.checkpoint import Restored
 from jft.train.lock import Lock
 from jft.train.parallel import check_replicas
-from jft.train.run import Outcome, Run, compile_phase, from_checkpoint, pack
+from jft.train.run import Outcome, Run, compile_phase, from_checkpoint, pack, phase_of
 from jft.train.signals import StopSignals
 from jft.train.state import WINDOW_SUMS, Frozen, leaves_by_path, make_state, switch_phase
 from jft.train.step import make_eval_step
@@ -35,6 +35,8 @@ def fit(run: Run) -> Outcome:
     """
     with Lock(run.workdir), StopSignals() as stop, run.checkpoints:
         restored = run.checkpoints.restore(rebuild=lambda paths: _rebuild(run, paths))
+        if restored is not None:  # what does not fit must not touch the run's files
+            from_checkpoint(run, phase_of(run, restored), restored)
         run.begin()
         with run.make_writer(restored.step if restored else None) as writer:
             return _fit(run, writer, restored, stop)
@@ -82,7 +84,7 @@ class _Trainer:
             tx = run.optim.tx(self.phase, run.enforce)
             self.state, self.frozen = make_state(self.phase, tx, params, stats, run.enforce)
         else:
-            self.phase = run.phases[restored.info["phase"]]
+            self.phase = phase_of(run, restored)
             self.state, self.frozen = from_checkpoint(run, self.phase, restored)
             self.step = restored.step
             self.results = dict(restored.info["results"])

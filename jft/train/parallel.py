@@ -153,8 +153,12 @@ def check_replicas(tree: Any) -> None:
     A value that was not reduced over the devices is otherwise read from the first one silently.
     """
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
         shards = [np.asarray(shard.data) for shard in leaf.addressable_shards]
         if any(shard.tobytes() != shards[0].tobytes() for shard in shards[1:]):
-            raise RuntimeError(
-                f"devices disagree on {jax.tree_util.keystr(path)}: it was not reduced"
-            )
+            if "model_state" in name:
+                raise ConfigError(
+                    f"model: its statistics differ from device to device ({name}): use"
+                    " --config.parallel.mode=auto, or jft.models.layers.BatchNorm"
+                )
+            raise RuntimeError(f"devices disagree on {name}: it was not reduced")

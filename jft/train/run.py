@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jft.errors import ConfigError
 from jft.freeze.phases import Phase
 from jft.report.writers import RunWriter
 from jft.train.checkpoint import Checkpoints, Restored
@@ -131,6 +132,21 @@ def abstract_state(run: Run, phase: Phase) -> tuple[TrainState, Frozen]:
 def pack(state: TrainState, frozen: Frozen) -> tuple[Flat, Flat]:
     """Returns (state, frozen) as flat dicts, as checkpoints hold them."""
     return leaves_by_path(state), leaves_by_path(frozen)
+
+
+def phase_of(run: Run, restored: Restored) -> Phase:
+    """Returns the phase that a checkpoint was saved in.
+
+    Raises:
+      ConfigError: the run has fewer phases now.
+    """
+    index = restored.info["phase"]
+    if index >= len(run.phases):
+        raise ConfigError(
+            f"freeze.phases: step {restored.step} was saved in phase {index}, there are"
+            f" {len(run.phases)} now; use another --workdir, or init.source from an export"
+        )
+    return run.phases[index]
 
 
 def from_checkpoint(run: Run, phase: Phase, restored: Restored) -> tuple[TrainState, Frozen]:
