@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ from ml_collections import ConfigDict
 
 from jft.data.protocol import Source
 from jft.data.sources import Splits
-from jft.errors import ConfigError
+from jft.errors import ConfigError, nearest
 from jft.report.rundir import read_rows
 from jft.task import make_data
 
 LOGISTIC = "logistic_regression"
+log = logging.getLogger(__name__)
 
 
 def check(config: ConfigDict, splits: Splits) -> None:
@@ -22,6 +24,9 @@ def check(config: ConfigDict, splits: Splits) -> None:
 
     What is fitted needs a test split, and training images of one size.
     """
+    for entry in config.report.baselines:
+        if entry != LOGISTIC and nearest(str(entry), [LOGISTIC]):
+            raise ConfigError(f"report.baselines: {entry!r}{nearest(entry, [LOGISTIC])}")
     if LOGISTIC not in config.report.baselines:
         return
     if splits.test is None:
@@ -56,9 +61,17 @@ def measure(config: ConfigDict, workdir: Path) -> list[dict[str, Any]]:
             continue
         path = next((p for p in (workdir.parent / entry, Path(entry)) if p.exists()), None)
         if path is None:
+            log.warning("baseline %r is left out: no such run or file yet", entry)
             continue
-        rows += json.loads(path.read_text())["rows"] if path.is_file() else _run_row(path)
+        rows += _file_rows(path) if path.is_file() else _run_row(path)
     return rows
+
+
+def _file_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        return list(json.loads(path.read_text())["rows"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"report.baselines: {path} has no list of 'rows'") from error
 
 
 def _run_row(folder: Path) -> list[dict[str, Any]]:

@@ -31,6 +31,11 @@ FLAGS: dict[str, dict[str, Any]] = {
     },
     "--out": {"metavar": "PATH", "help": "where the result goes"},
     "--split": {"metavar": "NAME", "default": "test", "help": "train, val or test (default: test)"},
+    "--step": {
+        "metavar": "STEP",
+        "default": "newest",
+        "help": "checkpoint to use: newest, best or a number of updates (default: newest)",
+    },
     "--model": {"metavar": "NAME", "help": "model to check the weights against"},
     "--dry_run": {
         "action": "store_true",
@@ -75,18 +80,18 @@ VERBS: dict[str, Verb] = {
     "eval": Verb(
         "jft.verbs:evaluate",
         "metrics of a trained model on one split",
-        ("--workdir!", "--split", "--out"),
+        ("--workdir!", "--split", "--step", "--out"),
     ),
     "predict": Verb(
         "jft.verbs:predict",
         "class and probability of image files, one JSON object a line",
-        ("--workdir!", "--out"),
+        ("--workdir!", "--step", "--out"),
         ("FILE", "+", "image files"),
     ),
     "export": Verb(
         "jft.verbs:export",
         "write safetensors and config.json in the source's names",
-        ("--workdir!", "--out!"),
+        ("--workdir!", "--step", "--out!"),
     ),
     "plan": Verb(
         "jft.verbs:plan",

@@ -152,7 +152,10 @@ KEYS: dict[str, Key] = {
     "log.every_steps": Key(10, int, "updates between lines of metrics.jsonl", low=1),
     "log.tensorboard": Key(True, bool, "write TensorBoard files", free=True),
     "report.baselines": Key(
-        [], list, "baselines to measure for the report: logistic_regression, scratch", free=True
+        [],
+        list,
+        "to compare with in the report: logistic_regression, run directories, JSON files of rows",
+        free=True,
     ),
 }
 

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from jft.data.images import canvas_shape
 from jft.data.sources import Splits, make_splits
+from jft.errors import ConfigError
 from jft.freeze.groups import COMMON_SETS, Groups, make_groups
 from jft.models.family import Preprocess
 from jft.models.own import OwnModel, own_model
@@ -107,6 +108,8 @@ def with_preprocess(task: Task, values: Mapping[str, Any] | None) -> Task:
 def _make_model(config: ConfigDict, module: Any, num_classes: int) -> Model | OwnModel:
     size = config.data.image_size
     if module is not None:
+        if config.train.dtype != "float32":
+            raise ConfigError("train.dtype: an own module sets its dtype itself; leave it float32")
         own = getattr(module, "preprocess", None) or OwnModel.preprocess
         if size is not None:
             own = Preprocess.from_dict(own.to_dict() | {"image_size": size})

@@ -24,6 +24,7 @@ from jft.prepare import (
 from jft.report.html import write_report
 from jft.report.rundir import read_json, write_json
 from jft.task import Task, batch_shapes, initial_leaves, make_task, with_preprocess
+from jft.train.checkpoint import Checkpoints
 from jft.train.parallel import Parallel, make_parallel
 from jft.train.state import Frozen, leaves_by_path
 from jft.train.step import StepParts, make_eval_step
@@ -70,12 +71,13 @@ def read_config(workdir: Path) -> ConfigDict:
     return from_json(path.read_text())
 
 
-def load_trained(workdir: str | Path, model: Any = None) -> Trained:
-    """Returns the newest good checkpoint of a run.
+def load_trained(workdir: str | Path, model: Any = None, step: str | int = "newest") -> Trained:
+    """Returns a good checkpoint of a run.
 
     Args:
       workdir: the run directory.
       model: the user's own module, if the run was made with one.
+      step: "newest", "best" by the config's `checkpoint.best`, or a number.
 
     Raises:
       ConfigError: no run is there.
@@ -90,7 +92,8 @@ def load_trained(workdir: str | Path, model: Any = None) -> Trained:
         leaves = leaves_by_path(Frozen(*initial_leaves(task)[:2]))
         return {path: leaves[path] for path in paths if path in leaves}
 
-    restored = make_checkpoints(config, workdir).restore(rebuild=rebuild)
+    checkpoints = make_checkpoints(config, workdir)
+    restored = checkpoints.restore(step=_step_of(checkpoints, step), rebuild=rebuild)
     if restored is None:
         raise WeightsError(f"{workdir}: the run has no checkpoint yet")
     leaves = {**restored.frozen, **restored.state}
@@ -107,32 +110,50 @@ def load_trained(workdir: str | Path, model: Any = None) -> Trained:
                     f" {list(wanted.shape)}: have the classes changed?"
                 )
         flats.append({path: leaves[f"{kind}/{path}"] for path in shapes})
-    parallel = make_parallel(mode=config.parallel.mode, devices=config.parallel.devices)
+    # A model trained on eight devices is used on whatever is here.
+    devices = min(config.parallel.devices or jax.device_count(), jax.device_count())
+    parallel = make_parallel(mode="auto", devices=devices)
     _, _, parts = make_schedule_parts(task, parallel)
     return Trained(task, parallel, parts, flats[0], flats[1], restored.step)
 
 
-def evaluate(workdir: str | Path, split: str = "test", model: Any = None) -> dict[str, float]:
+def _step_of(checkpoints: Checkpoints, step: str | int) -> int | None:
+    if step == "newest":
+        return None
+    if step == "best":
+        return checkpoints.best()
+    if str(step).isdigit():
+        return int(step)
+    raise ConfigError(f"--step={step}: should be newest, best or a number of updates")
+
+
+def evaluate(
+    workdir: str | Path, split: str = "test", model: Any = None, step: str | int = "newest"
+) -> dict[str, float]:
     """Returns loss, accuracy and macro F1 of a split; writes eval/<split>.json."""
-    trained = load_trained(workdir, model)
+    trained = load_trained(workdir, model, step)
     known = list(trained.task.splits)
     if split not in known:
         raise ConfigError(
             f"--split={split}: the data has {', '.join(known)}{nearest(split, known)}"
         )
-    step = trained.predict_step()
-    return evaluate_split(trained.task, Path(workdir), trained.parallel, step, split, trained.step)
+    predict_step = trained.predict_step()
+    folder = Path(workdir)
+    return evaluate_split(trained.task, folder, trained.parallel, predict_step, split, trained.step)
 
 
 def predict(
-    workdir: str | Path, files: Sequence[str | Path], model: Any = None
+    workdir: str | Path,
+    files: Sequence[str | Path],
+    model: Any = None,
+    step: str | int = "newest",
 ) -> list[dict[str, Any]]:
     """Returns one dict an image file: file, label, probability, and all probabilities by name.
 
     Raises:
       DataError: a file is missing or no image.
     """
-    trained = load_trained(workdir, model)
+    trained = load_trained(workdir, model, step)
     task, names = trained.task, trained.task.splits.label_names
     rows = eval_batch_size(task.config, trained.parallel)
 
@@ -162,9 +183,11 @@ def predict(
     return found
 
 
-def export(workdir: str | Path, out: str | Path, model: Any = None) -> Path:
+def export(
+    workdir: str | Path, out: str | Path, model: Any = None, step: str | int = "newest"
+) -> Path:
     """Writes safetensors, config.json and preprocessing in the names of the run's source."""
-    trained = load_trained(workdir, model)
+    trained = load_trained(workdir, model, step)
     conversion = read_json(Path(workdir) / "conversion.json") or {}
     variables = {"params": merge(trained.params)}
     if trained.model_state:

@@ -35,7 +35,7 @@ def train(args: argparse.Namespace) -> int:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Prints the metrics of a split, and writes them as JSON where --out says so."""
-    metrics = trained.evaluate(args.workdir, args.split)
+    metrics = trained.evaluate(args.workdir, args.split, step=args.step)
     for name, value in metrics.items():
         print(f"{name}: {value:.4f}")
     if args.out:
@@ -44,7 +44,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def predict(args: argparse.Namespace) -> None:
     """Writes one JSON object a file, to --out or the standard output."""
-    rows = trained.predict(args.workdir, args.words)
+    rows = trained.predict(args.workdir, args.words, step=args.step)
     text = "".join(json.dumps(row) + "\n" for row in rows)
     if args.out:
         write_atomic(Path(args.out), text)
@@ -54,7 +54,7 @@ def predict(args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> None:
     """Writes the trained weights as safetensors with their config."""
-    print(f"exported to {trained.export(args.workdir, args.out)}")
+    print(f"exported to {trained.export(args.workdir, args.out, step=args.step)}")
 
 
 def plan(args: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """Groups, set expressions, masks and phases."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -7,7 +8,9 @@ from jft.errors import ConfigError
 from jft.freeze.explain import explain
 from jft.freeze.groups import make_groups
 from jft.freeze.masks import make_mask
-from jft.freeze.phases import make_phases
+from jft.freeze.phases import METHODS, make_phases
+from jft.models.zoo import FAMILIES, make_model
+from jft.tree import flatten
 
 PATHS = ["stem/kernel", "stem/bn/scale", "stem/bn/bias"]
 PATHS += [
@@ -159,6 +162,10 @@ def test_last_k_trains_what_lies_above(groups):
         ({"name": "lpft"}, "no method 'lpft' .did you mean 'lp_ft'"),
         ({"name": "last_k", "args": {"n": 1}}, "freeze.args"),
         ({"name": "last_k", "args": {"k": 0}}, "freeze.args.k"),
+        (
+            {"name": "lp_ft", "args": {"lr_scale": -1.0}},
+            "lr_scale: -1.0 should be a number above 0",
+        ),
     ],
 )
 def test_bad_phases_are_named(groups, kw, message):
@@ -179,3 +186,15 @@ def test_the_explain_table_says_where_each_leaf_trains_and_why(groups):
     leaves = explain(groups, plan, shapes, rates, rates, every_leaf=True).splitlines()
     assert len(leaves) == len(PATHS) + 2
     assert any("blocks_10/attn/bias" in line and r"blocks_(\d+)/.*" in line for line in leaves)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_method_fits_every_family(family, method):
+    found = FAMILIES[family]
+    model = make_model(name=sorted(found.variants)[0], num_classes=3)
+    size = model.preprocess.image_size
+    image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+    paths = flatten(jax.eval_shape(model.init, jax.random.key(0), image)["params"])
+    groups = make_groups(paths, found.groups, found.sets)
+    assert phases(groups, name=method)[-1].stop_step == 200

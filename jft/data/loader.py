@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -147,7 +148,13 @@ def _stream(dataset: Any, in_memory: bool, threads: int | None, workers: int) ->
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain's workers copy absl's flags, which must be parsed
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-    return iter(dataset.to_iter_dataset(_read_options(1)).mp_prefetch(options))
+    stream = dataset.to_iter_dataset(_read_options(1))
+    return iter(stream.mp_prefetch(options, worker_init_fn=_leave_signals_to_parent))
+
+
+def _leave_signals_to_parent(*_: int) -> None:
+    """A terminal's Ctrl-C reaches every process; the parent still needs batches to end its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _read_options(threads: int) -> grain.ReadOptions:

@@ -46,7 +46,7 @@ class Splits(Mapping[str, Source]):
 
     Attributes:
       train: examples to learn from.
-      val: examples that choose the checkpoint, or None.
+      val: examples to watch a run by and to choose its best checkpoint, or None.
       test: examples for the final figure only, or None.
       label_names: a name a class, shared by all.
     """

@@ -19,7 +19,8 @@ class Groups:
     Attributes:
       paths: every leaf.
       order: structural groups from input to output; each leaf is in exactly one.
-      members: {group: leaves}; structural groups, cross-cutting sets, and "all".
+      members: {group: leaves}; structural groups, cross-cutting sets, "all", and "above": all but
+        the first group, whatever a family calls its stem.
       counts: {name: n} for numbered groups, so "block" has block[0] .. block[n - 1].
       patterns: {path: (structural group, pattern that matched)}.
     """
@@ -127,9 +128,10 @@ def make_groups(
         if leaves := frozenset(path for path in paths if re.fullmatch(pattern, path)):
             groups.setdefault(name, leaves)
     for name, pattern in extra:
-        if name in groups or name == "all":
+        if name in groups or name in ("all", "above"):
             raise ConfigError(f"freeze.groups: {name!r} is already a group of this model")
         groups[name] = select(paths, pattern, f"freeze.groups.{name}")
     groups["all"] = frozenset(paths)
+    groups.setdefault("above", groups["all"] - groups[structural[0][0]])
     counts = {name: n for name, n in counts.items() if n}
     return Groups(paths, tuple(order), groups, counts, patterns)

@@ -51,7 +51,7 @@ def last_k(*, k: int = 1) -> list[dict[str, Any]]:
     """The last `k` blocks, whatever follows them, and the head train."""
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:
         raise ConfigError(f"freeze.args.k: {k!r} should be a whole number of blocks, 1 or more")
-    return [{"train": f"all - stem - block + block[-{k}:]"}]
+    return [{"train": f"above - block + block[-{k}:]"}]
 
 
 def lp_ft(*, head_until: float | int | str = 0.3, lr_scale: float = 1.0) -> list[dict[str, Any]]:
@@ -98,7 +98,7 @@ def make_phases(
         if method not in METHODS:
             raise ConfigError(f"freeze.name: no method {method!r}{nearest(method, METHODS)}")
         try:
-            entries = METHODS[method](**(args or {}))
+            entries = parse_phases(METHODS[method](**(args or {})))
         except TypeError as error:
             raise ConfigError(f"freeze.args: {error}") from error
     else:

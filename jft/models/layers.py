@@ -37,7 +37,8 @@ class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last, exact under masks and any device count.
 
     Moments are sums over the examples that count, added over `training.axis_name` and divided once.
-    They are taken around the running mean, which keeps E[x^2] - E[x]^2 from cancelling.
+    The variance is E[x^2] - E[x]^2 in float32: a channel whose mean is thousands of times its
+    standard deviation loses it to rounding.
 
     Attributes:
       momentum: share of the running statistics that is kept per update (0.99 is torch's 0.01).

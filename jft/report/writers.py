@@ -155,7 +155,7 @@ class RunWriter:
         try:
             self._events = _Events(self.workdir / "tb", resume_step)
         except ImportError:
-            self.message("warning: no TensorBoard files without: pip install 'jft[report]'")
+            self.message("warning: no TensorBoard files without: pip install tensorboardX")
         except Exception as error:  # whatever a third-party writer raises, training goes on
             self._warn("tb", error)
 

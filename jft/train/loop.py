@@ -43,18 +43,19 @@ def fit(run: Run) -> Outcome:
 
 
 def _fit(run: Run, writer: RunWriter, restored: Restored | None, stop: StopSignals) -> Outcome:
-    trainer = _Trainer(run, writer, restored)
+    trainer = None
     try:
+        trainer = _Trainer(run, writer, restored)
         return trainer.outcome(trainer.train(stop))
-    except DivergedError as error:
-        writer.status(state="diverged", step=trainer.step, exit_reason=str(error))
-        raise
     except BaseException as error:
+        state = "diverged" if isinstance(error, DivergedError) else "failed"
+        step = trainer.step if trainer else restored.step if restored else 0
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        writer.status(state="failed", step=trainer.step, exit_reason=reason)
+        writer.status(state=state, step=step, exit_reason=reason)
         raise
     finally:
-        trainer.compiler.shutdown(wait=False, cancel_futures=True)
+        if trainer:
+            trainer.compiler.shutdown(wait=False, cancel_futures=True)
 
 
 def _rebuild(run: Run, paths: list[str]) -> Flat:
@@ -188,6 +189,12 @@ class _Trainer:
                 named[f"train/{name}"] = values[name]
             self.writer.write(row.step, {"phase": row.phase, **named}, self.timing(row.step))
 
+    def check_last(self) -> None:
+        """Writes all rows and raises if the run has halted by now; waits for the device."""
+        if self.last:
+            self.rows.append(_Row(self.step, self.phase.index, self.last, shown=False))
+        self.write_rows(wait=True)
+
     def timing(self, step: int) -> dict[str, float]:
         """Returns what depends on the clock, since the row before."""
         now = time.monotonic()
@@ -224,7 +231,7 @@ class _Trainer:
 
     def evaluate(self, split: str) -> None:
         """Evaluates one split and logs it; "val" is logged as "eval/..."."""
-        self.write_rows(wait=True)
+        self.check_last()
         began = time.monotonic()
         scalars = self.run.evaluate(self.predict_step(), split, self.step)
         prefix = "eval" if split == "val" else split
@@ -241,8 +248,7 @@ class _Trainer:
         """Saves the state; what was logged up to this step is on the disk before."""
         if self.step == self.saved_step:
             return
-        self.rows.append(_Row(self.step, self.phase.index, self.last, shown=False))
-        self.write_rows(wait=True)
+        self.check_last()
         self.writer.flush()
         state, frozen = pack(self.state, self.frozen)
         info = {**self.run.info, "phase": self.phase.index, "batches": self.step}
