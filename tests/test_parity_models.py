@@ -96,14 +96,9 @@ def test_lite0_names_what_is_on_real_photographs(lite0):
         assert found.argmax() == wanted.argmax() and int(found.argmax()) in classes, name
 
 
-def test_lite0_features_and_input_gradients_match(lite0):
+def test_lite0_hidden_states_match(lite0):
     peer, model, variables = lite0
     x = photograph("chelsea", model.preprocess)
-    image = torch_images(x).requires_grad_()
-    logits = peer(image)
-    logits[0, 282].backward()
-    found = jax.jit(jax.grad(lambda x: model.apply(variables, x)[0, 282]))(jnp.asarray(x))
-    assert distance(found, image.grad.numpy().transpose(0, 2, 3, 1)) <= GRADIENTS
     with torch.no_grad():
         hidden = peer._swish(peer._bn0(peer._conv_stem(torch_images(x))))
         state = x
@@ -112,6 +107,23 @@ def test_lite0_features_and_input_gradients_match(lite0):
             hidden = block(hidden)
             wanted = hidden.numpy().transpose(0, 2, 3, 1)
             assert distance(state, wanted) <= HIDDEN, f"blocks_{index}"
+
+
+def test_lite0_input_gradients_match(lite0):
+    peer, model, variables = lite0
+    gradient = jax.jit(jax.grad(lambda x: jax.nn.logsumexp(model.apply(variables, x))))
+    far = []
+    for name in PHOTOGRAPHS:
+        x = photograph(name, model.preprocess)[:, :64, :64]
+        image = torch_images(x).requires_grad_()
+        torch.logsumexp(peer(image), 1).sum().backward()
+        wanted = image.grad.numpy().transpose(0, 2, 3, 1)
+        found = np.asarray(gradient(x))
+        far.append(distance(found, wanted) > GRADIENTS)
+        assert np.linalg.norm(found - wanted) <= 1e-3 * np.linalg.norm(wanted), name
+    # A unit within rounding of ReLU6's corner has either gradient: torch in float32 and in float64
+    # differ as much there (172 pixels of "chelsea", 5e-4).
+    assert sum(far) <= 1
 
 
 def test_lite0_in_training_mode_matches_with_its_statistics_and_gradients(lite0):
