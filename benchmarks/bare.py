@@ -5,7 +5,7 @@ frozen prefix runs outside the gradient. Nothing is logged, checked, saved or re
 of jft.train is used.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -78,7 +78,7 @@ class Bare:
       compile_seconds: tracing, lowering and compilation.
     """
 
-    def __init__(self, model: Model, cut: int, leaves: Any, batches: list[Batch]) -> None:
+    def __init__(self, model: Model, cut: int, leaves: Any, batches: Sequence[Batch]) -> None:
         """Compiles the step and places the state.
 
         Args:
@@ -118,6 +118,6 @@ class Bare:
         return seconds()
 
 
-def _cycle(batches: list[Batch]) -> Iterator[Batch]:
+def _cycle(batches: Sequence[Batch]) -> Iterator[Batch]:
     while True:
         yield from batches

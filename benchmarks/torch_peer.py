@@ -104,8 +104,8 @@ def _vit(workload: Workload) -> Any:
         intermediate_size=module.mlp_features,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        num_labels=CLASSES,
     )
+    config.num_labels = CLASSES
     return ViTForImageClassification(config)
 
 

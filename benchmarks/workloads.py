@@ -130,7 +130,7 @@ class JftLoop:
         self._open.callback(self._trainer.compiler.shutdown)
         self.compiled, self.compile_seconds = self._trainer.compile(run.phases[0]).result()
         self._trainer.enter(run.phases[0])
-        self._batches = run.batches(0)
+        self._batches: Any = run.batches(0)
         self._open.callback(self._batches.close)
 
     def window(self, steps: int) -> float:
@@ -141,6 +141,10 @@ class JftLoop:
             trainer.after_update(last=False)
         jax.block_until_ready(trainer.state)
         return seconds()
+
+    def params(self) -> dict[str, np.ndarray]:
+        """Returns the trainable leaves as they are now."""
+        return {path: np.asarray(leaf) for path, leaf in self._trainer.state.params.items()}
 
     def close(self) -> None:
         """Closes files and threads."""

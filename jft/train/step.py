@@ -96,20 +96,25 @@ def _sum_gradients(
         grads, (sums, stats) = grad(state.params, state.model_state, frozen, batch, key)
         return grads, sums, stats
 
-    # Strided rows: micro-batch i holds the rows with index i modulo k on any device count.
-    def micro(leaf: jax.Array) -> jax.Array:
-        rows = leaf.shape[0] // accum_steps
-        return leaf.reshape((rows, accum_steps) + leaf.shape[1:]).swapaxes(0, 1)
+    # Strided rows: micro-batch i holds the rows with index i modulo k on any device count. They are
+    # taken where they are used: a transposed copy of the batch would stay for the whole step.
+    def strided(leaf: jax.Array) -> jax.Array:
+        return leaf.reshape((leaf.shape[0] // accum_steps, accum_steps) + leaf.shape[1:])
 
-    def body(carry: Any, rows: Batch) -> tuple[Any, None]:
+    parts = jax.tree.map(strided, batch)
+
+    def body(carry: Any, index: jax.Array) -> tuple[Any, None]:
         grads, sums, stats = carry
+        rows = jax.tree.map(
+            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, 1, keepdims=False), parts
+        )
         more, (micro_sums, stats) = grad(state.params, stats, frozen, rows, key)
         added = jax.tree.map(jnp.add, (grads, sums), (more, micro_sums))
         return (*added, stats), None
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     sums = {name: jnp.zeros((), jnp.float32) for name in WINDOW_SUMS}
-    carry, _ = jax.lax.scan(body, (zeros, sums, state.model_state), jax.tree.map(micro, batch))
+    carry, _ = jax.lax.scan(body, (zeros, sums, state.model_state), jnp.arange(accum_steps))
     return carry
 
 
