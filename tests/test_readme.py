@@ -48,6 +48,12 @@ def test_the_readme_shows_the_commands_that_people_need():
         "export",
     }
     assert len(README.splitlines()) <= 150
+    assert not re.search(r"\b[A-Z]{4,}_[A-Z]+", README), "a placeholder was left"
+
+
+def test_every_file_that_the_readme_links_to_is_there():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert links and not [link for link in links if not (ROOT / link).exists()]
 
 
 def test_every_command_of_the_readme_runs(folder, monkeypatch, capsys):
