@@ -145,56 +145,51 @@ def make_train_step(
         if axis_name is not None:
             grads, sums = jax.lax.psum((grads, sums), axis_name)
         weight = jnp.maximum(sums["weight_sum"], 1.0)
-        grads = jax.tree.map(lambda g: g / weight, grads)
         # The norm, like everything after it, sees the trainable leaves alone.
-        norm = optax.tree.norm({path: grad for path, grad in grads.items() if mask[path]})
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, step=state.step)
-        params = {
-            path: leaf + updates[path].astype(leaf.dtype) if mask[path] else leaf
-            for path, leaf in state.params.items()
+        norm = optax.tree.norm({path: grad for path, grad in grads.items() if mask[path]}) / weight
+        faults = _count_fault(parts, state.faults, sums["loss_sum"], norm)
+        take = (faults["total"] == state.faults["total"]) & (faults["halted"] == 0)
+
+        def update(old: tuple[Flat, Flat, Any]) -> tuple[Flat, Flat, Any]:
+            means = jax.tree.map(lambda grad: grad / weight, grads)
+            updates, opt_state = tx.update(means, old[2], old[0], step=state.step)
+            params = {
+                path: leaf + updates[path].astype(leaf.dtype) if mask[path] else leaf
+                for path, leaf in old[0].items()
+            }
+            return params, stats, opt_state
+
+        # A branch, not a selection leaf by leaf: nothing is held twice, and the update stays fused.
+        old = (state.params, state.model_state, state.opt_state)
+        params, model_state, opt_state = jax.lax.cond(take, update, lambda old: old, old)
+        restart = (state.step % parts.log_every_steps) == 0
+        window = {
+            name: jnp.where(restart, 0.0, state.window[name]) + jnp.where(take, sums[name], 0.0)
+            for name in WINDOW_SUMS
         }
-        finite = jnp.isfinite(sums["loss_sum"]) & jnp.isfinite(norm)
-        rate = schedule(state.step)
-        state = _accept(parts, state, finite, sums, params, stats, opt_state)
         metrics = dict(
-            state.window,
+            window,
             grad_norm=norm,
-            learning_rate=rate,
-            nonfinite_steps=state.faults["total"],
-            halted=state.faults["halted"],
+            learning_rate=schedule(state.step),
+            nonfinite_steps=faults["total"],
+            halted=faults["halted"],
         )
-        return state, metrics
+        return TrainState(state.step + 1, params, model_state, opt_state, window, faults), metrics
 
     return step
 
 
-def _accept(parts, state: TrainState, finite, sums, params, stats, opt_state) -> TrainState:
-    """Takes the update if it is finite; else keeps the state and counts the fault.
+def _count_fault(parts: StepParts, faults: Flat, loss: jax.Array, norm: jax.Array) -> Flat:
+    """Returns the fault counters after a step with this loss and gradient norm.
 
-    A halted state never moves again, so what is saved or inspected is the last good one, however
-    late the host reads the flag.
+    A halted state never moves again: what is saved or inspected is the last good one, however late
+    the host reads the flag.
     """
-    total = state.faults["total"] + jnp.where(finite, 0, 1)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    total = faults["total"] + jnp.where(finite, 0, 1)
     quota = parts.nonfinite_quota if parts.nonfinite == "skip" else 0
-    halted = jnp.maximum(state.faults["halted"], (total > quota).astype(jnp.int32))
-    take = finite & (halted == 0)
-
-    def choose(new: Any, old: Any) -> Any:
-        return jax.tree.map(lambda a, b: jnp.where(take, a, b), new, old)
-
-    restart = (state.step % parts.log_every_steps) == 0
-    window = {
-        name: jnp.where(restart, 0.0, state.window[name]) + jnp.where(take, sums[name], 0.0)
-        for name in WINDOW_SUMS
-    }
-    return TrainState(
-        step=state.step + 1,
-        params=choose(params, state.params),
-        model_state=choose(stats, state.model_state),
-        opt_state=choose(opt_state, state.opt_state),
-        window=window,
-        faults={"total": total, "halted": halted},
-    )
+    halted = jnp.maximum(faults["halted"], (total > quota).astype(jnp.int32))
+    return {"total": total, "halted": halted}
 
 
 def make_eval_step(parts: StepParts) -> Callable[[Flat, Flat, Batch], dict[str, jax.Array]]:
