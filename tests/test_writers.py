@@ -182,7 +182,7 @@ def test_a_failing_tensorboard_costs_one_warning(tmp_path, monkeypatch):
     assert len(read_rows(tmp_path / "metrics.jsonl")) == 50
 
 
-def test_a_missing_tensorboard_library_is_told_with_its_extra(tmp_path, monkeypatch):
+def test_a_missing_tensorboard_library_is_told_with_its_package(tmp_path, monkeypatch):
     def missing(*_):
         raise ImportError("tensorboardX")
 
@@ -190,7 +190,7 @@ def test_a_missing_tensorboard_library_is_told_with_its_extra(tmp_path, monkeypa
     progress = quiet()
     with make_writer(tmp_path, tensorboard=True, progress=progress):
         pass
-    assert "pip install 'jft[report]'" in progress._stream.getvalue()
+    assert "pip install tensorboardX" in progress._stream.getvalue()
 
 
 def test_status_is_replaced_whole(tmp_path):
