@@ -211,15 +211,25 @@ def poison(trainer):
     trainer.state = trainer.parallel.place(trainer.state.replace(params=params))
 
 
-def test_stop_halts_at_the_first_nonfinite_step_and_keeps_the_state():
+def test_stop_halts_at_the_first_nonfinite_step_for_good():
     trainer = Trainer()
     trainer.run(batches(2))
+    good = jax.tree.map(np.array, trainer.state)
     poison(trainer)
-    before = trainer.leaves()
-    metrics = trainer.run(batches(3))
-    after = trainer.leaves()
-    assert int(metrics["halted"]) == 1
-    assert all(before[p].tobytes() == after[p].tobytes() for p in before)
+    metrics = trainer.run(batches(1))
+    assert (int(metrics["nonfinite_steps"]), int(metrics["halted"])) == (1, 1)
+    trainer.state = trainer.parallel.place(good.replace(faults=trainer.state.faults))
+    metrics = trainer.run(batches(2))
+    assert np.isfinite(metrics["grad_norm"]) and int(metrics["halted"]) == 1
+
+
+def test_gradients_do_not_wait_for_their_norm_unless_an_update_may_be_skipped():
+    branches = {}
+    for nonfinite in ("stop", "skip"):
+        trainer = Trainer(nonfinite=nonfinite, optim=ADAMW | {"grad_clip_norm": None})
+        trainer.run(batches(1))
+        branches[nonfinite] = " conditional(" in trainer.compiled.as_text()
+    assert branches == {"stop": False, "skip": True}
 
 
 def test_skip_leaves_out_bad_steps_within_the_quota_and_then_halts():

@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import Any
 
 
-def write_atomic(path: Path, content: bytes | str) -> None:
-    """Replaces `path` by `content` (text as UTF-8) in one rename, so that no reader sees half."""
+def write_atomic(path: Path, content: bytes | str, *, durable: bool = True) -> None:
+    """Replaces `path` by `content` (text as UTF-8) in one rename, so that no reader sees half.
+
+    Returns once the disk has it, unless not `durable`: then a power cut may take it.
+    """
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
@@ -26,9 +30,10 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         raise
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     """Writes `value` as indented JSON, atomically; numbers that are not finite become null."""
-    write_atomic(path, json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
+    content = json.dumps(_finite(value), indent=1, allow_nan=False) + "\n"
+    write_atomic(path, content, durable=durable)
 
 
 def read_json(path: Path) -> Any:

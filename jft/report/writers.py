@@ -139,7 +139,8 @@ class RunWriter:
             "eta_seconds": None if eta_seconds is None else float(eta_seconds),
             "exit_reason": exit_reason,
         }
-        self._try("status.json", lambda: write_json(self.workdir / "status.json", content))
+        path, durable = self.workdir / "status.json", state != "running"
+        self._try("status.json", lambda: write_json(path, content, durable=durable))
 
     def close(self) -> None:
         """Flushes and closes everything; a second call does nothing."""

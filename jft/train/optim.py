@@ -183,7 +183,7 @@ def make_tx(
         # Callables see the tree they are given: flat paths, or MaskedNodes under "optax".
         return lambda tree: {path: values[path] if path in labels else False for path in tree}
 
-    chain = [] if grad_clip_norm is None else [optax.clip_by_global_norm(grad_clip_norm)]
+    chain = [] if grad_clip_norm is None else [clip_by_norm(grad_clip_norm)]
     chain.append(optax.partition(parts, lambda tree: {p: labels.get(p, min(parts)) for p in tree}))
     if weight_decay:
         chain.append(optax.add_decayed_weights(weight_decay, mask=of(decay_mask)))
@@ -194,6 +194,21 @@ def make_tx(
         mask = phase.mask
         tx = optax.partition(rest, lambda tree: {p: TRAINABLE if mask[p] else FROZEN for p in tree})
     return optax.with_extra_args_support(tx)
+
+
+def clip_by_norm(max_norm: float) -> optax.GradientTransformation:
+    """Returns a stateless transform: update * min(1, max_norm / norm over all leaves).
+
+    Pascanu et al. 2013 (arXiv:1211.5063), as `optax.clip_by_global_norm`, which divides leaf by
+    leaf; one factor for all costs one product, fused into what follows.
+    """
+
+    def update(updates: Any, params: Any = None) -> Any:
+        del params
+        factor = jnp.minimum(1.0, max_norm / optax.tree.norm(updates))
+        return jax.tree.map(lambda u: u * factor, updates)
+
+    return optax.stateless(update)
 
 
 def scale_by_rate(

@@ -34,8 +34,11 @@ class Parallel:
 
     @property
     def axis_name(self) -> str | None:
-        """The axis a step must sum over; None under "auto", where the compiler does it."""
-        return AXIS if self.mode == "pmap" else None
+        """The axis a step must sum over; None under "auto", where the compiler does it.
+
+        None on one device as well: a sum of one would still wait for every gradient.
+        """
+        return AXIS if self.mode == "pmap" and self.num_devices > 1 else None
 
     @property
     def replicated(self) -> NamedSharding:

@@ -1,5 +1,6 @@
 """One training step: merge, forward, backward over the trainable leaves, clip, update."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -144,24 +145,23 @@ def make_train_step(
         grads, sums, stats = _sum_gradients(loss_sums, parts.accum_steps, state, frozen, batch, key)
         if axis_name is not None:
             grads, sums = jax.lax.psum((grads, sums), axis_name)
-        weight = jnp.maximum(sums["weight_sum"], 1.0)
+        # A quotient would be computed and kept for every leaf; a product is fused into its uses.
+        share = 1.0 / jnp.maximum(sums["weight_sum"], 1.0)
+        means = jax.tree.map(lambda grad: grad * share, grads)
         # The norm, like everything after it, sees the trainable leaves alone.
-        norm = optax.tree.norm({path: grad for path, grad in grads.items() if mask[path]}) / weight
+        norm = optax.tree.norm({path: mean for path, mean in means.items() if mask[path]})
         faults = _count_fault(parts, state.faults, sums["loss_sum"], norm)
         take = (faults["total"] == state.faults["total"]) & (faults["halted"] == 0)
 
-        def update(old: tuple[Flat, Flat, Any]) -> tuple[Flat, Flat, Any]:
-            means = jax.tree.map(lambda grad: grad / weight, grads)
-            updates, opt_state = tx.update(means, old[2], old[0], step=state.step)
-            params = {
-                path: leaf + updates[path].astype(leaf.dtype) if mask[path] else leaf
-                for path, leaf in old[0].items()
-            }
-            return params, stats, opt_state
-
-        # A branch, not a selection leaf by leaf: nothing is held twice, and the update stays fused.
+        update = functools.partial(_update, tx, mask, means, stats, state.step)
         old = (state.params, state.model_state, state.opt_state)
-        params, model_state, opt_state = jax.lax.cond(take, update, lambda old: old, old)
+        if parts.nonfinite == "skip":
+            # A branch, not a selection leaf by leaf: no leaf is held twice, the update stays fused.
+            params, model_state, opt_state = jax.lax.cond(take, update, lambda old: old, old)
+        else:
+            # No branch, so no gradient waits for the norm: each is used up as soon as it is there.
+            # What a halted run computes after its fault is neither logged nor saved.
+            params, model_state, opt_state = update(old)
         restart = (state.step % parts.log_every_steps) == 0
         window = {
             name: jnp.where(restart, 0.0, state.window[name]) + jnp.where(take, sums[name], 0.0)
@@ -179,11 +179,28 @@ def make_train_step(
     return step
 
 
+def _update(
+    tx: optax.GradientTransformationExtraArgs,
+    mask: dict[str, bool],
+    means: Flat,
+    stats: Flat,
+    step: jax.Array,
+    old: tuple[Flat, Flat, Any],
+) -> tuple[Flat, Flat, Any]:
+    """Returns (params, statistics, optimizer state) after mean gradients and moved statistics."""
+    params, _, opt_state = old
+    updates, opt_state = tx.update(means, opt_state, params, step=step)
+    moved = {
+        path: leaf + updates[path].astype(leaf.dtype) if mask[path] else leaf
+        for path, leaf in params.items()
+    }
+    return moved, stats, opt_state
+
+
 def _count_fault(parts: StepParts, faults: Flat, loss: jax.Array, norm: jax.Array) -> Flat:
     """Returns the fault counters after a step with this loss and gradient norm.
 
-    A halted state never moves again: what is saved or inspected is the last good one, however late
-    the host reads the flag.
+    The flag stays up, however late the host reads it: it does so before anything is saved.
     """
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     total = faults["total"] + jnp.where(finite, 0, 1)
