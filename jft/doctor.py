@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from jft.hugepages import mode
+
 OK, WARN, BAD = "ok", "warn", "bad"
 EXIT_UNFIT = 2
 
@@ -67,7 +69,7 @@ def run(args: argparse.Namespace) -> int:  # noqa: ARG001
         *known_bad(versions),
         *_accelerator_plugins(versions),
     ]
-    checks += [*_devices(), *_folders(), _machine()]
+    checks += [*_devices(), *_folders(), *_machine()]
     width = max(len(check.what) for check in checks)
     for check in checks:
         print(f"{check.state:<4} {check.what:<{width}}  {check.found}")
@@ -209,6 +211,11 @@ def _folders() -> list[Check]:
     return checks
 
 
-def _machine() -> Check:
+def _machine() -> list[Check]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return Check(OK, "cores", str(cores))
+    checks = [Check(OK, "cores", str(cores))]
+    kernel = mode()
+    if kernel:
+        hint = "; steps on the CPU are faster with madvise or always" if kernel == "never" else ""
+        checks.append(Check(WARN if hint else OK, "huge pages", kernel + hint))
+    return checks

@@ -96,6 +96,26 @@ def test_rows_hold_every_logged_step_and_phase(straight):
     assert [row["step"] for row in found if "test/accuracy" in row] == [24]
 
 
+def test_rows_of_a_phase_are_timed_before_the_next_one_sets_the_clock(tmp_path, monkeypatch):
+    events = []
+
+    def late(trainer, wait, plain=loop._Trainer.write_rows):
+        return plain(trainer, wait) if wait else None
+
+    def message(writer, text):
+        events.append(text.partition(" (")[0])
+
+    def write(writer, step, values, time=None):
+        events.append(step)
+
+    monkeypatch.setattr(loop._Trainer, "write_rows", late)
+    monkeypatch.setattr(loop.RunWriter, "message", message)
+    monkeypatch.setattr(loop.RunWriter, "write", write)
+    fit(make_run(tmp_path, eval_every_steps=None, save_every_steps=None))
+    # Rows every 3 steps, phases from 0, 8 and 16; the end's evaluations add to the last step.
+    assert events[:11] == ["phase 0", 3, 6, "phase 1", 9, 12, 15, "phase 2", 18, 21, 24]
+
+
 def test_every_phase_compiles_once_and_in_order(tmp_path, monkeypatch):
     compiled = []
     plain = loop.compile_phase

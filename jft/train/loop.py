@@ -121,6 +121,7 @@ class _Trainer:
 
     def enter(self, phase: Phase) -> None:
         """Makes `phase` the current one: its split, its compiled step, and the next one's start."""
+        self.write_rows(wait=True)  # they are timed by the clock of the phase that they belong to
         began = time.monotonic()
         run = self.run
         future = self.compile(phase)
