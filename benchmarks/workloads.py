@@ -88,8 +88,8 @@ SUITES: dict[str, tuple[Workload, ...]] = {
     ),
     "cpu": (
         Workload("vit_s16", 224, 8, 12),
+        Workload("efficientnet_lite0", 224, 8, 16, _LITE),
         Workload("efficientnet_lite0", 96, 16, 16, _LITE),
-        Workload("efficientnet_lite0", 64, 16, 16, _LITE),
     ),
 }
 

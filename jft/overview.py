@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jft.data.sources import Splits
 from jft.freeze.explain import explain
 from jft.freeze.phases import Phase
 from jft.plan import PhaseParts, PhasePlan, make_plan, plan_table
@@ -89,6 +90,7 @@ def tables(
 
 def summary(
     task: Task,
+    splits: Splits,
     parallel: Parallel,
     phases: tuple[Phase, ...],
     optim: OptimSection,
@@ -96,10 +98,10 @@ def summary(
     conversion: Mapping[str, Any] | None,
 ) -> str:
     """Returns what to show before the first step: weights, groups, phases, data, devices."""
-    sizes = ", ".join(f"{name} {len(source):,}" for name, source in task.splits.items())
+    sizes = ", ".join(f"{name} {len(source):,}" for name, source in splits.items())
     kinds = ", ".join(sorted({device.device_kind for device in parallel.mesh.devices.flat}))
     parts = [conversion["text"]] if conversion else ["weights   random, no source"]
     parts.append(tables(task, phases, optim, plans))
-    parts.append(f"data      {sizes}; {len(task.splits.label_names)} classes")
+    parts.append(f"data      {sizes}; {len(task.label_names)} classes")
     parts.append(f"devices   {parallel.num_devices} x {kinds}, {parallel.mode}")
     return "\n\n".join(parts)

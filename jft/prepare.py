@@ -14,6 +14,8 @@ from jft.baselines import check as check_baselines
 from jft.config import diff, from_json, to_json
 from jft.data.images import make_eval_transform, make_train_transform
 from jft.data.loader import make_eval_loader, make_train_loader
+from jft.data.protocol import Source
+from jft.data.sources import Splits
 from jft.errors import ConfigError
 from jft.evaluation import run_split
 from jft.freeze.phases import Phase, make_phases
@@ -22,7 +24,7 @@ from jft.overview import describe_plan, plan_phases, summary, tables
 from jft.provenance import describe_run
 from jft.report.rundir import read_json, write_atomic, write_json
 from jft.report.writers import RunWriter
-from jft.task import Task, batch_shapes, initial_leaves, make_task, with_preprocess
+from jft.task import Task, batch_shapes, initial_leaves, make_data, make_task, with_preprocess
 from jft.train.checkpoint import Checkpoints
 from jft.train.optim import OptimSection, make_optim
 from jft.train.parallel import Parallel, check_batch_size, make_parallel
@@ -45,23 +47,30 @@ def total_steps(config: ConfigDict, train_examples: int) -> int:
     return max(1, round(train.epochs * train_examples / train.batch_size))
 
 
-def make_schedule_parts(
-    task: Task, parallel: Parallel
-) -> tuple[tuple[Phase, ...], OptimSection, StepParts]:
-    """Returns phases, optimizer and step parts of a config."""
+def make_schedule(
+    task: Task, train_examples: int, parallel: Parallel
+) -> tuple[tuple[Phase, ...], OptimSection]:
+    """Returns phases and optimizer of a config, for that many examples."""
     config = task.config
-    freeze, train, augment = config.freeze, config.train, config.augment
+    freeze, train = config.freeze, config.train
     phases = make_phases(
         task.groups(),
-        total_steps=total_steps(config, len(task.splits.train)),
-        steps_per_epoch=len(task.splits.train) / train.batch_size,
+        total_steps=total_steps(config, train_examples),
+        steps_per_epoch=train_examples / train.batch_size,
         name=freeze.name,
         args=freeze.args.to_dict(),
         phases=_plain(freeze.phases),
     )
     optim = make_optim(phases, task.shapes[0], task.stages, **_plain(config.optim))
     check_batch_size(train.batch_size, train.accum_steps, parallel)
-    parts = StepParts(
+    return phases, optim
+
+
+def make_parts(task: Task) -> StepParts:
+    """Returns what every step of a config is built from."""
+    config = task.config
+    train, augment = config.train, config.augment
+    return StepParts(
         apply=task.model.apply,
         loss=make_loss(**_plain(config.loss)),
         transform=make_train_transform(
@@ -78,7 +87,6 @@ def make_schedule_parts(
         nonfinite_quota=train.nonfinite_quota,
         log_every_steps=config.log.every_steps,
     )
-    return phases, optim, parts
 
 
 def _plain(value: Any) -> Any:
@@ -110,8 +118,9 @@ def setup(
     resumes = checkpoints.latest() is not None
     if resumes and resume != "force":
         check_unchanged(config, workdir)
-    task = make_task(config, model)
-    check_baselines(config, task.splits)
+    splits = make_data(config)
+    task = make_task(config, splits.label_names, splits.train.image_shape, model)
+    check_baselines(config, splits)
     conversion = read_json(workdir / "conversion.json") if resumes else None
     leaves = None
     if conversion is None and config.init.source is not None:
@@ -122,11 +131,12 @@ def setup(
     def start() -> tuple[Flat, Flat]:
         return (leaves or initial_leaves(task))[:2]
 
-    return _make_run(task, workdir, checkpoints, start, conversion, dry_run)
+    return _make_run(task, splits, workdir, checkpoints, start, conversion, dry_run)
 
 
 def _make_run(
     task: Task,
+    splits: Splits,
     workdir: Path,
     checkpoints: Checkpoints,
     start: Callable[[], tuple[Flat, Flat]],
@@ -135,7 +145,8 @@ def _make_run(
 ) -> Run:
     config = task.config
     parallel = make_parallel(mode=config.parallel.mode, devices=config.parallel.devices)
-    phases, optim, parts = make_schedule_parts(task, parallel)
+    phases, optim = make_schedule(task, len(splits.train), parallel)
+    parts = make_parts(task)
     plans = plan_phases(task, parallel, phases, optim, parts)
     steps = 1 if dry_run else phases[-1].stop_step
 
@@ -152,22 +163,22 @@ def _make_run(
         stages=task.model.stages,
         shapes=task.shapes,
         start=start,
-        batches=functools.partial(train_batches, task),
+        batches=functools.partial(train_batches, task, splits.train),
         batch_shape=batch_shapes(task, config.train.batch_size),
-        evaluate=functools.partial(evaluate_split, task, workdir, parallel),
-        splits=tuple(name for name in config.eval.splits if name in task.splits),
+        evaluate=functools.partial(evaluate_split, task, splits, workdir, parallel),
+        splits=tuple(name for name in config.eval.splits if name in splits),
         checkpoints=checkpoints,
         make_writer=make_writer,
         begin=lambda: write_run_files(
-            task, workdir, describe_plan(task, plans, phases, optim), conversion
+            task, splits, workdir, describe_plan(task, plans, phases, optim), conversion
         ),
-        info={"source": config.init.source, "label_names": task.splits.label_names},
+        info={"source": config.init.source, "label_names": task.label_names},
         enforce=config.freeze.enforce,
         eval_batch_shape=batch_shapes(task, eval_batch_size(config, parallel)),
         eval_every_steps=config.eval.every_steps,
         save_every_steps=config.checkpoint.every_steps,
         stop_step=steps,
-        summary=summary(task, parallel, phases, optim, plans, conversion),
+        summary=summary(task, splits, parallel, phases, optim, plans, conversion),
     )
 
 
@@ -192,11 +203,11 @@ def check_unchanged(config: ConfigDict, workdir: Path) -> None:
         )
 
 
-def train_batches(task: Task, start_batch: int) -> Any:
+def train_batches(task: Task, source: Source, start_batch: int) -> Any:
     """Returns this process's training batches from a position on."""
     config = task.config
     return make_train_loader(
-        task.splits.train,
+        source,
         batch_size=config.train.batch_size,
         seed=config.seed,
         image_shape=task.image_shape,
@@ -216,10 +227,16 @@ def eval_batch_size(config: ConfigDict, parallel: Parallel) -> int:
 
 
 def evaluate_split(
-    task: Task, workdir: Path | None, parallel: Parallel, predict_step: Any, split: str, step: int
+    task: Task,
+    splits: Splits,
+    workdir: Path,
+    parallel: Parallel,
+    predict_step: Any,
+    split: str,
+    step: int,
 ) -> dict[str, float]:
     """Runs one split exactly and writes eval/<split>.json; returns its scalars."""
-    source = task.splits[split]
+    source = splits[split]
     batches = make_eval_loader(
         source,
         batch_size=eval_batch_size(task.config, parallel),
@@ -232,7 +249,7 @@ def evaluate_split(
         predict_step,
         batches,
         num_classes=task.model.num_classes,
-        label_names=task.splits.label_names,
+        label_names=task.label_names,
         split=split,
         workdir=workdir if jax.process_index() == 0 else None,
         step=step,
@@ -242,13 +259,20 @@ def evaluate_split(
 
 
 def write_run_files(
-    task: Task, workdir: Path, plan: dict[str, Any], conversion: Mapping[str, Any] | None
+    task: Task,
+    splits: Splits,
+    workdir: Path,
+    plan: dict[str, Any],
+    conversion: Mapping[str, Any] | None,
 ) -> None:
-    """Writes config.json, run.json, plan.json and conversion.json."""
+    """Writes config.json, run.json, data.json, plan.json and conversion.json."""
     if jax.process_index() != 0:
         return
     write_atomic(workdir / "config.json", to_json(task.config))
     write_json(workdir / "run.json", describe_run(task.config.seed))
+    data = {"label_names": task.label_names, "image_shape": task.native_shape}
+    sizes = {name: len(source) for name, source in splits.items()}
+    write_json(workdir / "data.json", {**data, "examples": sizes})
     write_json(workdir / "plan.json", plan)
     if conversion is not None:
         write_json(workdir / "conversion.json", conversion)
@@ -262,8 +286,9 @@ def plan_text(config: ConfigDict, every_leaf: bool = False) -> str:
       every_leaf: lists each leaf with the pattern that put it in its group, where it trains, its
         learning rate and its bytes; else one line a group.
     """
-    task = make_task(config)
+    splits = make_data(config)
+    task = make_task(config, splits.label_names, splits.train.image_shape)
     parallel = make_parallel(mode=config.parallel.mode, devices=config.parallel.devices)
-    phases, optim, parts = make_schedule_parts(task, parallel)
-    plans = plan_phases(task, parallel, phases, optim, parts)
+    phases, optim = make_schedule(task, len(splits.train), parallel)
+    plans = plan_phases(task, parallel, phases, optim, make_parts(task))
     return tables(task, phases, optim, plans, every_leaf)

@@ -1,4 +1,4 @@
-"""Data and model of a config: what training, evaluation, prediction and the plan share."""
+"""The model of a config, fitted to its data: what all that make or use a run share."""
 
 import tempfile
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from jft.data.decode import Shape
 from jft.data.images import canvas_shape
 from jft.data.sources import Splits, make_splits
 from jft.errors import ConfigError
@@ -27,11 +28,12 @@ INIT_FOLD = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class Task:
-    """Data and model of a config, without any weights: what training, evaluation and plan share.
+    """What training, evaluation, prediction and plan share: no weights, and no data either.
 
     Attributes:
       config: the locked config.
-      splits: train, val, test.
+      label_names: a name a class.
+      native_shape: (H, W, C) that every image of the data has, or None.
       model: from the zoo, or the user's own.
       preprocess: of the model, or of its source where that has its own.
       image_shape: (H, W, C) of a batch on the host.
@@ -39,7 +41,8 @@ class Task:
     """
 
     config: ConfigDict
-    splits: Splits
+    label_names: list[str]
+    native_shape: Shape | None
     model: Model | OwnModel
     preprocess: Preprocess
     image_shape: tuple[int, int, int]
@@ -77,22 +80,25 @@ def make_data(config: ConfigDict) -> Splits:
     )
 
 
-def make_task(config: ConfigDict, model: Any = None) -> Task:
-    """Returns data and model of a config.
+def make_task(
+    config: ConfigDict, label_names: list[str], native_shape: Shape | None, model: Any = None
+) -> Task:
+    """Returns the model of a config, fitted to its data.
 
     Args:
       config: from `load_config`.
+      label_names: a name a class.
+      native_shape: (H, W, C) that every image of the data has, or None.
       model: the user's own module; None makes the one of `config.model`.
     """
-    splits = make_data(config)
-    made = _make_model(config, model, len(splits.label_names))
+    made = _make_model(config, model, len(label_names))
     used = made.preprocess
     size, channels = used.image_size, len(used.mean)
     image = jax.ShapeDtypeStruct((1, size, size, channels), np.float32)
     variables = jax.eval_shape(made.init, jax.random.key(0), image)
     shapes = (flatten(variables["params"]), flatten(variables.get("batch_stats", {})))
-    native = splits.train.image_shape
-    return Task(config, splits, made, used, canvas_shape(native, used), shapes)
+    canvas = canvas_shape(native_shape, used)
+    return Task(config, label_names, native_shape, made, used, canvas, shapes)
 
 
 def with_preprocess(task: Task, values: Mapping[str, Any] | None) -> Task:
@@ -101,7 +107,7 @@ def with_preprocess(task: Task, values: Mapping[str, Any] | None) -> Task:
         return task
     size = {"image_size": task.preprocess.image_size}
     used = Preprocess.from_dict({**values, **size})
-    shape = canvas_shape(task.splits.train.image_shape, used)
+    shape = canvas_shape(task.native_shape, used)
     return replace(task, preprocess=used, image_shape=shape)
 
 

@@ -1,4 +1,7 @@
-"""Uses a run directory: evaluate, predict, export, and the report after training."""
+"""Uses a run directory: evaluate, predict, export, and the report after training.
+
+Only evaluation, and baselines that are not measured yet, read the data set again.
+"""
 
 import json
 from collections.abc import Sequence
@@ -19,11 +22,11 @@ from jft.prepare import (
     eval_batch_size,
     evaluate_split,
     make_checkpoints,
-    make_schedule_parts,
+    make_parts,
 )
 from jft.report.html import write_report
 from jft.report.rundir import read_json, write_json
-from jft.task import Task, batch_shapes, initial_leaves, make_task, with_preprocess
+from jft.task import Task, batch_shapes, initial_leaves, make_data, make_task, with_preprocess
 from jft.train.checkpoint import Checkpoints
 from jft.train.parallel import Parallel, make_parallel
 from jft.train.state import Frozen, leaves_by_path
@@ -71,6 +74,16 @@ def read_config(workdir: Path) -> ConfigDict:
     return from_json(path.read_text())
 
 
+def read_data(workdir: Path) -> tuple[list[str], tuple[int, int, int] | None]:
+    """Returns (label names, native image shape) of the data that a run was trained on."""
+    found = read_json(workdir / "data.json")
+    try:
+        shape, names = found["image_shape"], [str(name) for name in found["label_names"]]
+        return names, shape and (int(shape[0]), int(shape[1]), int(shape[2]))
+    except (TypeError, LookupError, ValueError) as error:
+        raise ConfigError(f"{workdir / 'data.json'}: missing or damaged") from error
+
+
 def load_trained(workdir: str | Path, model: Any = None, step: str | int = "newest") -> Trained:
     """Returns a good checkpoint of a run.
 
@@ -85,7 +98,8 @@ def load_trained(workdir: str | Path, model: Any = None, step: str | int = "newe
     """
     workdir = Path(workdir)
     config = read_config(workdir)
-    task = make_task(config, model)
+    labels, native = read_data(workdir)
+    task = make_task(config, labels, native, model)
     task = with_preprocess(task, (read_json(workdir / "conversion.json") or {}).get("preprocess"))
 
     def rebuild(paths: list[str]) -> Flat:
@@ -106,15 +120,14 @@ def load_trained(workdir: str | Path, model: Any = None, step: str | int = "newe
             found = tuple(leaves[f"{kind}/{path}"].shape)
             if found != tuple(wanted.shape):
                 raise WeightsError(
-                    f"{workdir}: the checkpoint's {path!r} is {list(found)}, data and model need"
-                    f" {list(wanted.shape)}: have the classes changed?"
+                    f"{workdir}: the checkpoint's {path!r} is {list(found)}, the model needs"
+                    f" {list(wanted.shape)}"
                 )
         flats.append({path: leaves[f"{kind}/{path}"] for path in shapes})
     # A model trained on eight devices is used on whatever is here.
     devices = min(config.parallel.devices or jax.device_count(), jax.device_count())
     parallel = make_parallel(mode="auto", devices=devices)
-    _, _, parts = make_schedule_parts(task, parallel)
-    return Trained(task, parallel, parts, flats[0], flats[1], restored.step)
+    return Trained(task, parallel, make_parts(task), flats[0], flats[1], restored.step)
 
 
 def _step_of(checkpoints: Checkpoints, step: str | int) -> int | None:
@@ -132,14 +145,18 @@ def evaluate(
 ) -> dict[str, float]:
     """Returns loss, accuracy and macro F1 of a split; writes eval/<split>.json."""
     trained = load_trained(workdir, model, step)
-    known = list(trained.task.splits)
+    splits = make_data(trained.task.config)
+    known = list(splits)
     if split not in known:
         raise ConfigError(
             f"--split={split}: the data has {', '.join(known)}{nearest(split, known)}"
         )
-    predict_step = trained.predict_step()
-    folder = Path(workdir)
-    return evaluate_split(trained.task, folder, trained.parallel, predict_step, split, trained.step)
+    if splits.label_names != trained.task.label_names:
+        now, then = len(splits.label_names), len(trained.task.label_names)
+        raise WeightsError(f"{workdir}: trained on {then} classes, the data has {now} others now")
+    predict_step, parallel = trained.predict_step(), trained.parallel
+    task, folder = trained.task, Path(workdir)
+    return evaluate_split(task, splits, folder, parallel, predict_step, split, trained.step)
 
 
 def predict(
@@ -154,7 +171,7 @@ def predict(
       DataError: a file is missing or no image.
     """
     trained = load_trained(workdir, model, step)
-    task, names = trained.task, trained.task.splits.label_names
+    task, names = trained.task, trained.task.label_names
     rows = eval_batch_size(task.config, trained.parallel)
 
     def batches() -> Any:
@@ -196,7 +213,7 @@ def export(
         trained.task.model,
         variables,
         out,
-        label_names=trained.task.splits.label_names,
+        label_names=trained.task.label_names,
         preprocess=trained.task.preprocess,
         table=conversion.get("table", 0),
         provenance={

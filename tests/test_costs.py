@@ -17,7 +17,7 @@ from jft.config import base, from_json, to_json
 from jft.data.images import canvas_side
 from jft.models.layers import Training
 from jft.overview import plan_phases
-from jft.task import make_task
+from jft.task import make_data, make_task
 from jft.train.run import abstract_state, compile_phase
 from jft.train.state import first_trainable_stage, frozen_norms, make_state
 from jft.train.step import make_train_step
@@ -110,7 +110,9 @@ def config(model: str, mode: str) -> ConfigDict:
 def built(model: str, mode: str):
     """(task, run, {phase: plan}) as `jft train` builds them."""
     made = config(model, mode)
-    task, run = make_task(made), setup(made, built.folder / f"{model}_{mode}")
+    splits = make_data(made)
+    task = make_task(made, splits.label_names, splits.train.image_shape)
+    run = setup(made, built.folder / f"{model}_{mode}")
     plans = plan_phases(task, run.parallel, run.phases, run.optim, run.parts)
     return task, run, dict(zip(PHASES, plans, strict=True))
 
