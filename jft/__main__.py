@@ -1,13 +1,16 @@
 """The process behind `jft` and `python -m jft`."""
 
 import sys
+from pathlib import Path
 
 from jft.hugepages import use_huge_pages
 
 
 def run() -> int:
     """Runs the command line of this process; returns its exit code."""
-    use_huge_pages()
+    # Called from another program (a test, a script), the process is not ours to start again.
+    if sys.argv[0] == __file__ or Path(sys.argv[0]).name == "jft":
+        use_huge_pages()
     from jft.cli import main
 
     return main()

@@ -6,26 +6,28 @@ many a layer. glibc can ask for 2 MiB pages instead, but reads that wish only as
 
 import os
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
 TUNABLE = "glibc.malloc.hugetlb"  # glibc 2.35 and newer; older ones ignore it
+# Marks the second start among the interpreter's options, which nothing between the two takes away.
+_MARK = "jft_huge_pages"
 _KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def use_huge_pages() -> None:
     """Starts this process again, once, with huge pages on; returns where that is not of use.
 
-    To be called first of all. Whoever sets the tunable in GLIBC_TUNABLES, to 0 as well, decides.
+    To be called first of all, by what owns the process. Under a debugger or beside other threads,
+    as in a notebook, it does nothing, and whoever sets the tunable in GLIBC_TUNABLES decides.
     """
     environment = with_huge_pages(os.environ, mode())
-    if environment is not None and sys.executable:
-        _start_again([sys.executable, *sys.orig_argv[1:]], environment)
-
-
-def _start_again(command: list[str], environment: Mapping[str, str]) -> None:
-    try:
-        os.execve(command[0], command, environment)  # the same process: its number stays
+    alone = threading.active_count() == 1 and sys.gettrace() is None
+    if environment is None or not alone or _MARK in sys._xoptions or not sys.executable:
+        return
+    try:  # the same process: its number stays
+        os.execve(sys.executable, [sys.executable, "-X", _MARK, *sys.orig_argv[1:]], environment)
     except OSError:
         return
 

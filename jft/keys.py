@@ -11,6 +11,7 @@ KEYS: dict[str, Key] = {
         int,
         "the only source of randomness: fresh leaves, data order, augmentation, dropout",
         low=0,
+        high=2**32 - 1,  # jax keeps 32 bits of it
     ),
     "model.name": Key("efficientnet_lite0", str, "architecture; `jft models` lists them"),
     "model.args": Key({}, dict, "fields of the model, `--config.model.args.patch=8`"),

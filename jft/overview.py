@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft.data.sources import Splits
+from jft.errors import ConfigError
 from jft.freeze.explain import explain
 from jft.freeze.phases import Phase
 from jft.plan import PhaseParts, PhasePlan, make_plan, plan_table
@@ -46,14 +47,22 @@ def plan_phases(
         return loss
 
     described = [PhaseParts(p.name, p.start_step, p.stop_step, p.mask, optim.tx(p)) for p in phases]
-    return make_plan(
-        described,
-        params,
-        task.stages,
-        make_loss,
-        (stats, batch, scalars),
-        scalars_bytes=4 * len(WINDOW_SUMS),
-    )
+    try:
+        return make_plan(
+            described,
+            params,
+            task.stages,
+            make_loss,
+            (stats, batch, scalars),
+            scalars_bytes=4 * len(WINDOW_SUMS),
+        )
+    except NameError as error:
+        if "axis name" not in str(error):
+            raise
+        raise ConfigError(
+            f"model: {error}: it sums over devices itself; jft.models.layers.BatchNorm does so"
+            " in every parallel.mode"
+        ) from error
 
 
 def describe_plan(

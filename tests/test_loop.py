@@ -135,19 +135,28 @@ def test_modes_write_interchangeable_checkpoints(tmp_path, monkeypatch):
     assert outcome.exit_code == 0 and outcome.step == 24
 
 
-def test_divergence_stops_with_exit_5_and_saves_nothing_bad(tmp_path):
+@pytest.mark.parametrize("signalled", [False, True])
+@pytest.mark.parametrize(
+    "when", [{}, {"eval_every_steps": None, "log_every_steps": 20}], ids=["often", "seldom"]
+)
+def test_divergence_stops_with_exit_5_and_saves_nothing_bad(tmp_path, when, signalled):
     def batches(position):
         batch = make_batch(seed=position)
         if position == 9:
             batch["mask"] = np.full_like(batch["mask"], np.nan)
+            if signalled:
+                os.kill(os.getpid(), signal.SIGTERM)
         return batch
 
-    with pytest.raises(DivergedError, match="train.nonfinite='stop'") as error:
-        fit(make_run(tmp_path, batches=batches))
+    with pytest.raises(DivergedError, match="1 such steps.*train.nonfinite='stop'") as error:
+        fit(make_run(tmp_path, batches=batches, **when))
     assert error.value.exit_code == 5
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "diverged"
-    restored = make_run(tmp_path).checkpoints.restore()
-    assert restored is not None and restored.step == 8
+    checkpoints = make_run(tmp_path).checkpoints
+    assert max(checkpoints.steps()) == 8
+    restored = checkpoints.restore()
+    assert restored is not None
+    assert all(np.isfinite(leaf).all() for leaf in restored.state.values())
 
 
 def test_skipped_batches_are_counted_and_training_goes_on(tmp_path):

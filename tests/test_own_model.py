@@ -51,6 +51,23 @@ class Synced(nn.Module):
         return nn.Dense(CLASSES, name="head")(x.mean((1, 2)))
 
 
+class Bf16(nn.Module):
+    """Parameters in half precision."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(CLASSES, param_dtype="bfloat16", name="head")(x.reshape(x.shape[0], -1))
+
+
+class Axis(nn.Module):
+    """Names the axis of the devices itself."""
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        x = nn.BatchNorm(not train, axis_name="batch", name="norm")(x)
+        return nn.Dense(CLASSES, name="head")(x.mean((1, 2)))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def quick(tmp_path_factory):
     with fault_run.quick_compiles(tmp_path_factory.mktemp("compiled")):
@@ -216,6 +233,14 @@ def test_jfts_batch_norm_in_an_own_module_gives_the_same_on_any_number_of_device
         np.testing.assert_allclose(one[path], four[path], rtol=1e-5, atol=1e-6, err_msg=path)
 
 
+@pytest.mark.parametrize("nonfinite", ["stop", "skip"])
+def test_parameters_keep_the_dtype_that_a_module_gives_them(images, tmp_path, nonfinite):
+    options = ("optim.grad_clip_norm=1.0", f"train.nonfinite={nonfinite}")
+    outcome = jft.fit(jft.setup(make_config(images, *options), tmp_path, model=Bf16()))
+    assert outcome.exit_code == 0
+    assert {str(leaf.dtype) for leaf in outcome.params.values()} == {"bfloat16"}
+
+
 def test_statistics_of_one_device_alone_are_refused_in_one_line(images, tmp_path):
     config = make_config(images, "parallel.devices=2", "parallel.mode=pmap")
     with pytest.raises(ConfigError, match="parallel.mode") as error:
@@ -252,6 +277,7 @@ def test_stages_of_an_own_module_stand_in_the_order_it_calls_them(images, tmp_pa
         (Switched(num_classes=5), [], r"gives \[1, 5\] for one image, the data needs \[1, 3\]"),
         (Switched(), ["freeze.phases=heda@2 | all"], "no group 'heda'.*did you mean 'head'"),
         (Switched(), ['freeze.phases=head + "hed/.*"'], "matches no leaf"),
+        (Axis(), [], "model: .*batch.*jft.models.layers.BatchNorm"),
         (Switched(), ["train.batch_size=12", "parallel.devices=8"], "train.batch_size"),
     ],
 )

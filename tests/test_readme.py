@@ -67,6 +67,15 @@ def test_every_command_of_the_readme_runs(folder, monkeypatch, capsys):
     assert (folder / "photos-model" / "model.safetensors").exists()
 
 
+def test_the_plan_that_the_readme_shows_is_the_one_that_its_command_prints(
+    folder, monkeypatch, capsys
+):
+    monkeypatch.chdir(folder)
+    shown = next(block for _, block in BLOCKS if block.startswith("phase "))
+    assert main(next(words[1:] for words in COMMANDS if words[1] == "plan")) == 0
+    assert shown in capsys.readouterr().out
+
+
 def test_the_python_of_the_readme_runs(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     code = next(block for kind, block in BLOCKS if kind == "python")

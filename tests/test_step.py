@@ -224,12 +224,27 @@ def test_stop_halts_at_the_first_nonfinite_step_for_good():
 
 
 def test_gradients_do_not_wait_for_their_norm_unless_an_update_may_be_skipped():
-    branches = {}
+    found = {}
     for nonfinite in ("stop", "skip"):
-        trainer = Trainer(nonfinite=nonfinite, optim=ADAMW | {"grad_clip_norm": None})
-        trainer.run(batches(1))
-        branches[nonfinite] = " conditional(" in trainer.compiled.as_text()
-    assert branches == {"stop": False, "skip": True}
+        for devices in (1, 2):
+            trainer = Trainer(nonfinite=nonfinite, devices=devices)
+            trainer.run(batches(1))
+            text = trainer.compiled.as_text()
+            found[nonfinite, devices] = (" conditional(" in text, " all-reduce(" in text)
+    assert found == {
+        ("stop", 1): (False, False),
+        ("stop", 2): (False, True),
+        ("skip", 1): (True, False),
+        ("skip", 2): (True, True),
+    }
+
+
+def test_skipped_steps_of_the_past_do_not_stop_a_run_that_may_skip_no_more():
+    trainer = Trainer()
+    faults = {"total": np.int32(3), "halted": np.int32(0)}
+    trainer.state = trainer.parallel.place(trainer.state.replace(faults=faults))
+    metrics = trainer.run(batches(1))
+    assert (int(metrics["nonfinite_steps"]), int(metrics["halted"])) == (3, 0)
 
 
 def test_skip_leaves_out_bad_steps_within_the_quota_and_then_halts():

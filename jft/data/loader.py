@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from jft.errors import ConfigError, DataError
 LOG = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]
+
+# Threads that meet a new epoch together would each compute its order.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -50,14 +54,17 @@ class _Order:
         indices = np.empty(self.batch_size, np.int64)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
-            indices[here] = _permutation(self.length, self.seed, epoch)[places[here]]
+            with _ONE_AT_A_TIME:
+                order = _permutation(self.length, self.seed, epoch)
+            indices[here] = order[places[here]]
         return indices
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=2)
 def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
     # Raw bits, whose stream numpy keeps for good: that of `Generator.permutation` may change.
-    return np.argsort(np.random.Philox([seed, epoch]).random_raw(length), kind="stable")
+    order = np.argsort(np.random.Philox([seed, epoch]).random_raw(length), kind="stable")
+    return order.astype(np.uint32 if length <= 1 << 32 else np.uint64)
 
 
 @dataclass(frozen=True)

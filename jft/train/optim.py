@@ -206,7 +206,7 @@ def clip_by_norm(max_norm: float) -> optax.GradientTransformation:
     def update(updates: Any, params: Any = None) -> Any:
         del params
         factor = jnp.minimum(1.0, max_norm / optax.tree.norm(updates))
-        return jax.tree.map(lambda u: u * factor, updates)
+        return jax.tree.map(lambda u: (u * factor).astype(u.dtype), updates)
 
     return optax.stateless(update)
 

@@ -147,7 +147,7 @@ def make_train_step(
             grads, sums = jax.lax.psum((grads, sums), axis_name)
         # A quotient would be computed and kept for every leaf; a product is fused into its uses.
         share = 1.0 / jnp.maximum(sums["weight_sum"], 1.0)
-        means = jax.tree.map(lambda grad: grad * share, grads)
+        means = jax.tree.map(lambda grad: (grad * share).astype(grad.dtype), grads)
         # The norm, like everything after it, sees the trainable leaves alone.
         norm = optax.tree.norm({path: mean for path, mean in means.items() if mask[path]})
         faults = _count_fault(parts, state.faults, sums["loss_sum"], norm)
@@ -200,12 +200,13 @@ def _update(
 def _count_fault(parts: StepParts, faults: Flat, loss: jax.Array, norm: jax.Array) -> Flat:
     """Returns the fault counters after a step with this loss and gradient norm.
 
-    The flag stays up, however late the host reads it: it does so before anything is saved.
+    The flag stays up, however late the host reads it: it does so before anything is saved. What
+    follows a halt is not counted.
     """
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    total = faults["total"] + jnp.where(finite, 0, 1)
-    quota = parts.nonfinite_quota if parts.nonfinite == "skip" else 0
-    halted = jnp.maximum(faults["halted"], (total > quota).astype(jnp.int32))
+    fault = ~(jnp.isfinite(loss) & jnp.isfinite(norm)) & (faults["halted"] == 0)
+    total = faults["total"] + fault.astype(jnp.int32)
+    over = fault & (total > parts.nonfinite_quota) if parts.nonfinite == "skip" else fault
+    halted = jnp.maximum(faults["halted"], over.astype(jnp.int32))
     return {"total": total, "halted": halted}
 
 
