@@ -28,7 +28,7 @@ from jft.provenance import describe_run
 
 PEERS = ("torch",)
 # Seconds a window, blocks of two windows an arm, and the seconds after which no row is begun.
-SIZES = {"smoke": (0.6, 2, 150.0), "cpu": (5.0, 3, 3600.0)}
+SIZES = {"smoke": (0.6, 2, 150.0), "cpu": (1.5, 8, 3600.0)}
 FORMAT = 1
 FLAGS = ("XLA_FLAGS", "OMP_NUM_THREADS", "GLIBC_TUNABLES")
 
@@ -53,7 +53,7 @@ def measure(
             arms = {"jft": loop.window, "bare": bare.window}
             arms |= {name: _peer(name, workload, phase).window for name in peers}
             steps = min(steps_for(window, window_seconds) for window in arms.values())
-            samples = interleave(arms, steps, blocks)
+            samples, busy = interleave(arms, steps, blocks)
         finally:
             loop.close()
     costs = {"jft": hlo.count(loop.compiled), "bare": hlo.count(bare.compiled)}
@@ -67,6 +67,8 @@ def measure(
         "seconds": samples,
         "ratio": ratios["bare"].ratio,
         "noise": ratios["bare"].noise,
+        "cpu_seconds": busy,
+        "cpu_ratio": compare(busy["jft"], busy["bare"]).ratio,
         "ratios": {name: vars(found) for name, found in ratios.items()},
         "compile_seconds": {"jft": loop.compile_seconds, "bare": bare.compile_seconds},
         "compiled_flops": {name: cost.flops for name, cost in costs.items()},
@@ -163,6 +165,7 @@ def table(result: Mapping[str, Any]) -> str:
     good = [row for row in rows if "error" not in row]
     peers = sorted({name for row in good for name in row["ratios"]} - {"bare"})
     titles = ["workload", "phase", "jft ms", "bare ms", "jft / bare speed", "A/A noise"]
+    titles += ["bare / jft CPU time"]
     titles += [f"jft / {name} speed" for name in peers]
     titles += ["compile s, jft / bare", "GFLOP compiled / analytic", "temp MB, jft / bare"]
     lines = [
@@ -191,6 +194,7 @@ def _cells(row: Mapping[str, Any], peers: Sequence[str]) -> list[str]:
         f"{best['bare']:.4g}",
         f"{row['ratio']:.3f}",
         f"{row['noise']:.3f}",
+        f"{row['cpu_ratio']:.3f}",
         *(f"{row['ratios'][name]['ratio']:.2f}" for name in peers),
         both(row["compile_seconds"], 1.0),
         flops,

@@ -38,8 +38,12 @@ def steps_for(window: Window, seconds: float, least: int = 2) -> int:
     return max(least, math.ceil(seconds / max(each, 1e-9)))
 
 
-def interleave(arms: Mapping[str, Window], steps: int, blocks: int) -> dict[str, list[float]]:
-    """Returns seconds per step of each arm, one sample a window, two windows a block.
+def interleave(
+    arms: Mapping[str, Window], steps: int, blocks: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Returns (seconds, CPU seconds) per step of each arm, one sample a window, two a block.
+
+    CPU seconds are those of all threads of this process: what other processes take is not in them.
 
     Args:
       arms: {name: window}.
@@ -47,12 +51,15 @@ def interleave(arms: Mapping[str, Window], steps: int, blocks: int) -> dict[str,
       blocks: palindromes of all arms.
     """
     samples: dict[str, list[float]] = {name: [] for name in arms}
+    busy: dict[str, list[float]] = {name: [] for name in arms}
     names = list(arms)
     for _ in range(blocks):
         for name in names + names[::-1]:
             arms[name](SETTLE_STEPS)
+            before = time.process_time()
             samples[name].append(arms[name](steps) / steps)
-    return samples
+            busy[name].append((time.process_time() - before) / steps)
+    return samples, busy
 
 
 def compare(ours: Sequence[float], theirs: Sequence[float]) -> Comparison:

@@ -55,6 +55,7 @@ def get_config(arg: str = ""):
     config.eval.every_steps = 25
     config.eval.batch_size = 128
     config.checkpoint.every_steps = 25
+    config.log.every_steps = 5
     config.report.baselines = ["logistic_regression", "scratch", str(MEASURED)]
 
     if arg == "tiny":

@@ -18,6 +18,8 @@ FIELDS = {
     "steps_per_window": int,
     "ratio": float,
     "noise": float,
+    "cpu_seconds": dict,
+    "cpu_ratio": float,
     "analytic_flops": int,
 }
 PAIRS = ("compile_seconds", "compiled_flops", "temp_bytes", "seconds")
@@ -29,10 +31,11 @@ def test_windows_form_palindromes_and_settle_before_they_are_timed():
     def arm(name):
         return lambda steps: seen.append((name, steps)) or float(steps)
 
-    samples = interleave({"a": arm("a"), "b": arm("b")}, steps=5, blocks=2)
+    samples, busy = interleave({"a": arm("a"), "b": arm("b")}, steps=5, blocks=2)
     assert [name for name, steps in seen if steps == 5] == list("abbaabba")
     assert [steps for _, steps in seen] == [1, 5] * 8
     assert samples == {"a": [1.0] * 4, "b": [1.0] * 4}
+    assert {name: len(times) for name, times in busy.items()} == {"a": 4, "b": 4}
 
 
 def test_the_ratio_survives_a_machine_that_slows_down():
