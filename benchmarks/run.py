@@ -207,6 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--suite", choices=sorted(SUITES), default="smoke")
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES)
+    parser.add_argument("--only", metavar="TEXT", default="", help="workloads whose name has it")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=())
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin no row after")
     parser.add_argument(
@@ -215,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     window_seconds, blocks, budget = SIZES[args.suite]
     result = run_suite(
-        SUITES[args.suite],
+        [workload for workload in SUITES[args.suite] if args.only in workload.name],
         phases=args.phases,
         window_seconds=window_seconds,
         blocks=blocks,
