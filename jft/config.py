@@ -27,7 +27,7 @@ __all__ = ["base", "load_config", "read_file", "to_json", "from_json", "diff", "
 CHOICES = {
     "model": "jft.models.zoo:FAMILIES",
     "data": "jft.data.sources:SOURCES",
-    "freeze": "jft.freeze.phases:METHODS",
+    "freeze": "jft.freeze.methods:METHODS",
     "optim": "jft.train.optim:OPTIMIZERS",
     "loss": "jft.losses:LOSSES",
 }

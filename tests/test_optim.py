@@ -7,7 +7,7 @@ import pytest
 
 from jft.errors import ConfigError
 from jft.freeze.groups import make_groups
-from jft.freeze.phases import make_phases
+from jft.freeze.methods import make_phases
 from jft.train.optim import make_decay_mask, make_multipliers, make_optim, make_schedule
 
 STAGES = ("stem", "blocks_0", "head")

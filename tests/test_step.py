@@ -8,7 +8,7 @@ import pytest
 from tiny_net import make_batch, make_parts
 
 from jft.freeze.groups import make_groups
-from jft.freeze.phases import make_phases
+from jft.freeze.methods import make_phases
 from jft.train.optim import make_optim
 from jft.train.parallel import check_batch_size, check_replicas, make_parallel
 from jft.train.state import (

@@ -6,7 +6,7 @@ from tiny_net import CLASSES, make_batch, make_parts
 
 from jft.evaluation import run_split
 from jft.freeze.groups import make_groups
-from jft.freeze.phases import make_phases
+from jft.freeze.methods import make_phases
 from jft.report.writers import RunWriter
 from jft.train.checkpoint import Checkpoints
 from jft.train.loop import Run

@@ -1,0 +1,101 @@
+"""Entries: phases and generators as a user or a method writes them, read and checked."""
+
+import ast
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jft.errors import ConfigError, nearest
+
+PHASE_KEYS = ("train", "until", "lr_scale", "state", "warm_steps", "elements", "anneal", "name")
+STATES = ("keep", "reset", "park")
+# Keys that a generator entry hands on to each of its phases.
+HANDED_ON = ("state", "lr_scale", "warm_steps", "until")
+LR_SCALES = ("depth_decay",)
+_CALL = re.compile(r"(\w+)\((.*)\)", re.DOTALL)
+
+Entry = dict[str, Any]
+
+
+def parse_entries(
+    phases: str | Sequence[Any], generators: Mapping[str, Callable[..., Any]]
+) -> list[Entry]:
+    """Returns entries from the one-string form or from a list, with their keys checked.
+
+    Args:
+      phases: "head@30% | thaw(every=1ep)@80% | all", or a list of strings and dicts.
+      generators: by name; "thaw(...)" in a string, {"generator": "thaw", ...} in a list.
+    """
+    if isinstance(phases, str):
+        parts = [
+            part.rpartition("@") if "@" in part else (part, "", "") for part in phases.split("|")
+        ]
+        entries = [_from_text(t.strip(), u.strip(), generators) for t, _, u in parts]
+    else:
+        entries = [{"train": p} if isinstance(p, str) else p for p in phases]
+    if not entries:
+        raise ConfigError("freeze.phases: there is no phase")
+    for index, entry in enumerate(entries):
+        check_entry(entry, f"freeze.phases[{index}]", generators)
+    return [dict(entry) for entry in entries]
+
+
+def _from_text(text: str, until: str, generators: Mapping[str, Callable[..., Any]]) -> Entry:
+    """One part of the string form: a set expression, or a generator with its arguments."""
+    entry: Entry = {"until": until or None}
+    found = _CALL.fullmatch(text)
+    if found is None or found[1] not in generators:
+        return {"train": text, **entry}
+    names = [n for n in inspect.signature(generators[found[1]]).parameters if n != "outline"]
+    for at, part in enumerate(filter(None, (p.strip() for p in found[2].split(",")))):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals:
+            if at >= len(names):
+                raise ConfigError(f"freeze.phases: {text!r} has more than {len(names)} arguments")
+            name, value = names[at], name
+        try:
+            entry[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            entry[name] = value
+    return {"generator": found[1], **entry}
+
+
+def check_entry(entry: Any, where: str, generators: Mapping[str, Callable[..., Any]]) -> None:
+    """Raises ConfigError naming the entry and the key that is wrong."""
+    if not hasattr(entry, "keys"):
+        raise ConfigError(f"{where}: {entry!r} should be a dict with {', '.join(PHASE_KEYS)}")
+    known: Sequence[str] = PHASE_KEYS
+    if "generator" in entry:
+        name = entry["generator"]
+        if name not in generators:
+            raise ConfigError(f"{where}: no generator {name!r}{nearest(str(name), generators)}")
+        own = [p for p in inspect.signature(generators[name]).parameters if p != "outline"]
+        known = ("generator", *own, *HANDED_ON)
+    for key in entry:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}{nearest(str(key), known)}")
+    if "generator" not in entry and not entry.get("train"):
+        raise ConfigError(f"{where}: 'train' is missing")
+    _check_values(entry, where)
+
+
+def _check_values(entry: Entry, where: str) -> None:
+    state = entry.get("state", "keep")
+    if state not in STATES:
+        hint = nearest(str(state), STATES)
+        raise ConfigError(f"{where}.state: {state!r} should be one of {', '.join(STATES)}{hint}")
+    scale = entry.get("lr_scale", 1.0)
+    if isinstance(scale, Mapping):
+        name, rate = scale.get("name"), scale.get("rate")
+        if name not in LR_SCALES or set(scale) > {"name", "rate"}:
+            raise ConfigError(
+                f"{where}.lr_scale: {dict(scale)} should be"
+                " {'name': 'depth_decay', 'rate': 0.75}, or a number"
+            )
+        scale = rate
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0:
+        raise ConfigError(f"{where}.lr_scale: {scale!r} should be a number above 0")
+    warm = entry.get("warm_steps", 0)
+    if isinstance(warm, bool) or not isinstance(warm, int) or warm < 0:
+        raise ConfigError(f"{where}.warm_steps: {warm!r} should be a whole number of steps")

@@ -1,0 +1,83 @@
+"""The freezing methods by name, and the schedule of a run from the `freeze` section."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jft.errors import ConfigError, nearest
+from jft.freeze import fixed, timed
+from jft.freeze.groups import Groups
+from jft.freeze.masks import Mask
+from jft.freeze.outline import make_outline
+from jft.freeze.phases import Phase
+from jft.freeze.recipe import Recipe
+from jft.freeze.schedule import FreezeSchedule, parse_phases
+
+METHODS: dict[str, Callable[..., Recipe]] = {
+    "full": fixed.full,
+    "linear_probe": fixed.linear_probe,
+    "last_k": fixed.last_k,
+    "lp_ft": timed.lp_ft,
+}
+
+
+def make_freeze(
+    groups: Groups,
+    *,
+    total_steps: int,
+    steps_per_epoch: float,
+    name: str | None = None,
+    args: dict[str, Any] | None = None,
+    phases: str | Sequence[Any] | None = None,
+    seed: int = 0,
+    max_sets: int | None = None,
+    cut_quantum: int = 1,
+    adjust: Callable[[Mask], Mask] | None = None,
+) -> FreezeSchedule:
+    """Returns the freezing schedule of a run.
+
+    Args:
+      groups: the model's groups.
+      total_steps: optimizer updates of the whole run.
+      steps_per_epoch: updates per pass over the training split, for `until` in epochs.
+      name: a method of METHODS, with its `args`; ignored when `phases` is given.
+      args: the method's keyword arguments.
+      phases: "head@30% | block[-3:] + head@70% | all", or a list of dicts; see `PHASE_KEYS`.
+      seed: of the run, for methods that draw.
+      max_sets: most distinct trainable sets; see `jft.freeze.bounds`.
+      cut_quantum: cuts are lowered to a multiple of so many blocks.
+      adjust: last word on each mask.
+
+    Raises:
+      ConfigError: names the phase and what is wrong with it.
+    """
+    outline = make_outline(
+        groups,
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+        seed=seed,
+        max_sets=max_sets,
+    )
+    if phases is not None:
+        recipe = Recipe(parse_phases(phases))
+    else:
+        method = name or "full"
+        if method not in METHODS:
+            raise ConfigError(f"freeze.name: no method {method!r}{nearest(method, METHODS)}")
+        try:
+            recipe = METHODS[method](outline, **(args or {}))
+        except TypeError as error:
+            raise ConfigError(f"freeze.args: {error}") from error
+        recipe = Recipe(parse_phases(recipe.entries), recipe.schedule)
+    return FreezeSchedule(
+        groups,
+        outline,
+        recipe.entries,
+        recipe_schedule=recipe.schedule,
+        cut_quantum=cut_quantum,
+        adjust=adjust,
+    )
+
+
+def make_phases(groups: Groups, **arguments: Any) -> tuple[Phase, ...]:
+    """Returns the phases of `make_freeze` as they are before the first decision."""
+    return make_freeze(groups, **arguments).phases()

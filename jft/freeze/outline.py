@@ -1,0 +1,101 @@
+"""The outline of a model and a run: all that a freezing method may know before it starts."""
+
+import re
+from dataclasses import dataclass
+
+from jft.errors import ConfigError
+from jft.freeze.groups import Groups
+from jft.freeze.until import period_steps
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What methods and generators expand on.
+
+    Attributes:
+      units: set expressions from the input side to the head: what lies before the numbered blocks
+        ("embed"), each block ("block[0]"), and what follows them with the head ("final + head").
+        A model without numbered blocks has one unit a top-level module.
+      first_block: index in `units` of block[0].
+      blocks: number of numbered blocks; 0 without any.
+      start: first step of the stretch to expand.
+      stop: the step after its last.
+      total_steps: of the whole run.
+      steps_per_epoch: updates per pass over the training split.
+      seed: of the run.
+      max_sets: most distinct trainable sets, or None.
+    """
+
+    units: tuple[str, ...]
+    first_block: int
+    blocks: int
+    start: int
+    stop: int
+    total_steps: int
+    steps_per_epoch: float
+    seed: int = 0
+    max_sets: int | None = None
+
+    @property
+    def steps(self) -> int:
+        """Steps of the stretch."""
+        return self.stop - self.start
+
+    @property
+    def block_units(self) -> tuple[str, ...]:
+        """The blocks, from the input side; for a model without any, all units but the last."""
+        if not self.blocks:
+            return self.units[:-1]
+        return self.units[self.first_block : self.first_block + self.blocks]
+
+    @property
+    def always(self) -> str:
+        """Set expression of all that is in no block."""
+        units = self.block_units
+        rest = [unit for unit in self.units if unit not in units]
+        return " + ".join(rest)
+
+    def above(self, unit: int) -> str:
+        """Set expression of units[unit:], the part above a cut."""
+        if unit <= 0:
+            return "all"
+        first = unit - self.first_block
+        if self.blocks and 0 <= first < self.blocks:
+            rest = self.units[self.first_block + self.blocks :]
+            return " + ".join([f"block[{first}:]", *rest])
+        return " + ".join(self.units[unit:])
+
+    def step_of(self, share: float) -> int:
+        """The step at that share of the stretch; rounds half up."""
+        return self.start + int(share * self.steps + 0.5)
+
+    def period(self, every: object, what: str) -> int:
+        """A period such as 20, "1ep" or "5%" (of the whole run) in steps, at least 1."""
+        return period_steps(every, self.total_steps, self.steps_per_epoch, what)
+
+
+def make_outline(
+    groups: Groups,
+    *,
+    total_steps: int,
+    steps_per_epoch: float,
+    seed: int = 0,
+    max_sets: int | None = None,
+) -> Outline:
+    """Returns the outline of a whole run."""
+    if max_sets is not None and max_sets < 1:
+        raise ConfigError(f"freeze.max_sets: {max_sets} should be 1 or more")
+    order = list(groups.order)
+    numbered = [at for at, name in enumerate(order) if re.fullmatch(r"\w+\[\d+\]", name)]
+    if not numbered:
+        units, first, blocks = tuple(order), 0, 0
+    else:
+        first_at, last_at = numbered[0], numbered[-1]
+        before = [" + ".join(order[:first_at])] if first_at else []
+        after = order[last_at + 1 :]
+        middle = order[first_at : last_at + 1]
+        units = (*before, *middle, *([" + ".join(after)] if after else []))
+        first, blocks = len(before), len(middle)
+    return Outline(
+        units, first, blocks, 0, total_steps, total_steps, steps_per_epoch, seed, max_sets
+    )

@@ -1,0 +1,322 @@
+"""The freezing schedule of a run: its phases as a pure function of the decision log.
+
+Without rules and events the log stays empty and the phases are known before the first step. A rule
+decides at stated steps from signals, an event ends a phase when an evaluation shows it; the log
+holds what was seen and decided, travels in every checkpoint, and makes a resumed run repeat it.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jft.errors import ConfigError
+from jft.freeze.bounds import bound_sets, quantise_cut
+from jft.freeze.entries import HANDED_ON, Entry, parse_entries
+from jft.freeze.generators import GENERATORS
+from jft.freeze.groups import Groups
+from jft.freeze.masks import Mask, make_mask
+from jft.freeze.outline import Outline
+from jft.freeze.phases import Elements, Phase, Stretch, number
+from jft.freeze.rules import RULE_KEYS, Rule, make_rule
+from jft.freeze.until import observed_values, parse_until, until_step
+
+Log = Sequence[Mapping[str, Any]]
+_KINDS: dict[str, Callable[..., Any]] = {**GENERATORS, "rule": Rule}
+
+
+@dataclass(frozen=True)
+class Due:
+    """A decision that falls due before the update after `step`.
+
+    Attributes:
+      step: updates done.
+      entry: index of the rule's entry.
+      rule: what to measure and how to decide.
+      phase: the phase that ends, or goes on, with the decision.
+      previous: the record of the rule's decision before, or None.
+    """
+
+    step: int
+    entry: int
+    rule: Rule
+    phase: Phase
+    previous: Mapping[str, Any] | None
+
+
+class FreezeSchedule:
+    """Phases of a run; see `make_freeze`."""
+
+    def __init__(
+        self,
+        groups: Groups,
+        outline: Outline,
+        entries: Sequence[Entry],
+        *,
+        recipe_schedule: Mapping[str, Any] | None = None,
+        cut_quantum: int = 1,
+        adjust: Callable[[Mask], Mask] | None = None,
+    ):
+        """Expands the entries once, so that a mistake is found before anything runs.
+
+        Args:
+          groups: of the model.
+          outline: of the whole run.
+          entries: from `parse_phases`.
+          recipe_schedule: what the method prescribes for the learning rate; see `Recipe`.
+          cut_quantum: cuts are lowered to a multiple of so many blocks.
+          adjust: last word on each mask; None leaves them.
+        """
+        self.groups, self.outline, self.entries = groups, outline, list(entries)
+        self.recipe_schedule = dict(recipe_schedule or {})
+        self.cut_quantum, self.adjust = cut_quantum, adjust
+        self._masks: dict[str, Mask] = {}
+        self._known: tuple[int, tuple[Phase, ...]] | None = None
+        self.watched = sorted({e.metric for e in map(self._event, range(len(entries))) if e})
+        self.approximation = ""
+        self.phases()
+
+    @property
+    def triggered(self) -> bool:
+        """Whether the phases depend on what the run will measure."""
+        return bool(self.watched) or any(e.get("generator") == "rule" for e in self.entries)
+
+    def phases(self, log: Log = ()) -> tuple[Phase, ...]:
+        """Returns all phases; those not begun yet as they follow if nothing more is decided."""
+        if self._known is not None and self._known[0] == len(log):
+            return self._known[1]
+        stretches: list[Stretch] = []
+        start = 0
+        for index in range(len(self.entries)):
+            for stretch in self._expand(index, start, log):
+                follows = stretches and stretches[-1].same(stretch) and stretch.state != "reset"
+                if follows and "generator" in self.entries[index]:
+                    stretches[-1] = replace(stretches[-1], stop=stretch.stop)
+                else:
+                    stretches.append(stretch)
+            start = stretches[-1].stop
+        limit = self.outline.max_sets
+        if limit is not None:
+            stretches, self.approximation = bound_sets(stretches, limit, grows=self.triggered)
+        phases = number(stretches)
+        self._known = (len(log), phases)
+        return phases
+
+    def at(self, step: int, log: Log = ()) -> Phase:
+        """Returns the phase of the update after `step`; the last one at the end of the run."""
+        phases = self.phases(log)
+        return next((p for p in phases if p.stop_step > step), phases[-1])
+
+    def due(self, step: int, log: Log = ()) -> Due | None:
+        """Returns the rule's decision that falls due after `step` updates, if it is not made."""
+        for index, (start, stop) in enumerate(self._spans(log)):
+            entry = self.entries[index]
+            if entry.get("generator") != "rule" or not start <= step < stop:
+                continue
+            rule = make_rule(entry)
+            records = _records(log, index)
+            if step in rule.points(start, stop, self.outline) and not any(
+                record["step"] == step for record in records
+            ):
+                phase = self.at(max(step - 1, start), log)
+                return Due(step, index, rule, phase, records[-1] if records else None)
+        return None
+
+    def next_due(self, step: int, log: Log = ()) -> tuple[int, Rule] | None:
+        """Returns (step, rule) of the first decision that falls due after more than `step`."""
+        found: list[tuple[int, Rule]] = []
+        for index, (start, stop) in enumerate(self._spans(log)):
+            if self.entries[index].get("generator") == "rule":
+                rule = make_rule(self.entries[index])
+                points = rule.points(start, stop, self.outline)
+                found += [(point, rule) for point in points if point > step]
+        return min(found, key=lambda pair: pair[0], default=None)
+
+    def likely(self, log: Log, step: int) -> tuple[Phase, ...]:
+        """Returns phases that may follow the one of `step`, the likeliest first: to compile ahead.
+
+        Of a static plan that is the next phase. A rule names the sets that it may choose.
+        """
+        now = self.at(step, log)
+        phases = self.phases(log)
+        following = list(phases[now.index + 1 : now.index + 2])
+        for index, (start, stop) in enumerate(self._spans(log)):
+            entry = self.entries[index]
+            if entry.get("generator") == "rule" and start <= step < stop:
+                rule = make_rule(entry)
+                for train in rule.likely(self.outline, self.groups, now.mask):
+                    record = {"step": max(step + 1, start + 1), "entry": index, "train": train}
+                    if record["step"] >= stop:
+                        continue
+                    after = self._fresh().phases([*log, record])
+                    following.append(after[min(now.index + 1, len(after) - 1)])
+        return tuple(following)
+
+    def _fresh(self) -> "FreezeSchedule":
+        return FreezeSchedule(
+            self.groups,
+            self.outline,
+            self.entries,
+            cut_quantum=self.cut_quantum,
+            adjust=self.adjust,
+        )
+
+    def _event(self, index: int) -> Any:
+        return parse_until(self.entries[index].get("until"), f"freeze.phases[{index}]")[0]
+
+    def _spans(self, log: Log) -> list[tuple[int, int]]:
+        """(start, stop) of each entry."""
+        spans: list[tuple[int, int]] = []
+        for index in range(len(self.entries)):
+            start = spans[-1][1] if spans else 0
+            spans.append((start, self._stop(index, start, log)))
+        return spans
+
+    def _stop(self, index: int, start: int, log: Log) -> int:
+        """The step at which an entry ends: as it says, or where its event was seen."""
+        where, last = f"freeze.phases[{index}]", index == len(self.entries) - 1
+        total = self.outline.total_steps
+        until = self.entries[index].get("until")
+        event, static = parse_until(until, where)
+        if event is not None and static is None:
+            # At the latest after an equal share of what is left, so that every phase has its turn.
+            left = len(self.entries) - index
+            stop = total if last else start + max(1, (total - start) // left)
+        elif until is None:
+            if not last:
+                raise ConfigError(
+                    f"{where}: 'until' is missing; only the last phase may leave it out"
+                )
+            stop = total
+        else:
+            stop = until_step(static, total, self.outline.steps_per_epoch, where, start)
+        if last and event is not None:
+            raise ConfigError(
+                f"{where}: the last phase lasts to the end of the run; until={until!r}"
+            )
+        if last and stop < total:
+            raise ConfigError(f"{where}: ends at step {stop} but the run has {total} steps")
+        stop = min(stop, total) if last else stop
+        if stop <= start or stop > total:
+            raise ConfigError(
+                f"{where}: until={until!r} is step {stop}; it must be after step {start}"
+                f" and at most {total}"
+            )
+        if event is not None:
+            values = observed_values(log, event.metric, start, stop)
+            for at in range(1, len(values) + 1):
+                if event.seen([value for _, value in values[:at]]):
+                    return values[at - 1][0]
+        return total if last else stop
+
+    def _expand(self, index: int, start: int, log: Log) -> list[Stretch]:
+        """The stretches of one entry."""
+        entry, where = self.entries[index], f"freeze.phases[{index}]"
+        stop = self._stop(index, start, log)
+        kind = entry.get("generator")
+        if kind is None:
+            event = self._event(index)
+            found = self._stretch(entry, where, start, stop)
+            return [replace(found, event=event.text if event else "")]
+        if kind == "rule":
+            return self._ruled(index, start, stop, log)
+        given = {k: v for k, v in entry.items() if k not in (*HANDED_ON, "generator")}
+        written = GENERATORS[kind](replace(self.outline, start=start, stop=stop), **given)
+        shared = {k: entry[k] for k in HANDED_ON if k in entry and k != "until"}
+        stretches = []
+        for part in written:
+            begin = stretches[-1].stop if stretches else start
+            stretches.append(self._stretch({**shared, **part}, where, begin, part["until"]))
+        return stretches
+
+    def _ruled(self, index: int, start: int, stop: int, log: Log) -> list[Stretch]:
+        """A stretch from each decision of a rule to the next."""
+        entry, where = self.entries[index], f"freeze.phases[{index}]"
+        shared = {k: entry[k] for k in HANDED_ON if k in entry and k != "until"}
+        rule = make_rule(entry)
+        first: Entry = {**shared, "train": rule.train, "state": "keep"}
+        records = [{"step": start}, *_records(log, index)]
+        stretches: list[Stretch] = []
+        current = first
+        for at, record in enumerate(records):
+            if at:
+                chosen = {k: record[k] for k in ("train", "scales", "elements") if k in record}
+                current = {**current, **chosen, "state": shared.get("state", "keep")}
+                if "name" in record:
+                    current["name"] = record["name"]
+            end = records[at + 1]["step"] if at + 1 < len(records) else stop
+            if end > record["step"]:
+                found = self._stretch(current, where, record["step"], end)
+                if stretches and stretches[-1].same(found):
+                    stretches[-1] = replace(stretches[-1], stop=end)
+                else:
+                    stretches.append(found)
+        return stretches
+
+    def _stretch(self, entry: Entry, where: str, start: int, stop: int) -> Stretch:
+        train = entry["train"]
+        label = train.strip() if isinstance(train, str) else f"rules for {where[-2:-1]}"
+        scale, scales = entry.get("lr_scale", 1.0), dict(entry.get("scales") or {})
+        if isinstance(scale, Mapping):
+            decay = self._depth_decay(float(scale["rate"]))
+            scales = {path: factor * scales.get(path, 1.0) for path, factor in decay.items()}
+            scale = 1.0
+        elements = entry.get("elements")
+        return Stretch(
+            start,
+            stop,
+            str(entry.get("name") or label),
+            self._mask(train, where),
+            float(scale),
+            scales,
+            self._anneal(entry.get("anneal") or {}),
+            int(entry.get("warm_steps", 0)),
+            str(entry.get("state", "keep")),
+            Elements(**elements) if elements else None,
+        )
+
+    def _mask(self, train: Any, where: str) -> Mask:
+        text = train if isinstance(train, str) else repr(train)
+        if text not in self._masks:
+            if isinstance(train, Mapping):  # a decision's own leaves
+                leaves = set(train["leaves"])
+                mask = {path: path in leaves for path in self.groups.paths}
+            else:
+                mask = make_mask(train, self.groups, where)
+            mask = quantise_cut(mask, self.groups, self.outline, self.cut_quantum)
+            self._masks[text] = self.adjust(mask) if self.adjust else mask
+        return self._masks[text]
+
+    @functools.cached_property
+    def _unit_of(self) -> dict[str, int]:
+        units = [make_mask(unit, self.groups) for unit in self.outline.units]
+        return {p: next(i for i, unit in enumerate(units) if unit[p]) for p in self.groups.paths}
+
+    def _depth_decay(self, rate: float) -> dict[str, float]:
+        """{path: rate ** distance from the head}, in units of the outline."""
+        top = len(self.outline.units) - 1
+        return {path: rate ** (top - unit) for path, unit in self._unit_of.items()}
+
+    def _anneal(self, stops: Mapping[str, int]) -> dict[str, int]:
+        """{path: step} of {unit expression: step}."""
+        found: dict[str, int] = {}
+        for unit, step in stops.items():
+            mask = make_mask(unit, self.groups)
+            found |= {path: int(step) for path, trains in mask.items() if trains}
+        return found
+
+
+def _records(log: Log, entry: int) -> list[Any]:
+    return [record for record in log if record.get("entry") == entry]
+
+
+def parse_phases(phases: str | Sequence[Any]) -> list[Entry]:
+    """Returns entries from the one-string form or from a list, with their keys checked."""
+    entries = parse_entries(phases, _KINDS)
+    for index, entry in enumerate(entries):
+        if entry.get("generator") == "rule":
+            make_rule({k: v for k, v in entry.items()}, f"freeze.phases[{index}]")
+    return entries
+
+
+__all__ = ["Due", "FreezeSchedule", "parse_phases", "RULE_KEYS"]
