@@ -36,7 +36,7 @@ _GIVEN = ("num_classes", "dtype", "parent", "name", "seed", "path", "image_size"
 
 
 _SPLITS = ("train", "val", "test")
-_METRICS = tuple(f"eval/{name}" for name in ("accuracy", "loss", "macro_f1"))
+METRICS = tuple(f"eval/{name}" for name in ("accuracy", "loss", "macro_f1"))
 
 
 def base() -> ConfigDict:
@@ -218,10 +218,10 @@ def _check_together(values: Mapping[str, Any]) -> None:
                 f" there are {', '.join(_SPLITS)}"
             )
     best = values["checkpoint.best"]
-    if best is not None and best not in _METRICS:
+    if best is not None and best not in METRICS:
         raise ConfigError(
-            f"config.checkpoint.best: no metric {best!r}{nearest(best, _METRICS)};"
-            f" there are {', '.join(_METRICS)}"
+            f"config.checkpoint.best: no metric {best!r}{nearest(best, METRICS)};"
+            f" there are {', '.join(METRICS)}"
         )
     for name in ("augment.scale", "augment.ratio"):
         pair = values[name]

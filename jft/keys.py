@@ -64,7 +64,7 @@ KEYS: dict[str, Key] = {
     "augment.ratio": Key(
         [0.75, 4 / 3], list, "random_resized: smallest and largest width over height"
     ),
-    "freeze.name": Key("full", str, "freezing method: full, linear_probe, last_k, lp_ft"),
+    "freeze.name": Key("full", str, "freezing method; `jft freeze` lists them"),
     "freeze.args": Key({}, dict, "options of the method, `--config.freeze.args.k=3`"),
     "freeze.phases": Key(
         None,
@@ -72,6 +72,19 @@ KEYS: dict[str, Key] = {
         'own phases instead of a method: "head@30% | block[-3:]+head@70% | all"',
     ),
     "freeze.groups": Key([], list, "further groups for phases: [name, pattern] pairs"),
+    "freeze.max_sets": Key(
+        None,
+        int | None,
+        "most distinct trainable sets, hence compiled steps; more are approximated by a menu",
+        low=1,
+    ),
+    "freeze.cut_quantum": Key(1, int, "lower each cut to a multiple of so many blocks", low=1),
+    "freeze.spoilers": Key(
+        "train",
+        str,
+        "few low leaves that spoil a cut (class token, position table): train them, or freeze them",
+        choices=("train", "freeze"),
+    ),
     "freeze.enforce": Key(
         "split",
         str,
@@ -82,7 +95,10 @@ KEYS: dict[str, Key] = {
     "optim.args": Key({}, dict, "options of the optimizer, `--config.optim.args.b2=0.95`"),
     "optim.learning_rate": Key(1e-3, float, "peak learning rate", low=0),
     "optim.schedule": Key(
-        "cosine", str, "shape of the learning rate after warm-up", choices=("cosine", "constant")
+        "cosine",
+        str,
+        "shape of the learning rate after warm-up",
+        choices=("cosine", "constant", "slanted_triangle"),
     ),
     "optim.warmup_steps": Key(0, int, "updates of linear warm-up from 0", low=0),
     "optim.final_lr_scale": Key(

@@ -1,5 +1,6 @@
 """What a run will do and cost, from shapes alone: plan.json and the tables to show before it."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,8 +12,9 @@ from jft.data.sources import Splits
 from jft.errors import ConfigError
 from jft.freeze.explain import explain
 from jft.freeze.phases import Phase
-from jft.plan import PhaseParts, PhasePlan, make_plan, plan_table
+from jft.plan import Costs, PhaseParts, PhasePlan, make_plan
 from jft.plan import to_dict as plan_dict
+from jft.plan_text import plan_table
 from jft.task import Task, batch_shapes
 from jft.train.optim import OptimSection
 from jft.train.parallel import Parallel
@@ -29,6 +31,34 @@ def plan_phases(
     parts: StepParts,
 ) -> list[PhasePlan]:
     """Returns what each phase costs on one device, counted from shapes; compiles nothing."""
+    costs = loss_costs(task, parallel, parts)
+    described = [
+        PhaseParts(
+            phase.name,
+            phase.start_step,
+            phase.stop_step,
+            phase.mask,
+            optim.tx(phase),
+            key=phase.key,
+            extra_bytes=_extra_bytes(task, phase, optim),
+            elementwise=phase.elements is not None,
+            event=phase.event,
+        )
+        for phase in phases
+    ]
+    return make_plan(described, costs, scalars_bytes=4 * len(WINDOW_SUMS))
+
+
+def _extra_bytes(task: Task, phase: Phase, optim: OptimSection) -> int:
+    """Bytes of rates and fixed element-wise masks, which a step takes as arguments."""
+    extra = sum(leaf.nbytes for leaf in optim.rates(phase).values())
+    if phase.elements is not None and phase.elements.kind == "fixed":
+        extra += sum(math.prod(task.shapes[0][path].shape) for path in phase.entered)
+    return extra
+
+
+def loss_costs(task: Task, parallel: Parallel, parts: StepParts) -> Costs:
+    """Returns the costs of a step on one device, by trainable set; nothing is counted yet."""
     params, stats = task.shapes
     rows = task.config.train.batch_size // parallel.num_devices
     batch = batch_shapes(task, rows)
@@ -42,27 +72,19 @@ def plan_phases(
 
         def loss(trainable: Flat, frozen: Flat, stats: Flat, batch: Flat, _: Any) -> jax.Array:
             batch = dict(batch, row=jnp.arange(rows, dtype=jnp.int32))
-            return sums(trainable, stats, Frozen(frozen, {}), batch, jax.random.key(0))[0]
+            try:
+                return sums(trainable, stats, Frozen(frozen, {}), batch, jax.random.key(0))[0]
+            except NameError as error:
+                if "axis name" not in str(error):
+                    raise
+                raise ConfigError(
+                    f"model: {error}: it sums over devices itself; jft.models.layers.BatchNorm"
+                    " does so in every parallel.mode"
+                ) from error
 
         return loss
 
-    described = [PhaseParts(p.name, p.start_step, p.stop_step, p.mask, optim.tx(p)) for p in phases]
-    try:
-        return make_plan(
-            described,
-            params,
-            task.stages,
-            make_loss,
-            (stats, batch, scalars),
-            scalars_bytes=4 * len(WINDOW_SUMS),
-        )
-    except NameError as error:
-        if "axis name" not in str(error):
-            raise
-        raise ConfigError(
-            f"model: {error}: it sums over devices itself; jft.models.layers.BatchNorm does so"
-            " in every parallel.mode"
-        ) from error
+    return Costs(params, task.stages, make_loss, (stats, batch, scalars))
 
 
 def describe_plan(

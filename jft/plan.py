@@ -23,10 +23,6 @@ MakeLoss = Callable[[Mask], Callable[..., Any]]
 _FEW_LEAVES = 4
 _FEW_PARAMS = 0.1
 _COSTLY = 0.02
-_TITLES: tuple[str, ...] = (
-    *("phase", "train", "steps", "class", "cut", "trainable", "frozen"),
-    *("GFLOP/step", "bound", "optimizer", "reduce"),
-)
 
 
 @dataclass(frozen=True)
@@ -39,6 +35,10 @@ class PhaseParts:
       stop_step: the step at which the next phase starts.
       mask: {path: True where trainable}.
       tx: an optax transformation over the trainable flat dict.
+      key: equal for phases that share one compiled step; None is like no other.
+      extra_bytes: of what its step takes beside leaves and optimizer state.
+      elementwise: whether only some elements of the trainable leaves move.
+      event: what may end it before `stop_step`, or "".
     """
 
     name: str
@@ -46,6 +46,10 @@ class PhaseParts:
     stop_step: int
     mask: Mask
     tx: Any
+    key: Any = None
+    extra_bytes: int = 0
+    elementwise: bool = False
+    event: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ class PhasePlan:
       trainable_bytes: their bytes.
       frozen_params: scalars that stay.
       frozen_bytes: their bytes.
-      kind: "full", "cut" (a prefix of stages is frozen) or "set" (scattered leaves are).
+      kind: "full", "cut" (a prefix of stages is frozen), "set" (scattered leaves are) or "mask"
+        (elements are: it saves no compute beyond the leaves that are frozen whole).
       cut: name of the first stage that trains, if a prefix is frozen.
       forward_flops: products of the forward pass of one step.
       flops: products of one step, forward and backward.
@@ -72,6 +77,8 @@ class PhasePlan:
       spoilers: the few trainable leaves low in the network that force the gradient through a
         prefix which would be frozen without them.
       spoiler_flops: what they add to each step.
+      compiled: number of the compiled step, from 0; phases with the same number share it.
+      event: what may end the phase before `stop_step`, or "".
     """
 
     index: int
@@ -92,6 +99,8 @@ class PhasePlan:
     argument_bytes: int
     spoilers: tuple[str, ...] = ()
     spoiler_flops: int = 0
+    compiled: int = 0
+    event: str = ""
 
     @property
     def bound(self) -> float:
@@ -113,69 +122,96 @@ class PhasePlan:
 
 
 def make_plan(
-    phases: Sequence[PhaseParts],
-    params: Flat,
-    stages: Sequence[str],
-    make_loss: MakeLoss,
-    data: Sequence[Any],
-    *,
-    scalars_bytes: int = 0,
+    phases: Sequence[PhaseParts], costs: Costs, *, scalars_bytes: int = 0
 ) -> list[PhasePlan]:
     """Returns the plan of each phase; nothing is allocated or compiled.
 
     Args:
       phases: the phases in order.
-      params: {path: array or shape} of every parameter.
-      stages: stage names from input to output; a leaf's stage is the first part of its path.
-      make_loss: mask -> loss_fn(trainable, frozen, *data), as the step of such a phase runs it.
-      data: shapes of what else the loss takes: statistics, batch. One device's share gives the
-        numbers of one device.
+      costs: of a step, by trainable set.
       scalars_bytes: metric sums that are reduced beside the gradients.
-
-    Raises:
-      ValueError: a leaf lies in no stage.
     """
-    order = {stage: at for at, stage in enumerate(stages)}
-    for path in params:
-        if path.split("/")[0] not in order:
-            raise ValueError(f"leaf {path!r} is in none of the stages {', '.join(stages)}")
-    known: dict[frozenset[str], Flops] = {}
-
-    def flops(mask: Mask) -> Flops:
-        key = frozenset(path for path in params if mask[path])
-        if key not in known:
-            known[key] = analytic_flops(make_loss(mask), *split(params, mask), *data)
-        return known[key]
-
-    full = flops(dict.fromkeys(params, True)).total
-    data_bytes = _tree_bytes(data)
+    keys: dict[Any, int] = {}
+    optimizers: dict[Any, int] = {}
     plans = []
     for index, phase in enumerate(phases):
-        plan = _phase_plan(index, phase, params, order, flops, full)
+        key = ("phase", index) if phase.key is None else phase.key
+        number = keys.setdefault(key, len(keys))
+        if number not in optimizers:
+            trainable, _ = split(costs.params, phase.mask)
+            optimizers[number] = optimizer_bytes(phase.tx, trainable)
+        plan = _phase_plan(index, phase, costs, optimizers[number])
+        more = costs.data_bytes + phase.extra_bytes
         plans.append(
             replace(
                 plan,
                 all_reduce_bytes=plan.all_reduce_bytes + scalars_bytes,
-                argument_bytes=plan.argument_bytes + data_bytes,
+                argument_bytes=plan.argument_bytes + more,
+                compiled=number,
             )
         )
     return plans
 
 
-def _phase_plan(
-    index: int,
-    phase: PhaseParts,
-    params: Flat,
-    order: Mapping[str, int],
-    flops: Callable[[Mask], Flops],
-    full: int,
-) -> PhasePlan:
+class Costs:
+    """FLOPs of a step by trainable set, each set analysed once.
+
+    One device's share of the data gives the numbers of one device.
+
+    Attributes:
+      params: {path: array or shape} of every parameter.
+      order: {stage: position}.
+      data_bytes: of what else the loss takes.
+    """
+
+    def __init__(
+        self, params: Flat, stages: Sequence[str], make_loss: MakeLoss, data: Sequence[Any]
+    ):
+        """Analyses nothing yet.
+
+        Args:
+          params: {path: array or shape} of every parameter.
+          stages: from input to output; a leaf's stage is the first part of its path.
+          make_loss: mask -> loss_fn(trainable, frozen, *data), as the step of such a phase runs it.
+          data: shapes of what else the loss takes: statistics, batch.
+
+        Raises:
+          ValueError: a leaf lies in no stage.
+        """
+        self.params, self.order = params, {stage: at for at, stage in enumerate(stages)}
+        for path in params:
+            if path.split("/")[0] not in self.order:
+                raise ValueError(f"leaf {path!r} is in none of the stages {', '.join(stages)}")
+        self.data_bytes = _tree_bytes(data)
+        self._make_loss, self._data = make_loss, data
+        self._known: dict[frozenset[str], Flops] = {}
+        self._spoilers: dict[frozenset[str], tuple[tuple[str, ...], int]] = {}
+
+    def flops(self, mask: Mask) -> Flops:
+        """Returns the cost of a step with that trainable set."""
+        key = self._key(mask)
+        if key not in self._known:
+            loss = self._make_loss(mask)
+            self._known[key] = analytic_flops(loss, *split(self.params, mask), *self._data)
+        return self._known[key]
+
+    def spoilers(self, mask: Mask) -> tuple[tuple[str, ...], int]:
+        """Returns the low trainable leaves whose freezing would raise the cut, and their FLOPs."""
+        key = self._key(mask)
+        if key not in self._spoilers:
+            self._spoilers[key] = _spoilers(mask, self.params, self.order, self.flops)
+        return self._spoilers[key]
+
+    def _key(self, mask: Mask) -> frozenset[str]:
+        return frozenset(path for path in self.params if mask[path])
+
+
+def _phase_plan(index: int, phase: PhaseParts, costs: Costs, optimizer: int) -> PhasePlan:
     """The plan of one phase, without the data and the scalars that every phase shares."""
-    trainable, frozen = split(params, phase.mask)
-    optimizer = optimizer_bytes(phase.tx, trainable)
-    kind, cut = classify(phase.mask, order)
-    cost = flops(phase.mask)
-    spoilers, extra = _spoilers(phase.mask, params, order, flops)
+    trainable, frozen = split(costs.params, phase.mask)
+    kind, cut = classify(phase.mask, costs.order)
+    cost = costs.flops(phase.mask)
+    spoilers, extra = costs.spoilers(phase.mask)
     return PhasePlan(
         index=index,
         name=phase.name,
@@ -185,16 +221,17 @@ def _phase_plan(
         trainable_bytes=count_bytes(trainable),
         frozen_params=count_params(frozen),
         frozen_bytes=count_bytes(frozen),
-        kind=kind,
+        kind="mask" if phase.elementwise else kind,
         cut=cut,
         forward_flops=cost.forward,
         flops=cost.total,
-        full_flops=full,
+        full_flops=costs.flops(dict.fromkeys(costs.params, True)).total,
         optimizer_bytes=optimizer,
         all_reduce_bytes=count_bytes(trainable),
-        argument_bytes=count_bytes(params) + optimizer,
+        argument_bytes=count_bytes(costs.params) + optimizer,
         spoilers=spoilers,
         spoiler_flops=extra,
+        event=phase.event,
     )
 
 
@@ -245,55 +282,6 @@ def _spoilers(
         if extra > max(best[1], _COSTLY * flops(mask).total):
             best = (tuple(low), extra)
     return best
-
-
-def plan_table(plans: Sequence[PhasePlan]) -> str:
-    """Returns the phases as an aligned text table, with a line for each leaf that spoils a cut."""
-    rows: list[list[str]] = [[*_TITLES]]
-    for plan in plans:
-        rows.append(
-            [
-                str(plan.index),
-                plan.name,
-                f"{plan.start_step}-{plan.stop_step}",
-                plan.kind,
-                plan.cut or "-",
-                f"{plan.trainable_params:,}",
-                f"{plan.frozen_params:,}",
-                f"{plan.flops / 1e9:.4g}",
-                f"{plan.bound:.2f}x",
-                _megabytes(plan.optimizer_bytes),
-                _megabytes(plan.all_reduce_bytes),
-            ]
-        )
-    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
-    left = {1, 3, 4}  # words; numbers align right
-    lines = [
-        "  ".join(
-            cell.ljust(width) if at in left else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join(lines + [text for plan in plans if (text := spoiler_text(plan))])
-
-
-def spoiler_text(plan: PhasePlan) -> str:
-    """Returns one line that names the leaves which spoil the cut and what they cost, or ""."""
-    if not plan.spoilers:
-        return ""
-    first, more = plan.spoilers[0], len(plan.spoilers) - 1
-    names = first if not more else f"{first} and {more} more low leaves"
-    share = plan.spoiler_flops / plan.flops
-    return (
-        f"phase {plan.index}: {names} trained below frozen stages: "
-        f"+{plan.spoiler_flops / 1e9:.4g} GFLOP/step ({share:.0%} of the step); "
-        f"without, the bound is {plan.full_flops / (plan.flops - plan.spoiler_flops):.2f}x"
-    )
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.4g} MB"
 
 
 def to_dict(

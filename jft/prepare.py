@@ -11,16 +11,18 @@ import jax
 from ml_collections import ConfigDict
 
 from jft.baselines import check as check_baselines
-from jft.config import diff, from_json, to_json
+from jft.config import METRICS, diff, from_json, to_json
 from jft.data.images import make_eval_transform, make_train_transform
 from jft.data.loader import make_eval_loader, make_train_loader
 from jft.data.protocol import Source
 from jft.data.sources import Splits
-from jft.errors import ConfigError
+from jft.errors import ConfigError, nearest
 from jft.evaluation import run_split
-from jft.freeze.phases import Phase, make_phases
+from jft.freeze.masks import Mask
+from jft.freeze.methods import make_freeze
+from jft.freeze.schedule import FreezeSchedule
 from jft.losses import make_loss
-from jft.overview import describe_plan, plan_phases, summary, tables
+from jft.overview import describe_plan, loss_costs, plan_phases, summary, tables
 from jft.provenance import describe_run
 from jft.report.rundir import read_json, write_atomic, write_json
 from jft.report.writers import RunWriter
@@ -48,22 +50,49 @@ def total_steps(config: ConfigDict, train_examples: int) -> int:
 
 
 def make_schedule(
-    task: Task, train_examples: int, parallel: Parallel
-) -> tuple[tuple[Phase, ...], OptimSection]:
-    """Returns phases and optimizer of a config, for that many examples."""
+    task: Task, train_examples: int, parallel: Parallel, parts: StepParts
+) -> tuple[FreezeSchedule, OptimSection]:
+    """Returns freezing schedule and optimizer of a config, for that many examples."""
     config = task.config
     freeze, train = config.freeze, config.train
-    phases = make_phases(
+    schedule = make_freeze(
         task.groups(),
         total_steps=total_steps(config, train_examples),
         steps_per_epoch=train_examples / train.batch_size,
         name=freeze.name,
         args=freeze.args.to_dict(),
         phases=_plain(freeze.phases),
+        seed=config.seed,
+        max_sets=freeze.max_sets,
+        cut_quantum=freeze.cut_quantum,
+        adjust=without_spoilers(task, parallel, parts) if freeze.spoilers == "freeze" else None,
     )
-    optim = make_optim(phases, task.shapes[0], task.stages, **_plain(config.optim))
+    for metric in schedule.watched:
+        if metric not in METRICS:
+            raise ConfigError(f"freeze.phases: no metric {metric!r}{nearest(metric, METRICS)}")
+        if config.eval.every_steps is None:
+            raise ConfigError(f"freeze.phases: an event on {metric} needs eval.every_steps")
+    prescribed = schedule.recipe_schedule
+    optim = make_optim(
+        schedule.phases(),
+        task.shapes[0],
+        task.stages,
+        prescribed=prescribed,
+        **_plain(config.optim),
+    )
     check_batch_size(train.batch_size, train.accum_steps, parallel)
-    return phases, optim
+    return schedule, optim
+
+
+def without_spoilers(task: Task, parallel: Parallel, parts: StepParts) -> Callable[[Mask], Mask]:
+    """Returns a function that freezes the few low leaves which would spoil the cut of a mask."""
+    costs = loss_costs(task, parallel, parts)
+
+    def adjust(mask: Mask) -> Mask:
+        low, _ = costs.spoilers(mask)
+        return {**mask, **dict.fromkeys(low, False)}
+
+    return adjust
 
 
 def make_parts(task: Task) -> StepParts:
@@ -145,8 +174,9 @@ def _make_run(
 ) -> Run:
     config = task.config
     parallel = make_parallel(mode=config.parallel.mode, devices=config.parallel.devices)
-    phases, optim = make_schedule(task, len(splits.train), parallel)
     parts = make_parts(task)
+    schedule, optim = make_schedule(task, len(splits.train), parallel, parts)
+    phases = schedule.phases()
     plans = plan_phases(task, parallel, phases, optim, parts)
     steps = 1 if dry_run else phases[-1].stop_step
 
@@ -156,7 +186,7 @@ def _make_run(
 
     return Run(
         workdir=workdir,
-        phases=phases,
+        freeze=schedule,
         optim=optim,
         parallel=parallel,
         parts=parts,
@@ -289,6 +319,8 @@ def plan_text(config: ConfigDict, every_leaf: bool = False) -> str:
     splits = make_data(config)
     task = make_task(config, splits.label_names, splits.train.image_shape)
     parallel = make_parallel(mode=config.parallel.mode, devices=config.parallel.devices)
-    phases, optim = make_schedule(task, len(splits.train), parallel)
-    plans = plan_phases(task, parallel, phases, optim, make_parts(task))
+    parts = make_parts(task)
+    schedule, optim = make_schedule(task, len(splits.train), parallel, parts)
+    phases = schedule.phases()
+    plans = plan_phases(task, parallel, phases, optim, parts)
     return tables(task, phases, optim, plans, every_leaf)

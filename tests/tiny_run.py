@@ -6,7 +6,7 @@ from tiny_net import CLASSES, make_batch, make_parts
 
 from jft.evaluation import run_split
 from jft.freeze.groups import make_groups
-from jft.freeze.methods import make_phases
+from jft.freeze.methods import make_freeze
 from jft.report.writers import RunWriter
 from jft.train.checkpoint import Checkpoints
 from jft.train.loop import Run
@@ -37,7 +37,7 @@ def make_run(
     parts = dict(dropout=0.2, augment=True, log_every_steps=3) | parts
     step_parts, params, stats = make_parts(**parts)
     groups = make_groups(sorted(params))
-    plan = make_phases(groups, total_steps=steps, steps_per_epoch=6, phases=phases)
+    freeze = make_freeze(groups, total_steps=steps, steps_per_epoch=6, phases=phases)
     batch = make_batch()
     batch_shape = shapes(batch)
 
@@ -63,8 +63,8 @@ def make_run(
 
     return Run(
         workdir=workdir,
-        phases=plan,
-        optim=make_optim(plan, params, ("stem", "blocks_0", "head"), **optim),
+        freeze=freeze,
+        optim=make_optim(freeze.phases(), params, ("stem", "blocks_0", "head"), **optim),
         parallel=make_parallel(mode=mode, devices=devices),
         parts=step_parts,
         stages=("stem", "blocks_0", "head"),

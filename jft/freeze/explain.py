@@ -6,6 +6,8 @@ from jft.freeze.groups import Groups
 from jft.freeze.phases import Phase
 from jft.tree import Flat, count_bytes, count_params
 
+MOST_COLUMNS = 8
+
 
 def explain(
     groups: Groups,
@@ -20,14 +22,17 @@ def explain(
 
     Args:
       groups: of the model.
-      phases: of the run; one column each: "train", "part" of the group, or "-" frozen.
+      phases: of the run; one column each: "train", "2 of 6" leaves of the group, or "-" frozen;
+        of more than MOST_COLUMNS only in how many of them the group trains.
       shapes: {path: shape and dtype}.
       rates: {path: peak learning rate}, before the phase's own factor.
       decays: {path: weight decay}.
       every_leaf: a line a leaf, with the pattern that put it in its group.
     """
     head = ["leaf" if every_leaf else "group", "pattern" if every_leaf else "leaves"]
-    head += ["parameters", "bytes", "rate", "decay", *(f"phase {p.index}" for p in phases)]
+    few = len(phases) <= MOST_COLUMNS
+    named = [f"phase {p.index}" for p in phases] if few else ["trains in phases"]
+    head += ["parameters", "bytes", "rate", "decay", *named]
     rows = [head]
     if every_leaf:
         members = [(path, groups.patterns[path][1], [path]) for path in groups.paths]
@@ -40,14 +45,19 @@ def explain(
         leaves = {path: shapes[path] for path in paths}
         row = [name, second, f"{count_params(leaves):,}", f"{count_bytes(leaves):,}"]
         row += [_span(rates, paths), _span(decays, paths)]
-        row += [_trains(phase, paths) for phase in phases]
+        if few:
+            row += [_trains(phase, paths) for phase in phases]
+        else:
+            count = sum(any(phase.mask[path] for path in paths) for phase in phases)
+            row.append(f"{count} of {len(phases)}")
         rows.append(row)
     everything = {path: shapes[path] for path in groups.paths}
     total = ["all", f"{len(everything):,}" if not every_leaf else ""]
     total += [f"{count_params(everything):,}", f"{count_bytes(everything):,}", "", ""]
-    for phase in phases:
+    for phase in phases if few else ():
         part = {path: leaf for path, leaf in everything.items() if phase.mask[path]}
         total.append(f"{count_params(part):,}")
+    total += [] if few else [""]
     rows.append(total)
     return align(rows, left={0, 1} if every_leaf else {0})
 

@@ -34,6 +34,7 @@ class Due:
       entry: index of the rule's entry.
       rule: what to measure and how to decide.
       phase: the phase that ends, or goes on, with the decision.
+      base: mask of the leaves that the rule chooses from.
       previous: the record of the rule's decision before, or None.
     """
 
@@ -41,6 +42,7 @@ class Due:
     entry: int
     rule: Rule
     phase: Phase
+    base: Mask
     previous: Mapping[str, Any] | None
 
 
@@ -119,7 +121,8 @@ class FreezeSchedule:
                 record["step"] == step for record in records
             ):
                 phase = self.at(max(step - 1, start), log)
-                return Due(step, index, rule, phase, records[-1] if records else None)
+                base = self._mask(rule.train, f"freeze.phases[{index}]")
+                return Due(step, index, rule, phase, base, records[-1] if records else None)
         return None
 
     def next_due(self, step: int, log: Log = ()) -> tuple[int, Rule] | None:

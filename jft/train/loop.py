@@ -1,9 +1,9 @@
 """The loop: phases, steps, logging, evaluation, checkpoints, signals. It takes built parts only."""
 
+import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,18 @@ from jft.freeze.phases import Phase
 from jft.metrics import finish
 from jft.report.writers import RunWriter
 from jft.train.checkpoint import Restored
+from jft.train.compiled import CompiledSteps
+from jft.train.decisions import Decisions, Upcoming
 from jft.train.lock import Lock
 from jft.train.parallel import check_replicas
-from jft.train.run import Outcome, Run, compile_phase, from_checkpoint, pack, phase_of
+from jft.train.run import Outcome, Run, from_checkpoint, pack, phase_of
 from jft.train.signals import StopSignals
 from jft.train.state import WINDOW_SUMS, Frozen, leaves_by_path, make_state, switch_phase
 from jft.train.step import make_eval_step
 from jft.tree import Flat
+
+# Phases that are announced; a method with hundreds of them is summed up in the plan.
+SHOWN_PHASES = 12
 
 # Steps the host may run ahead of the device: enough to hide its work, few enough batches to hold.
 IN_FLIGHT_STEPS = 8
@@ -55,7 +60,7 @@ def _fit(run: Run, writer: RunWriter, restored: Restored | None, stop: StopSigna
         raise
     finally:
         if trainer:
-            trainer.compiler.shutdown(wait=False, cancel_futures=True)
+            trainer.steps.close()
 
 
 def _rebuild(run: Run, paths: list[str]) -> Flat:
@@ -68,8 +73,9 @@ class _Trainer:
 
     def __init__(self, run: Run, writer: RunWriter, restored: Restored | None):
         self.run, self.writer = run, writer
-        self.compiler = ThreadPoolExecutor(1, thread_name_prefix="jft-compile")
-        self.compiled: dict[int, Future] = {}
+        self.steps = CompiledSteps(run, writer.message)
+        self.parked: Flat = {}
+        beside: dict[str, Flat] = {}
         self.eval_step: Any = None
         self.in_flight: deque[jax.Array] = deque()
         self.rows: deque[_Row] = deque()
@@ -78,68 +84,101 @@ class _Trainer:
         self.step, self.evaluated_step = 0, -1
         self.wait_seconds = 0.0
         self.began = self.clock = time.monotonic()
-        self.clock_step, self.compile_seconds = 0, 0.0
+        self.clock_step, self.stall_seconds = 0, 0.0
+        self.entered = False
         if restored is None:
-            self.phase = run.phases[0]
+            self.phase = run.freeze.at(0)
             params, stats = run.start()
             tx = run.optim.tx(self.phase, run.enforce)
             self.state, self.frozen = make_state(self.phase, tx, params, stats, run.enforce)
         else:
             self.phase = phase_of(run, restored)
-            self.state, self.frozen = from_checkpoint(run, self.phase, restored)
+            self.state, self.frozen, beside = from_checkpoint(run, self.phase, restored)
+            self.parked = beside["parked"]
             self.step = restored.step
             self.results = dict(restored.info["results"])
             for message in restored.skipped:
                 writer.message(f"warning: {message}")
             writer.message(f"resuming at step {self.step} of {run.total_steps}")
         self.saved_step = self.step if restored else -1
+        log = restored.info.get("decisions", []) if restored else []
+        self.decisions = Decisions(run, log, beside)
 
     def train(self, stop: StopSignals) -> int:
         """Runs the phases that are left; returns the exit code."""
-        batches = self.run.batches(self.step)
-        for phase in self.run.phases:
-            last = min(phase.stop_step, self.run.total_steps)
-            if last <= self.step:
-                continue
+        run = self.run
+        batches = Upcoming(run.batches(self.step))
+        if not run.freeze.triggered and run.stop_step is None:
+            self.steps.ahead(run.phases)
+        self.decide(batches)
+        while self.step < run.total_steps:
+            phase = run.freeze.at(self.step, self.decisions.log)
             self.enter(phase)
-            first = self.step
-            while self.step < last:
+            first, decided = self.step, len(self.decisions.log)
+            last = min(phase.stop_step, run.total_steps)
+            while self.step < last and len(self.decisions.log) == decided:
                 self.update(batches)
-                if self.step == first + 1 and self.run.parallel.num_devices > 1:
+                if self.step == first + 1 and run.parallel.num_devices > 1:
                     check_replicas(self.state)
-                self.after_update(last=self.step == self.run.total_steps)
+                self.after_update(batches, last=self.step == run.total_steps)
                 if stop.exit_code is not None:
                     self.save()
                     return stop.exit_code
         return 0
 
-    def compile(self, phase: Phase) -> Future:
-        """Starts compiling the step of `phase` in the background, once."""
-        if phase.index not in self.compiled:
-            self.compiled[phase.index] = self.compiler.submit(compile_phase, self.run, phase)
-        return self.compiled[phase.index]
+    def decide(self, batches: Upcoming) -> None:
+        """Makes the freezing decision that is due at this step, if there is one."""
+        if self.step >= self.run.total_steps:
+            return
+        due = self.run.freeze.due(self.step, self.decisions.log)
+        if due is None:
+            return
+        self.write_rows(wait=True)
+        began = time.monotonic()
+        params = {**self.state.params, **self.frozen.params}
+        stats = {**self.state.model_state, **self.frozen.model_state}
+        text = self.decisions.decide(due, params, stats, batches)
+        seconds = time.monotonic() - began
+        self.writer.message(f"step {self.step}: {text} ({seconds:.1f} s)")
+        self.clock += seconds  # a probe is not training time
 
     def enter(self, phase: Phase) -> None:
         """Makes `phase` the current one: its split, its compiled step, and the next one's start."""
-        self.write_rows(wait=True)  # they are timed by the clock of the phase that they belong to
+        if phase.stop_step - phase.start_step > self.run.parts.log_every_steps:
+            # They are timed by the clock of the phase that they belong to.
+            self.write_rows(wait=True)
         began = time.monotonic()
-        run = self.run
-        future = self.compile(phase)
-        if phase is not self.phase:
+        run, old = self.run, self.phase
+        going_on = phase.index == old.index and self.entered
+        future = self.steps.start(phase)
+        elements = self.decisions.elements(phase, self.frozen.elements)
+        if phase.index != old.index:
             tx = run.optim.tx(phase, run.enforce)
-            self.state, self.frozen = switch_phase(self.state, self.frozen, phase, tx, run.enforce)
-            self.phase = phase
-        self.state, self.frozen = run.parallel.place((self.state, self.frozen))
-        self.current, compile_seconds = future.result()
-        self.compile_seconds += compile_seconds
-        stall = time.monotonic() - began
-        self.writer.message(
-            f"phase {phase.index} ({phase.name}): steps {phase.start_step}-{phase.stop_step},"
-            f" compiled in {compile_seconds:.1f} s, waited {stall:.1f} s"
-        )
-        if phase.stop_step < run.total_steps:
-            self.compile(run.phases[phase.index + 1])
-        self.clock, self.clock_step, self.wait_seconds = time.monotonic(), self.step, 0.0
+            self.state, self.frozen, self.parked = switch_phase(
+                self.state, self.frozen, old, phase, tx, run.enforce, self.parked
+            )
+        self.phase, self.entered = phase, True
+        if not going_on:
+            self.frozen = dataclasses.replace(
+                self.frozen, rates=run.optim.rates(phase), elements=elements
+            )
+            self.state, self.frozen = run.parallel.place((self.state, self.frozen))
+            self.current, compile_seconds = future.result()
+            self.show_phase(phase, compile_seconds, time.monotonic() - began)
+            self.clock, self.clock_step, self.wait_seconds = time.monotonic(), self.step, 0.0
+        for following in run.freeze.likely(self.decisions.log, self.step):
+            if following.start_step < run.total_steps:
+                self.steps.start(following)
+
+    def show_phase(self, phase: Phase, compile_seconds: float, stall: float) -> None:
+        """Says that a phase begins; of many short ones only the first few."""
+        self.stall_seconds += stall
+        if phase.index < SHOWN_PHASES or stall > 1.0:
+            last = f"at most {phase.stop_step}" if phase.event else str(phase.stop_step)
+            self.writer.message(
+                f"phase {phase.index} ({phase.name}): steps {self.step}-{last},"
+                f" compiled in {compile_seconds:.1f} s, waited {stall:.1f} s"
+            )
 
     def update(self, batches: Iterator[Mapping[str, np.ndarray]]) -> None:
         """One step; the device works while the host fetches the next batch."""
@@ -147,14 +186,15 @@ class _Trainer:
         batch = next(batches)
         self.wait_seconds += time.monotonic() - began
         placed = self.run.parallel.place_batch({name: batch[name] for name in self.run.batch_shape})
+        self.decisions.before_update(self.step, self.state.params)
         self.state, self.last = self.current(self.state, self.frozen, placed)
         self.step += 1
         self.in_flight.append(self.last["loss_sum"])
         if len(self.in_flight) > IN_FLIGHT_STEPS:
             self.in_flight.popleft().block_until_ready()
 
-    def after_update(self, last: bool) -> None:
-        """Logs, evaluates and saves what is due at this step."""
+    def after_update(self, batches: Upcoming, last: bool) -> None:
+        """Logs, evaluates, decides and saves what is due at this step."""
         run = self.run
         if last or self.step % run.parts.log_every_steps == 0:
             self.rows.append(_Row(self.step, self.phase.index, self.last))
@@ -166,6 +206,7 @@ class _Trainer:
             for split in run.splits:
                 if split != "val":
                     self.evaluate(split)
+        self.decide(batches)
         if last or (run.save_every_steps and self.step % run.save_every_steps == 0):
             self.save()
         run.checkpoints.poll()
@@ -211,7 +252,8 @@ class _Trainer:
             "data_wait_percent": min(100.0, 100.0 * waited / seconds),
             "eta_seconds": eta,
             "elapsed_seconds": now - self.began,
-            "compile_seconds": self.compile_seconds,
+            "compile_seconds": self.steps.seconds,
+            "stall_seconds": self.stall_seconds,
         }
 
     def predict_step(self) -> Callable[[Mapping[str, Any]], dict[str, jax.Array]]:
@@ -238,6 +280,7 @@ class _Trainer:
         prefix = "eval" if split == "val" else split
         named = {f"{prefix}/{name}": value for name, value in scalars.items()}
         self.results.update(named)
+        self.decisions.observe(self.step, named)
         self.evaluated_step = self.step
         seconds = time.monotonic() - began
         self.writer.write(
@@ -251,9 +294,10 @@ class _Trainer:
             return
         self.check_last()
         self.writer.flush()
-        state, frozen = pack(self.state, self.frozen)
+        beside = {"parked": self.parked, **self.decisions.beside}
+        state, frozen = pack(self.state, self.frozen, beside)
         info = {**self.run.info, "phase": self.phase.index, "batches": self.step}
-        info["results"] = self.results
+        info |= {"results": self.results, "decisions": list(self.decisions.log)}
         # A checkpoint is ranked by an evaluation of this very step, never by an older one.
         metrics = self.results if self.step == self.evaluated_step else {}
         self.run.checkpoints.save(self.step, state, frozen, info, metrics)

@@ -1,4 +1,4 @@
-"""Learning-rate schedules and the optax transformation over the trainable leaves."""
+"""The optax transformation over the trainable leaves of a phase."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,9 +9,8 @@ import optax
 
 from jft.errors import ConfigError, nearest
 from jft.freeze.phases import Phase
-from jft.tree import match
-
-Schedule = Callable[[Any], jax.Array]
+from jft.train.rates import Schedule, leaf_factors, make_multipliers, make_rates, make_schedule
+from jft.tree import Flat, match
 
 FROZEN = "frozen"
 TRAINABLE = "trainable"
@@ -28,105 +27,6 @@ def sgd(*, momentum: float = 0.9, nesterov: bool = False) -> optax.GradientTrans
 
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"adamw": adamw, "sgd": sgd}
-
-
-def cosine(peak: float, steps: int, final_lr_scale: float) -> optax.Schedule:
-    """Half a cosine from `peak` to `peak * final_lr_scale` over `steps` (arXiv:1608.03983)."""
-    return optax.cosine_decay_schedule(peak, max(steps, 1), alpha=final_lr_scale)
-
-
-def constant(peak: float, steps: int, final_lr_scale: float) -> optax.Schedule:  # noqa: ARG001
-    """The peak rate throughout."""
-    return optax.constant_schedule(peak)
-
-
-SCHEDULES: dict[str, Callable[[float, int, float], optax.Schedule]] = {
-    "cosine": cosine,
-    "constant": constant,
-}
-
-
-def make_schedule(
-    phases: Sequence[Phase],
-    *,
-    learning_rate: float,
-    schedule: str = "cosine",
-    warmup_steps: int = 0,
-    final_lr_scale: float = 0.0,
-    per_phase: bool = False,
-) -> Schedule:
-    """Returns learning rate as a function of the run's step, so resuming needs no other state.
-
-    Args:
-      phases: the run's phases; each scales the rate by its `lr_scale`.
-      learning_rate: the peak.
-      schedule: a name of SCHEDULES.
-      warmup_steps: linear from 0 to the peak, counted within the schedule.
-      final_lr_scale: the last rate over the peak.
-      per_phase: restart warm-up and schedule at each phase, else one schedule spans the run.
-    """
-    if schedule not in SCHEDULES:
-        raise ConfigError(f"optim.schedule: no schedule {schedule!r}{nearest(schedule, SCHEDULES)}")
-
-    def span(start: int, stop: int) -> optax.Schedule:
-        warmup = min(warmup_steps, max(stop - start - 1, 0))
-        tail = SCHEDULES[schedule](learning_rate, stop - start - warmup, final_lr_scale)
-        if not warmup:
-            return tail
-        # Step 0 of a warm-up already moves: rate (i + 1) / warmup, not i / warmup.
-        ramp = optax.linear_schedule(learning_rate / warmup, learning_rate, max(warmup - 1, 1))
-        return optax.join_schedules([ramp, tail], [warmup])
-
-    if per_phase:
-        parts = [span(p.start_step, p.stop_step) for p in phases]
-        rate = optax.join_schedules(parts, [p.stop_step for p in phases[:-1]])
-    else:
-        rate = span(phases[0].start_step, phases[-1].stop_step)
-    starts = jnp.asarray([p.start_step for p in phases])
-    scales = jnp.asarray([p.lr_scale for p in phases], jnp.float32)
-
-    def at(step: Any) -> jax.Array:
-        phase = jnp.searchsorted(starts, step, side="right") - 1
-        return jnp.asarray(rate(step), jnp.float32) * scales[phase]
-
-    return at
-
-
-def make_multipliers(
-    paths: Sequence[str],
-    stages: Sequence[str],
-    *,
-    lr_rules: Sequence[Sequence[Any]] = (),
-    layer_decay: float | None = None,
-) -> dict[str, float]:
-    """Returns the factor on the learning rate of each leaf.
-
-    Args:
-      paths: every leaf.
-      stages: from input to output; a leaf's stage is the first part of its path.
-      lr_rules: ordered [pattern, factor]; first full match wins, factor above 0 (freezing is a
-        phase, not a factor of 0: a zero factor would keep state, decay and FLOPs).
-      layer_decay: d scales stage i of n by d ** (n - 1 - i), so the head keeps 1
-        (Clark et al. 2020, arXiv:2003.10555; the depth is counted in stages).
-    """
-    factors = dict.fromkeys(paths, 1.0)
-    if lr_rules:
-        rules = [(pattern, value) for pattern, value in lr_rules]
-        if rules[-1][0] != ".*":
-            rules.append((".*", 1.0))
-        for path, (value, pattern) in match(paths, rules, "optim.lr_rules").items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                raise ConfigError(
-                    f"optim.lr_rules: factor {value!r} of {pattern!r} should be above 0"
-                )
-            factors[path] = float(value)
-    if layer_decay is not None:
-        if not 0.0 < layer_decay <= 1.0:
-            raise ConfigError(f"optim.layer_decay: {layer_decay!r} should be in (0, 1]")
-        depth = {stage: len(stages) - 1 - index for index, stage in enumerate(stages)}
-        for path in paths:
-            factors[path] *= layer_decay ** depth[path.split("/")[0]]
-    return factors
 
 
 def make_decay_mask(
@@ -161,7 +61,6 @@ def make_tx(
     *,
     direction: Callable[[], optax.GradientTransformation],
     schedule: Schedule,
-    multipliers: Mapping[str, float],
     decay_mask: Mapping[str, bool],
     weight_decay: float = 0.0,
     grad_clip_norm: float | None = None,
@@ -170,13 +69,13 @@ def make_tx(
     """Returns the optimizer of one phase: clip, direction, decoupled decay, learning rate.
 
     Leaves that entered in different phases have their own direction state and counter, so a leaf
-    that starts late gets Adam's own bias correction. The update takes `step=`, the run's step.
+    that starts late gets Adam's own bias correction. The update takes `step=`, the run's step, and
+    `rates=` from `make_rates`: phases that differ in nothing else share one compiled step.
 
     With enforce="split" it is for the flat dict of trainable leaves. With "optax" it is for all
     leaves: `optax.partition` hands the trainable ones on and zeroes the others; the reference.
     """
-    leaves = sorted(phase.entered)
-    labels = {path: f"phase_{phase.entered[path]}" for path in leaves}
+    labels = {path: cohort_name(at) for at, paths in enumerate(phase.cohorts) for path in paths}
     parts = {label: direction() for label in sorted(set(labels.values()))}
 
     def of(values: Mapping[str, Any]) -> Callable[[Any], Any]:
@@ -187,7 +86,7 @@ def make_tx(
     chain.append(optax.partition(parts, lambda tree: {p: labels.get(p, min(parts)) for p in tree}))
     if weight_decay:
         chain.append(optax.add_decayed_weights(weight_decay, mask=of(decay_mask)))
-    chain.append(scale_by_rate(schedule, multipliers))
+    chain.append(scale_by_rate(schedule, sorted(phase.entered)))
     tx = optax.chain(*chain)
     if enforce == "optax":
         rest = {TRAINABLE: tx, FROZEN: optax.set_to_zero()}
@@ -211,16 +110,27 @@ def clip_by_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
-def scale_by_rate(
-    schedule: Schedule, multipliers: Mapping[str, float]
-) -> optax.GradientTransformationExtraArgs:
-    """Returns a stateless transform: update * -(learning rate at `step`) * the leaf's factor."""
+def cohort_name(at: int) -> str:
+    """The optimizer's label of `Phase.cohorts[at]`."""
+    return f"cohort_{at}"
 
-    def update(updates, state, params=None, *, step, **_):
+
+def scale_by_rate(
+    schedule: Schedule, paths: Sequence[str]
+) -> optax.GradientTransformationExtraArgs:
+    """Returns a stateless transform: update * -(learning rate at `step`) * the leaf's factor.
+
+    Args:
+      schedule: of the run.
+      paths: trainable leaves in the order of the vectors of `rates`.
+    """
+    place = {path: at for at, path in enumerate(paths)}
+
+    def update(updates, state, params=None, *, step, rates, **_):
         del params
-        rate = schedule(step)
+        factors = -(schedule(step) * rates["phase"]) * leaf_factors(step, rates)
         scaled = {
-            path: jax.tree.map(lambda u, factor=multipliers[path]: u * (-rate * factor), leaf)
+            path: jax.tree.map(lambda u, path=path: u * factors[place[path]], leaf)
             for path, leaf in updates.items()
         }
         return scaled, state
@@ -240,7 +150,12 @@ class OptimSection(NamedTuple):
 
     def tx(self, phase: Phase, enforce: str = "split") -> optax.GradientTransformationExtraArgs:
         """Returns the optimizer of `phase`."""
-        return make_tx(phase, enforce=enforce, **self._asdict())
+        parts = {name: value for name, value in self._asdict().items() if name != "multipliers"}
+        return make_tx(phase, enforce=enforce, **parts)
+
+    def rates(self, phase: Phase) -> Flat:
+        """Returns the rates of `phase`, as its step takes them."""
+        return make_rates(phase, self.multipliers)
 
 
 def make_optim(
@@ -260,10 +175,12 @@ def make_optim(
     lr_rules: Sequence[Sequence[Any]] = (),
     layer_decay: float | None = None,
     grad_clip_norm: float | None = None,
+    prescribed: Mapping[str, Any] | None = None,
 ) -> OptimSection:
     """Returns the optimizer section of a run, every argument checked.
 
-    Args: see the functions above; `shapes` maps every path to something with a shape.
+    Args: see the functions above; `shapes` maps every path to something with a shape, `prescribed`
+      is what the freezing method says of the schedule (`Recipe.schedule`) and comes first.
     """
     for key, value in (("learning_rate", learning_rate), ("grad_clip_norm", grad_clip_norm)):
         if value is not None and not value > 0:
@@ -271,13 +188,12 @@ def make_optim(
     for key, value in (("weight_decay", weight_decay), ("warmup_steps", warmup_steps)):
         if value < 0:
             raise ConfigError(f"optim.{key}: {value!r} should not be negative")
+    own = {"schedule": schedule, "warmup_steps": warmup_steps, "per_phase": per_phase}
     rate = make_schedule(
         phases,
         learning_rate=learning_rate,
-        schedule=schedule,
-        warmup_steps=warmup_steps,
         final_lr_scale=final_lr_scale,
-        per_phase=per_phase,
+        **{**own, **(prescribed or {})},
     )
     return OptimSection(
         direction=make_direction(name=name, args=args),

@@ -1,5 +1,6 @@
 """A run's built parts, and what follows from their shapes alone."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import numpy as np
 
 from jft.errors import ConfigError
 from jft.freeze.phases import Phase
+from jft.freeze.schedule import FreezeSchedule
 from jft.report.writers import RunWriter
 from jft.train.checkpoint import Checkpoints, Restored
 from jft.train.optim import OptimSection
@@ -34,7 +36,7 @@ class Run:
 
     Attributes:
       workdir: the run directory.
-      phases: from freeze.phases.
+      freeze: from freeze.methods.
       optim: from train.optim.
       parallel: from train.parallel.
       parts: what every step is built from.
@@ -59,7 +61,7 @@ class Run:
     """
 
     workdir: Path
-    phases: tuple[Phase, ...]
+    freeze: FreezeSchedule
     optim: OptimSection
     parallel: Parallel
     parts: StepParts
@@ -84,7 +86,12 @@ class Run:
     @property
     def total_steps(self) -> int:
         """Updates of the whole run."""
-        return self.stop_step or self.phases[-1].stop_step
+        return self.stop_step or self.freeze.outline.total_steps
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases as they are before the first decision."""
+        return self.freeze.phases()
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,7 @@ def compile_phase(run: Run, phase: Phase) -> tuple[Any, float]:
         cut=first_trainable_stage(phase.mask, run.stages),
         frozen_norms=frozen_norms(phase.mask, run.shapes[1]),
         axis_name=run.parallel.axis_name,
+        elements=phase.elements,
     )
     compiled = run.parallel.compile_train(step, state, frozen, run.batch_shape)
     return compiled, time.monotonic() - began
@@ -126,12 +134,36 @@ def compile_phase(run: Run, phase: Phase) -> tuple[Any, float]:
 def abstract_state(run: Run, phase: Phase) -> tuple[TrainState, Frozen]:
     """Returns shapes and dtypes of the state and frozen leaves of `phase`; allocates nothing."""
     tx = run.optim.tx(phase, run.enforce)
-    return jax.eval_shape(lambda p, s: make_state(phase, tx, p, s, run.enforce), *run.shapes)
+    state, frozen = jax.eval_shape(
+        lambda p, s: make_state(phase, tx, p, s, run.enforce), *run.shapes
+    )
+    rates = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for name, leaf in run.optim.rates(phase).items()
+    }
+    return state, dataclasses.replace(frozen, rates=rates, elements=element_shapes(run, phase))
 
 
-def pack(state: TrainState, frozen: Frozen) -> tuple[Flat, Flat]:
+def element_shapes(run: Run, phase: Phase) -> Flat:
+    """Returns shapes of the fixed element-wise masks of a phase; {} without any."""
+    if phase.elements is None or phase.elements.kind != "fixed":
+        return {}
+    return {path: jax.ShapeDtypeStruct(run.shapes[0][path].shape, bool) for path in phase.entered}
+
+
+# What a checkpoint holds beside the state of the step: optimizer state of leaves that will return,
+# element-wise masks chosen for the phase to come, and the reference model of a signal.
+BESIDE = ("parked", "chosen", "reference")
+
+
+def pack(
+    state: TrainState, frozen: Frozen, beside: Mapping[str, Flat] | None = None
+) -> tuple[Flat, Flat]:
     """Returns (state, frozen) as flat dicts, as checkpoints hold them."""
-    return leaves_by_path(state), leaves_by_path(frozen)
+    more: Flat = {}
+    for kind, flat in (beside or {}).items():
+        more |= {f"{kind}/{name}": leaf for name, leaf in flat.items()}
+    return leaves_by_path(state) | more, leaves_by_path(dataclasses.replace(frozen, rates={}))
 
 
 def phase_of(run: Run, restored: Restored) -> Phase:
@@ -140,16 +172,25 @@ def phase_of(run: Run, restored: Restored) -> Phase:
     Raises:
       ConfigError: the run has fewer phases now.
     """
-    index = restored.info["phase"]
-    if index >= len(run.phases):
+    index, log = restored.info["phase"], restored.info.get("decisions", [])
+    phases = run.freeze.phases(log)
+    if index >= len(phases):
         raise ConfigError(
             f"freeze.phases: step {restored.step} was saved in phase {index}, there are"
-            f" {len(run.phases)} now; use another --workdir, or init.source from an export"
+            f" {len(phases)} now; use another --workdir, or init.source from an export"
         )
-    return run.phases[index]
+    return phases[index]
 
 
-def from_checkpoint(run: Run, phase: Phase, restored: Restored) -> tuple[TrainState, Frozen]:
-    """Returns a restored checkpoint as state and frozen leaves of `phase`."""
+def from_checkpoint(
+    run: Run, phase: Phase, restored: Restored
+) -> tuple[TrainState, Frozen, dict[str, Flat]]:
+    """Returns a restored checkpoint as state and frozen leaves of `phase`, and what is beside."""
     state, frozen = abstract_state(run, phase)
-    return fill(state, restored.state), fill(frozen, restored.frozen)
+    beside: dict[str, Flat] = {kind: {} for kind in BESIDE}
+    rest: Flat = {}
+    for name, leaf in restored.state.items():
+        kind, _, inner = name.partition("/")
+        (beside[kind] if kind in beside else rest)[inner if kind in beside else name] = leaf
+    filled = fill(dataclasses.replace(frozen, rates={}), restored.frozen)
+    return fill(state, rest), dataclasses.replace(filled, rates=run.optim.rates(phase)), beside

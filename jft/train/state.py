@@ -1,6 +1,7 @@
 """The state of a run: what a step changes (TrainState) and what it only reads (Frozen)."""
 
 import dataclasses
+import re
 from typing import Any
 
 import flax.struct
@@ -39,10 +40,20 @@ class TrainState:
 
 @flax.struct.dataclass
 class Frozen:
-    """Leaves that a phase never changes: never differentiated, donated, reduced or saved twice."""
+    """Leaves that a phase never changes: never differentiated, donated, reduced or saved twice.
+
+    Attributes:
+      params: {path: leaf} of the frozen leaves.
+      model_state: {path: leaf} of the statistics that stay.
+      elements: {trainable path: bool mask of its elements that train}, for a fixed element-wise
+        mask; else empty.
+      rates: learning-rate factors of the phase, see `jft.train.optim.make_rates`; never saved.
+    """
 
     params: Flat
     model_state: Flat
+    elements: Flat = flax.struct.field(default_factory=dict)
+    rates: Flat = flax.struct.field(default_factory=dict)
 
 
 def norm_of(path: str) -> str:
@@ -110,27 +121,81 @@ def split_phase(
 def switch_phase(
     state: TrainState,
     frozen: Frozen,
+    old: Phase,
     phase: Phase,
     tx: optax.GradientTransformation,
     enforce: str = "split",
-) -> tuple[TrainState, Frozen]:
-    """Returns state and frozen leaves re-split for `phase`; optimizer state moves by path.
+    parked: Flat | None = None,
+) -> tuple[TrainState, Frozen, Flat]:
+    """Returns state and frozen leaves re-split for `phase`, and what is parked on the host now.
 
-    Leaves that stay keep their moments and counter, leaves that enter start fresh, and the state
-    of leaves that leave is dropped: the label in each path holds the phase a leaf entered in.
+    Optimizer state moves by path. Leaves that stay keep their moments and counter, leaves that
+    enter start fresh. The state of leaves that leave is dropped, or with state "park" kept on the
+    host, as {slot of the leaf: numpy array}, until they return.
     """
     params = {**state.params, **frozen.params}
     model_state = {**state.model_state, **frozen.model_state}
     trainable, rest = split_phase(phase, params, model_state, enforce)
-    fresh = tx.init(trainable[0])
-    old = leaves_by_path(state.opt_state)
-    found, structure = jax.tree_util.tree_flatten_with_path(fresh)
-    moved = [old.get(_name(path), leaf) for path, leaf in found]
+    held = slots(state.opt_state, old)
+    parked = dict(parked or {}) if phase.state == "park" else {}
+    stays = {path for path, token in phase.entered.items() if old.entered.get(path) == token}
+    sources = {slot: leaf for slot, leaf in held.items() if slot[0] in stays}
+    if phase.state == "park":
+        back = {slot: leaf for slot, leaf in parked.items() if _leaf_of(slot) in phase.entered}
+        for slot in back:
+            del parked[slot]
+        sources |= {tuple(slot.split(_BETWEEN)): leaf for slot, leaf in back.items()}
+        gone = {slot: leaf for slot, leaf in held.items() if slot[0] not in phase.entered}
+        parked |= {_BETWEEN.join(slot): np.asarray(leaf) for slot, leaf in gone.items()}
+    fresh, structure = jax.tree_util.tree_flatten_with_path(tx.init(trainable[0]))
+    moved = [
+        sources.get((owners[0], slot), leaf)
+        for (owners, slot), (_, leaf) in zip(
+            (_slot(_name(path), phase) for path, _ in fresh), fresh, strict=True
+        )
+    ]
     opt_state = jax.tree_util.tree_unflatten(structure, moved)
     state = dataclasses.replace(
         state, params=trainable[0], model_state=trainable[1], opt_state=opt_state
     )
-    return state, Frozen(*rest)
+    return state, Frozen(*rest), parked
+
+
+# Stands between a leaf's path and the name of its slot in a parked state; in neither of the two.
+_BETWEEN = "|"
+_COHORT = re.compile(r"(?<=/)cohort_(\d+)(?=/)")
+
+
+def _slot(name: str, phase: Phase) -> tuple[tuple[str, ...], str]:
+    """Returns (the leaves that a leaf of the optimizer's state belongs to, its name without them).
+
+    Moments belong to one leaf, a counter to all of its cohort.
+    """
+    found = _COHORT.search(name)
+    if found is None:
+        return ("",), name
+    cohort = phase.cohorts[int(found[1])]
+    slot = f"{name[: found.start()]}*{name[found.end() :]}"
+    members = set(cohort)
+    at = slot.find("/")
+    while at >= 0:
+        if slot[at + 1 :] in members:
+            return (slot[at + 1 :],), slot[:at]
+        at = slot.find("/", at + 1)
+    return cohort, slot
+
+
+def slots(opt_state: Any, phase: Phase) -> dict[tuple[str, ...], Any]:
+    """Returns {(leaf, slot): array}; what a cohort shares stands under each of its leaves."""
+    found: dict[tuple[str, ...], Any] = {}
+    for name, leaf in leaves_by_path(opt_state).items():
+        owners, slot = _slot(name, phase)
+        found |= {(owner, slot): leaf for owner in owners}
+    return found
+
+
+def _leaf_of(parked: str) -> str:
+    return parked.partition(_BETWEEN)[0]
 
 
 def _name(path: Any) -> str:

@@ -1,6 +1,7 @@
 """One training step: merge, forward, backward over the trainable leaves, clip, update."""
 
 import functools
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jft.freeze.phases import Elements
 from jft.losses import Loss
 from jft.metrics import classification_sums
 from jft.models.layers import Training
@@ -128,6 +130,7 @@ def make_train_step(
     cut: int = 0,
     frozen_norms: frozenset[str] = frozenset(),
     axis_name: str | None = None,
+    elements: Elements | None = None,
 ) -> Callable[[TrainState, Frozen, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """Returns step(state, frozen, batch) -> (state, metrics), a pure function.
 
@@ -148,12 +151,14 @@ def make_train_step(
         # A quotient would be computed and kept for every leaf; a product is fused into its uses.
         share = 1.0 / jnp.maximum(sums["weight_sum"], 1.0)
         means = jax.tree.map(lambda grad: (grad * share).astype(grad.dtype), grads)
+        if elements is not None:
+            means = _choose_elements(elements, means, frozen.elements, key)
         # The norm, like everything after it, sees the trainable leaves alone.
         norm = optax.tree.norm({path: mean for path, mean in means.items() if mask[path]})
         faults = _count_fault(parts, state.faults, sums["loss_sum"], norm)
         take = (faults["total"] == state.faults["total"]) & (faults["halted"] == 0)
 
-        update = functools.partial(_update, tx, mask, means, stats, state.step)
+        update = functools.partial(_update, tx, mask, means, stats, state.step, frozen)
         old = (state.params, state.model_state, state.opt_state)
         if parts.nonfinite == "skip":
             # A branch, not a selection leaf by leaf: no leaf is held twice, the update stays fused.
@@ -162,15 +167,11 @@ def make_train_step(
             # No branch, so no gradient waits for the norm: each is used up as soon as it is there.
             # What a halted run computes after its fault is neither logged nor saved.
             params, model_state, opt_state = update(old)
-        restart = (state.step % parts.log_every_steps) == 0
-        window = {
-            name: jnp.where(restart, 0.0, state.window[name]) + jnp.where(take, sums[name], 0.0)
-            for name in WINDOW_SUMS
-        }
+        window = _add_to_window(parts, state, sums, take)
         metrics = dict(
             window,
             grad_norm=norm,
-            learning_rate=schedule(state.step),
+            learning_rate=schedule(state.step) * frozen.rates["phase"],
             nonfinite_steps=faults["total"],
             halted=faults["halted"],
         )
@@ -179,22 +180,57 @@ def make_train_step(
     return step
 
 
+def _add_to_window(parts: StepParts, state: TrainState, sums: Flat, take: jax.Array) -> Flat:
+    """Returns the sums since the last logged step, with those of this one if it counts."""
+    restart = (state.step % parts.log_every_steps) == 0
+    return {
+        name: jnp.where(restart, 0.0, state.window[name]) + jnp.where(take, sums[name], 0.0)
+        for name in WINDOW_SUMS
+    }
+
+
 def _update(
     tx: optax.GradientTransformationExtraArgs,
     mask: dict[str, bool],
     means: Flat,
     stats: Flat,
     step: jax.Array,
+    frozen: Frozen,
     old: tuple[Flat, Flat, Any],
 ) -> tuple[Flat, Flat, Any]:
     """Returns (params, statistics, optimizer state) after mean gradients and moved statistics."""
     params, _, opt_state = old
-    updates, opt_state = tx.update(means, opt_state, params, step=step)
+    updates, opt_state = tx.update(means, opt_state, params, step=step, rates=frozen.rates)
+    # Weight decay moves elements whose gradient is zero.
+    for path, chosen in frozen.elements.items():
+        updates[path] = jnp.where(chosen, updates[path], 0.0)
     moved = {
         path: leaf + updates[path].astype(leaf.dtype) if mask[path] else leaf
         for path, leaf in params.items()
     }
     return moved, stats, opt_state
+
+
+# Folded into a step's key for its element-wise mask; `split` in the loss gives other keys.
+_ELEMENT_FOLD = 0xE1E
+
+
+def _choose_elements(elements: Elements, means: Flat, fixed: Flat, key: jax.Array) -> Flat:
+    """Returns the gradients of the elements that train, zero elsewhere.
+
+    "fixed" takes the masks of `Frozen.elements`. "bernoulli" draws each element anew with
+    probability `share` and divides by it, so that the expected gradient stays what it was.
+    """
+    if elements.kind == "fixed":
+        chosen = {path: jnp.where(mask, means[path], 0.0) for path, mask in fixed.items()}
+        return {**means, **chosen}
+    key = jax.random.fold_in(key, _ELEMENT_FOLD)
+    drawn: Flat = {}
+    for path, mean in means.items():
+        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        keep = jax.random.bernoulli(own, elements.share, mean.shape)
+        drawn[path] = jnp.where(keep, mean / elements.share, 0.0).astype(mean.dtype)
+    return drawn
 
 
 def _count_fault(parts: StepParts, faults: Flat, loss: jax.Array, norm: jax.Array) -> Flat:

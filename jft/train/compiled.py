@@ -1,0 +1,67 @@
+"""The compiled steps of a run: one for each distinct trainable set, compiled ahead of its use."""
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from jft.freeze.phases import Phase
+from jft.train.run import Run, compile_phase
+
+# Phases this short, or many that are this short on average, leave no time to compile the next one.
+SHORT_STEPS, SHORT_MEAN_STEPS, MANY = 5, 50, 4
+
+
+class CompiledSteps:
+    """Steps by `Phase.key`, compiled in a background thread.
+
+    Attributes:
+      seconds: spent on tracing, lowering and compilation so far.
+    """
+
+    def __init__(self, run: Run, message: Callable[[str], None]):
+        """Takes the run, and where to say what is compiled before the first step."""
+        self.run, self.message = run, message
+        self.seconds = 0.0
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="jft-compile")
+        self._futures: dict[Any, Future] = {}
+
+    def start(self, phase: Phase) -> Future:
+        """Starts compiling the step of `phase`, unless one with its key is there."""
+        if phase.key not in self._futures:
+            self._futures[phase.key] = self._pool.submit(compile_phase, self.run, phase)
+            self._futures[phase.key].add_done_callback(self._count)
+        return self._futures[phase.key]
+
+    def _count(self, future: Future) -> None:
+        if not future.cancelled() and future.exception() is None:
+            self.seconds += future.result()[1]
+
+    def get(self, phase: Phase) -> tuple[Any, float]:
+        """Returns (compiled step, seconds that it took); waits for it."""
+        return self.start(phase).result()
+
+    def ahead(self, phases: Sequence[Phase]) -> None:
+        """Compiles all sets of `phases` now, if they come too fast to do it along the way.
+
+        So it is with LISA or HiFT: each set would stall the run at its first use.
+        """
+        distinct: dict[Any, Phase] = {}
+        for phase in phases:
+            distinct.setdefault(phase.key, phase)
+        lengths = [phase.stop_step - phase.start_step for phase in phases]
+        short = any(length < SHORT_STEPS for length in lengths[:-1])
+        many = len(phases) >= MANY and sum(lengths) < SHORT_MEAN_STEPS * len(phases)
+        if len(distinct) < 2 or not (short or many):
+            return
+        began = time.monotonic()
+        for future in [self.start(phase) for phase in distinct.values()]:
+            future.result()
+        self.message(
+            f"compiled {len(distinct)} trainable sets of {len(phases)} phases before step 1"
+            f" in {time.monotonic() - began:.1f} s"
+        )
+
+    def close(self) -> None:
+        """Drops what has not begun; does not wait."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
