@@ -266,6 +266,7 @@ def test_argument_and_optimizer_bytes_are_exact(model, mode, phase):
     # the window's sums and the two fault counters.
     counters = len(set(phase_of(run, phase).entered.values()))
     optimizer, scalars = 2 * 4 * trainable + 4 * counters, 4 + SUMS_BYTES + 2 * 4
+    scalars += 4 + 4 * len(state.params)  # the factor of the phase, and that of each leaf
     batch = BATCH // DEVICES * (int(np.prod(task.image_shape)) + 4 + 4)
     exact = sum(count_bytes(part) for part in leaves) + optimizer + scalars + batch
     assert cost(model, mode, phase).argument_bytes == exact
