@@ -141,7 +141,8 @@ def weight_snr(kernel: np.ndarray) -> float:
     the ratio is sum(S > edge) / sum(S <= edge) / max(S); without noise the divisor is 1. So it is
     in Spectrum's code (Hartford et al. 2024, arXiv:2406.06623; cognitivecomputations/spectrum,
     spectrum.py). The spread of the singular values stands in for sigma there, which is no estimate
-    of the noise's: the ratio ranks kernels of one type and size, and falls as 1 / scale.
+    of the noise's: the ratio compares kernels of one type and size, falls as 1 / scale, and one
+    strong direction added to noise lowers it, through max(S).
 
     Args:
       kernel: [..., O]; more than two dimensions are taken as [-1, O]. Spectrum has two only.

@@ -209,8 +209,8 @@ class Probe:
             total, _ = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, live), batch)
             return jax.lax.psum(total, AXIS)
 
-        # Not a vmap over sharded rows: partitioned by the compiler, gradients of convolution
-        # kernels came out divided by the number of devices (jax 0.10.2, CPU).
+        # Not a vmap over sharded rows: partitioned by the compiler, the gradients of convolution
+        # kernels come out wrong (jax 0.10.2, CPU; a test compares device counts).
         everywhere, rows = P(), P(AXIS)
         return jax.shard_map(
             own,
