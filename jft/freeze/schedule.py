@@ -250,6 +250,7 @@ class FreezeSchedule:
             end = records[at + 1]["step"] if at + 1 < len(records) else stop
             if end > record["step"]:
                 found = self._stretch(current, where, record["step"], end)
+                found = replace(found, event=rule.signal if rule.every is not None else "")
                 if stretches and stretches[-1].same(found):
                     stretches[-1] = replace(stretches[-1], stop=end)
                 else:
@@ -264,7 +265,7 @@ class FreezeSchedule:
             decay = self._depth_decay(float(scale["rate"]))
             scales = {path: factor * scales.get(path, 1.0) for path, factor in decay.items()}
             scale = 1.0
-        elements = entry.get("elements")
+        elements = {k: v for k, v in (entry.get("elements") or {}).items() if k != "always"}
         return Stretch(
             start,
             stop,

@@ -108,8 +108,9 @@ class _Trainer:
         """Runs the phases that are left; returns the exit code."""
         run = self.run
         batches = Upcoming(run.batches(self.step))
-        if not run.freeze.triggered and run.stop_step is None:
-            self.steps.ahead(run.phases)
+        if not run.freeze.triggered and run.total_steps == run.freeze.outline.total_steps:
+            self.steps.ahead([phase for phase in run.phases if phase.stop_step > self.step])
+        self.decisions.begin(self.step, *self.leaves())
         self.decide(batches)
         while self.step < run.total_steps:
             phase = run.freeze.at(self.step, self.decisions.log)
@@ -126,6 +127,11 @@ class _Trainer:
                     return stop.exit_code
         return 0
 
+    def leaves(self) -> tuple[Flat, Flat]:
+        """Returns all parameters and all statistics of the model."""
+        params = {**self.state.params, **self.frozen.params}
+        return params, {**self.state.model_state, **self.frozen.model_state}
+
     def decide(self, batches: Upcoming) -> None:
         """Makes the freezing decision that is due at this step, if there is one."""
         if self.step >= self.run.total_steps:
@@ -135,9 +141,7 @@ class _Trainer:
             return
         self.write_rows(wait=True)
         began = time.monotonic()
-        params = {**self.state.params, **self.frozen.params}
-        stats = {**self.state.model_state, **self.frozen.model_state}
-        text = self.decisions.decide(due, params, stats, batches)
+        text = self.decisions.decide(due, *self.leaves(), batches)
         seconds = time.monotonic() - began
         self.writer.message(f"step {self.step}: {text} ({seconds:.1f} s)")
         self.clock += seconds  # a probe is not training time
@@ -152,7 +156,8 @@ class _Trainer:
         going_on = phase.index == old.index and self.entered
         future = self.steps.start(phase)
         elements = self.decisions.elements(phase, self.frozen.elements)
-        if phase.index != old.index:
+        # A decision before the first step changes the set of the phase that is there already.
+        if phase.index != old.index or phase.entered != old.entered:
             tx = run.optim.tx(phase, run.enforce)
             self.state, self.frozen, self.parked = switch_phase(
                 self.state, self.frozen, old, phase, tx, run.enforce, self.parked
@@ -259,8 +264,7 @@ class _Trainer:
     def predict_step(self) -> Callable[[Mapping[str, Any]], dict[str, jax.Array]]:
         """Returns the evaluation step on the present parameters."""
         run = self.run
-        params = {**self.state.params, **self.frozen.params}
-        stats = {**self.state.model_state, **self.frozen.model_state}
+        params, stats = self.leaves()
         if self.eval_step is None:
             step = make_eval_step(run.parts)
             self.eval_step = run.parallel.compile_eval(step, params, stats, run.eval_batch_shape)
@@ -311,9 +315,7 @@ class _Trainer:
         self.writer.status(
             state=names[exit_code], step=self.step, eta_seconds=None, exit_reason=reason
         )
-        params = {**self.state.params, **self.frozen.params}
-        stats = {**self.state.model_state, **self.frozen.model_state}
-        return Outcome(exit_code, self.step, dict(self.results), params, stats)
+        return Outcome(exit_code, self.step, dict(self.results), *self.leaves())
 
 
 @dataclass(frozen=True)
