@@ -8,7 +8,8 @@ from typing import Any
 
 from jft.errors import ConfigError, nearest
 
-PHASE_KEYS = ("train", "until", "lr_scale", "state", "warm_steps", "elements", "anneal", "name")
+PHASE_KEYS = ("train", "until", "lr_scale", "state", "warm_steps", "elements", "scales")
+PHASE_KEYS += ("anneal", "name")
 STATES = ("keep", "reset", "park")
 # Keys that a generator entry hands on to each of its phases.
 HANDED_ON = ("state", "lr_scale", "warm_steps", "until")
@@ -94,8 +95,16 @@ def _check_values(entry: Entry, where: str) -> None:
                 " {'name': 'depth_decay', 'rate': 0.75}, or a number"
             )
         scale = rate
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0:
+    if not _above_zero(scale):
         raise ConfigError(f"{where}.lr_scale: {scale!r} should be a number above 0")
+    for key, kind in (("scales", "factor above 0"), ("anneal", "step above 0")):
+        values = entry.get(key) or {}
+        if not isinstance(values, Mapping) or not all(map(_above_zero, values.values())):
+            raise ConfigError(f"{where}.{key}: {values!r} should be {{set expression: {kind}}}")
     warm = entry.get("warm_steps", 0)
     if isinstance(warm, bool) or not isinstance(warm, int) or warm < 0:
         raise ConfigError(f"{where}.warm_steps: {warm!r} should be a whole number of steps")
+
+
+def _above_zero(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0

@@ -30,12 +30,13 @@ def thaw(
     """
     units = ordered(outline, outline.units, order)
     count = len(units)
+    ticks = outline.ticks(every, "freeze.phases: every") if every is not None else []
     entries: list[Entry] = []
     for number in range(1, count + 1):
         if every is None:
             stop = outline.step_of(number / count)
         else:
-            stop = outline.start + number * outline.period(every, "freeze.phases: every")
+            stop = ticks[number - 1] if number <= len(ticks) else outline.stop
         train = "all" if number == count else _union(outline, units[:number])
         entries.append({"train": train, "until": outline.stop if number == count else stop})
         if stop >= outline.stop:
@@ -65,9 +66,14 @@ def freeze(
 
 def freeze_at(outline: Outline, units: Sequence[str], shares: Sequence[float]) -> list[Entry]:
     """Returns phases in which units[i] freezes at shares[i] of the stretch, in that order."""
+    return freeze_from(outline, units, [outline.step_of(share) for share in shares])
+
+
+def freeze_from(outline: Outline, units: Sequence[str], steps: Sequence[int]) -> list[Entry]:
+    """Returns phases in which units[i] is frozen from steps[i] on; `steps` do not fall."""
     stops: dict[int, int] = {}
-    for number, share in enumerate(shares):
-        stops[outline.step_of(share)] = number + 1  # units frozen from that step on
+    for number, step in enumerate(steps):
+        stops[step] = number + 1  # units frozen from that step on
     entries: list[Entry] = []
     frozen = 0
     for step in sorted(stops):
