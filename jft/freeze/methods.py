@@ -84,7 +84,7 @@ def make_freeze(
         max_sets=max_sets,
     )
     if phases is not None:
-        recipe = Recipe(parse_phases(phases))
+        recipe = Recipe(phases)
     else:
         method = name or "full"
         if method not in METHODS:
@@ -93,15 +93,20 @@ def make_freeze(
             recipe = METHODS[method](outline, **(args or {}))
         except TypeError as error:
             raise ConfigError(f"freeze.args: {error}") from error
-        recipe = Recipe(parse_phases(recipe.entries), recipe.schedule)
-    return FreezeSchedule(
-        groups,
-        outline,
-        recipe.entries,
-        recipe_schedule=recipe.schedule,
-        cut_quantum=cut_quantum,
-        adjust=adjust,
-    )
+    try:
+        return FreezeSchedule(
+            groups,
+            outline,
+            parse_phases(recipe.entries),
+            recipe_schedule=recipe.schedule,
+            cut_quantum=cut_quantum,
+            adjust=adjust,
+        )
+    except ConfigError as error:
+        if phases is not None or not str(error).startswith("freeze.phases"):
+            raise
+        # The user wrote no phases: say which method's they are.
+        raise ConfigError(f"freeze.name: {name or 'full'}: {error}") from error
 
 
 def make_phases(groups: Groups, **arguments: Any) -> tuple[Phase, ...]:

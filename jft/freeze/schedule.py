@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jft.errors import ConfigError
-from jft.freeze.bounds import bound_sets, quantise_cut
+from jft.freeze.bounds import bound_sets, menu_note, quantise_cut
 from jft.freeze.entries import HANDED_ON, Entry, parse_entries
 from jft.freeze.generators import GENERATORS
 from jft.freeze.groups import Groups
@@ -76,6 +76,10 @@ class FreezeSchedule:
         self._known: tuple[int, tuple[Phase, ...]] | None = None
         self.watched = sorted({e.metric for e in map(self._event, range(len(entries))) if e})
         self.approximation = ""
+        for index, entry in enumerate(self.entries):
+            if entry.get("generator") == "rule":
+                for text in make_rule(entry).expressions:
+                    make_mask(text, groups, f"freeze.phases[{index}].args")
         self.phases()
 
     @property
@@ -99,7 +103,8 @@ class FreezeSchedule:
             start = stretches[-1].stop
         limit = self.outline.max_sets
         if limit is not None:
-            stretches, self.approximation = bound_sets(stretches, limit, grows=self.triggered)
+            stretches, bound = bound_sets(stretches, limit, grows=self.triggered)
+            self.approximation = bound or menu_note(self.outline, self.entries)
         phases = number(stretches)
         self._known = (len(log), phases)
         return phases

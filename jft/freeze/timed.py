@@ -168,7 +168,7 @@ def reversed_order(
 def random_order(
     outline: Outline, *, start: float = 0.5, level: float = 1.0, every: Period = "1ep"
 ) -> Recipe:
-    """A control: the times of `linear_bottom_up`, in an order drawn by the seed; the head trains."""
+    """A control: the times of `linear_bottom_up`, but the seed draws the order; the head trains."""
     return _linear(outline, "random", start, level, every)
 
 
@@ -225,9 +225,8 @@ def _ticks(outline: Outline, every: Period) -> list[int]:
 def _shares(t0: float, how: str, count: int) -> list[float]:
     """The share of the run at which each unit's rate has fallen to 0."""
     if how not in POWERS:
-        raise ConfigError(
-            f"freeze.args.how: {how!r}{nearest(str(how), POWERS)}; {', '.join(POWERS)}"
-        )
+        hint = nearest(str(how), POWERS)
+        raise ConfigError(f"freeze.args.how: {how!r} should be one of {', '.join(POWERS)}{hint}")
     _check_number("t0", t0, 0.0, 1.0)
     last = max(count - 2, 1)
     places = [min(unit, last) / last for unit in range(count)]
