@@ -200,7 +200,7 @@ def top_elements(view: View, *, share: float = 0.005, always: str = "head") -> O
     was measured: they are too many for a log.
     """
     if not 0 < share <= 1:
-        raise ConfigError(f"freeze: share={share!r} should be above 0 and at most 1")
+        raise ConfigError(f"freeze.phases: share={share!r} should be above 0 and at most 1")
     if always:
         view.leaves(always)  # names the group that is not there
     return {"elements": {"kind": "fixed", "share": share, "always": always}}

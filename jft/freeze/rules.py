@@ -47,7 +47,7 @@ class Rule:
         """The steps, counted as updates done, at which a decision falls due."""
         if self.every is None:
             return range(start, start + 1)
-        period = outline.period(self.every, "freeze: every")
+        period = outline.period(self.every, "freeze.phases: every")
         return range(start if self.first else start + period, stop, period)
 
     @property

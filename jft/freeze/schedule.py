@@ -96,7 +96,10 @@ class FreezeSchedule:
         for index in range(len(self.entries)):
             for stretch in self._expand(index, start, log):
                 follows = stretches and stretches[-1].same(stretch) and stretch.state != "reset"
-                if follows and "generator" in self.entries[index]:
+                events = stretch.event or (stretches and stretches[-1].event)
+                # Phases as written stay apart, unless coarser cuts have made them equal.
+                written = "generator" not in self.entries[index] and self.cut_quantum <= 1
+                if follows and not events and not written:
                     stretches[-1] = replace(stretches[-1], stop=stretch.stop)
                 else:
                     stretches.append(stretch)
