@@ -41,7 +41,10 @@ def thaw(
         entries.append({"train": train, "until": outline.stop if number == count else stop})
         if stop >= outline.stop:
             break
-    return _clipped(entries, outline)
+    kept = _clipped(entries, outline)
+    if every is None:
+        kept[-1]["train"] = "all"  # also where there are fewer steps than units
+    return kept
 
 
 def freeze(
