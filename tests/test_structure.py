@@ -46,6 +46,7 @@ RANKS: dict[str, float] = {
     "jft.hlo": 5,
     "jft.flops": 5,
     "jft.train.run": 5.5,
+    "jft.train.guarantee": 5.6,
     "jft.train.compiled": 5.7,
     "jft.train.decisions": 5.7,
     "jft.train.loop": 6,
