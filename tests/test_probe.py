@@ -158,8 +158,9 @@ def test_what_padded_rows_hold_does_not_matter(devices):
         image[gone], label[gone] = 255 - image[gone], (label[gone] + 1) % 5
         other.append(dict(batch, image=image, label=label))
     assert any(np.any(a["image"] != b["image"]) for a, b in zip(BATCHES, other, strict=True))
-    first = measure(parts, params, stats, BATCHES, devices=devices)
-    assert same_bits(measure(parts, params, stats, other, devices=devices), first)
+    probe = make_probe(parts, make_parallel(devices=devices), params, ALL)
+    first = probe.measure(params, stats, 7, BATCHES)
+    assert same_bits(probe.measure(params, stats, 7, other), first)
 
 
 def test_equal_arguments_give_equal_bits_and_the_step_counts():
