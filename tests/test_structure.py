@@ -21,6 +21,7 @@ RANKS: dict[str, float] = {
     "jft.products": 0,
     "jft.values": 0,
     "jft.hugepages": 0,
+    "jft.compilation_cache": 0,
     "jft.keys": 0,
     "jft.models.layers": 0,
     "jft.models.table": 0,

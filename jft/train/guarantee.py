@@ -5,6 +5,7 @@ save and at the end, and a part of the model that was to train but never moved i
 """
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,7 @@ from jft.tree import Flat
 # A compiled step may differ from its plan by so much.
 FLOPS_BAR = 0.05
 _MOST_NAMES = 3
+_WRAPPED = re.compile(r"^.*\(|\)+$")  # "transpose(jvp(blocks_0))" is of blocks_0
 
 
 def check_cost(cost: hlo.Cost, plan: PhasePlan, mask: Mask, stages: Sequence[str]) -> str:
@@ -61,7 +63,7 @@ def consumers(scopes: Mapping[str, int], mask: Mask, stages: Sequence[str]) -> l
     cut = min(live, default=len(stages))
     forward, backward = Counter[str](), Counter[str]()
     for name, flops in scopes.items():
-        parts = name.split("/")
+        parts = [_WRAPPED.sub("", part) for part in name.split("/")]
         at = next((i for i, part in enumerate(parts) if part in order), None)
         if at is None:
             continue
@@ -107,7 +109,8 @@ class Guard:
     def check(self, frozen: Flat) -> None:
         """Starts hashing the frozen leaves again; `poll` or `close` tells of one that moved."""
         self.poll()
-        pairs = [(path, leaf, self._known[path][1]) for path, leaf in frozen.items()]
+        known = self._known
+        pairs = [(path, leaf, known[path][1]) for path, leaf in frozen.items() if path in known]
         self._checks.append(self._pool.submit(_compare, pairs))
 
     def poll(self, wait: bool = False) -> None:
