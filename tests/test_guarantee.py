@@ -12,7 +12,9 @@ from jft.train.guarantee import Guard, check_cost, consumers, digest
 
 WIDTH, ROWS = 32, 16
 STAGES = ("blocks_0", "blocks_1", "head")
-SHAPES = {f"{stage}/kernel": jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32) for stage in STAGES}
+SHAPES = {
+    f"{stage}/dense/kernel": jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32) for stage in STAGES
+}
 BATCH = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32)
 MASK = {path: path.startswith("head") for path in SHAPES}
 
@@ -21,7 +23,7 @@ def loss(trainable, frozen, x):
     params = {**trainable, **frozen}
     for stage in STAGES:
         with jax.named_scope(stage), jax.named_scope("dense"):
-            x = jnp.tanh(x @ params[f"{stage}/kernel"])
+            x = jnp.tanh(x @ params[f"{stage}/dense/kernel"])
     return jnp.sum(x)
 
 
@@ -39,7 +41,7 @@ def plan():
 
 
 def test_a_step_of_its_phase_alone_is_within_the_plan(plan):
-    text = check_cost(compiled(["head/kernel"]), plan, MASK, STAGES)
+    text = check_cost(compiled(["head/dense/kernel"]), plan, MASK, STAGES)
     assert not text.startswith("warning") and "(+0.0%)" in text
 
 
@@ -54,7 +56,7 @@ def test_a_step_that_asks_for_frozen_gradients_names_where(plan):
 
 def test_a_frozen_module_above_the_cut_may_pass_its_gradient_on_and_no_more():
     mask = {path: path.startswith("blocks_0") for path in SHAPES}
-    assert not consumers(compiled(["blocks_0/kernel"]).scopes, mask, STAGES)
+    assert not consumers(compiled(["blocks_0/dense/kernel"]).scopes, mask, STAGES)
     found = consumers(compiled(list(SHAPES)).scopes, mask, STAGES)
     assert {name.split()[0] for name in found} == {"blocks_1/dense", "head/dense"}
 
@@ -68,21 +70,21 @@ def leaves():
     return {path: np.full((2, 2), at, np.float32) for at, path in enumerate(SHAPES)}
 
 
-UNITS = {stage: frozenset({f"{stage}/kernel"}) for stage in STAGES}
+UNITS = {stage: frozenset({f"{stage}/dense/kernel"}) for stage in STAGES}
 
 
 def test_a_frozen_leaf_that_moves_by_one_ulp_ends_the_run():
     found, _ = guard()
     start = leaves()
     found.begin(start)
-    frozen = {path: start[path] for path in ("blocks_0/kernel", "blocks_1/kernel")}
-    found.freeze(frozen, ["head/kernel"])
+    frozen = {path: start[path] for path in ("blocks_0/dense/kernel", "blocks_1/dense/kernel")}
+    found.freeze(frozen, ["head/dense/kernel"])
     found.check(frozen)
     found.poll(wait=True)
-    moved = frozen["blocks_1/kernel"]
+    moved = frozen["blocks_1/dense/kernel"]
     moved[0, 0] = np.nextafter(moved[0, 0], np.float32(9))
     found.check(frozen)
-    with pytest.raises(RuntimeError, match="frozen leaf 'blocks_1/kernel' changed"):
+    with pytest.raises(RuntimeError, match="frozen leaf 'blocks_1/dense/kernel' changed"):
         found.poll(wait=True)
     found.close()
 
@@ -91,9 +93,12 @@ def test_a_unit_that_was_to_train_and_did_not_move_is_named():
     found, messages = guard()
     start = leaves()
     found.begin(start)
-    found.freeze({"blocks_0/kernel": start["blocks_0/kernel"]}, ["blocks_1/kernel", "head/kernel"])
-    end = start | {"head/kernel": start["head/kernel"] + 1}
-    found.end(end, {"blocks_0/kernel": start["blocks_0/kernel"]}, UNITS)
+    found.freeze(
+        {"blocks_0/dense/kernel": start["blocks_0/dense/kernel"]},
+        ["blocks_1/dense/kernel", "head/dense/kernel"],
+    )
+    end = start | {"head/dense/kernel": start["head/dense/kernel"] + 1}
+    found.end(end, {"blocks_0/dense/kernel": start["blocks_0/dense/kernel"]}, UNITS)
     assert messages == ["warning: blocks_1 was to train, but not one of its leaves changed"]
     found.close()
 
