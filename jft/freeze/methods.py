@@ -1,13 +1,13 @@
 """The freezing methods by name, and the schedule of a run from the `freeze` section."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jft.errors import ConfigError, nearest
 from jft.freeze import fixed, measured, sampled, timed
 from jft.freeze.groups import Groups
 from jft.freeze.masks import Mask
-from jft.freeze.outline import make_outline
+from jft.freeze.outline import Outline, make_outline
 from jft.freeze.phases import Phase
 from jft.freeze.recipe import Recipe
 from jft.freeze.schedule import FreezeSchedule, parse_phases
@@ -83,16 +83,8 @@ def make_freeze(
         seed=seed,
         max_sets=max_sets,
     )
-    if phases is not None:
-        recipe = Recipe(phases)
-    else:
-        method = name or "full"
-        if method not in METHODS:
-            raise ConfigError(f"freeze.name: no method {method!r}{nearest(method, METHODS)}")
-        try:
-            recipe = METHODS[method](outline, **(args or {}))
-        except TypeError as error:
-            raise ConfigError(f"freeze.args: {error}") from error
+    method = name or "full"
+    recipe = Recipe(phases) if phases is not None else _recipe(outline, method, args or {})
     try:
         return FreezeSchedule(
             groups,
@@ -106,7 +98,16 @@ def make_freeze(
         if phases is not None or not str(error).startswith("freeze.phases"):
             raise
         # The user wrote no phases: say which method's they are.
-        raise ConfigError(f"freeze.name: {name or 'full'}: {error}") from error
+        raise ConfigError(f"freeze.name: {method}: {error}") from error
+
+
+def _recipe(outline: Outline, method: str, args: Mapping[str, Any]) -> Recipe:
+    if method not in METHODS:
+        raise ConfigError(f"freeze.name: no method {method!r}{nearest(method, METHODS)}")
+    try:
+        return METHODS[method](outline, **args)
+    except TypeError as error:
+        raise ConfigError(f"freeze.args: {error}") from error
 
 
 def make_phases(groups: Groups, **arguments: Any) -> tuple[Phase, ...]:
