@@ -5,12 +5,7 @@ import math
 
 import numpy as np
 import pytest
-
-from jft.errors import ConfigError
-from jft.freeze.methods import METHODS, make_freeze
-from jft.freeze.phases import Elements
-from jft.train.rates import leaf_factors, make_rates
-from tests.freeze_runs import (
+from freeze_runs import (
     above,
     block,
     groups_of,
@@ -21,6 +16,11 @@ from tests.freeze_runs import (
     trained,
     vit,
 )
+
+from jft.errors import ConfigError
+from jft.freeze.methods import METHODS, make_freeze
+from jft.freeze.phases import Elements
+from jft.train.rates import leaf_factors, make_rates
 
 DEPTHS = pytest.mark.parametrize("depth", [4, 12])
 

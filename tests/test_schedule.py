@@ -3,11 +3,11 @@
 import itertools
 
 import pytest
+from freeze_runs import above, block, leaves, run_rules, spans, trained, vit
 
 from jft.errors import ConfigError
 from jft.freeze.methods import make_freeze
 from jft.freeze.schedule import parse_phases
-from tests.freeze_runs import above, block, leaves, run_rules, spans, trained, vit
 
 
 def schedule(phases, depth=4, total=200, epoch=16.0, **kw):
