@@ -13,7 +13,7 @@ def lisa(
     Read in OptimalScale/LMFlow (pipeline/utils/lisa_trainer.py, scripts/run_finetune_with_lisa.sh)
     and in a copy of its callback (uukuguy/speechless, finetune/lisa.py): at step 0 and every 20
     steps, `count` distinct blocks are drawn uniformly; embeddings, final norm and head train
-    throughout. Default of 2 blocks as in LMFlow's arguments; its script takes 1. A block that leaves
+    throughout. Two blocks are LMFlow's default; its script takes one. A block that leaves
     loses its optimizer state. The stem that always trains keeps the gradient running through all
     blocks: always="final + head" frees it.
 
