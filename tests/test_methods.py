@@ -184,11 +184,12 @@ def test_chain_thaw_without_a_plateau_gives_each_stage_an_equal_share():
     assert [phase.event for phase in phases] == ["plateau(5)"] * 7 + [""]
 
 
-# t_i of FreezeOut with 4 blocks: stem, block 0, 1, 2; block 3 and the head train to the end.
+# t_i of FreezeOut with 4 blocks: stem, block 0, 1, 2, 3; the head trains to the end.
 FREEZEOUT = [
-    ({}, [512, 615, 729, 858]),  # (.8 + .2 i / 4) ** 3 = .512 .614125 .729 .857375
-    ({"how": "linear", "t0": 0.5}, [500, 625, 750, 875]),
-    ({"how": "squared", "t0": 0.6}, [360, 490, 640, 810]),  # .6 .7 .8 .9 squared
+    # (.8 + .04 i) ** 3 = .512 .592704 .681472 .778688 .884736
+    ({}, [512, 593, 682, 779, 885]),
+    ({"how": "linear", "t0": 0.5}, [500, 600, 700, 800, 900]),
+    ({"how": "squared", "t0": 0.5}, [250, 360, 490, 640, 810]),  # .5 .6 .7 .8 .9 squared
 ]
 
 
@@ -217,9 +218,9 @@ def test_freezeout_anneals_each_layer_to_its_own_end(depth, scaled):
             found = dict(zip(sorted(used.entered), leaf_factors(step, rates), strict=True))
             for path, factor in found.items():
                 top = path.split("/")[0]
-                index = int(top.split("_")[1]) + 1 if top.startswith("blocks_") else depth
+                index = int(top.split("_")[1]) + 1 if top.startswith("blocks_") else depth + 1
                 index = 0 if top == "embed" else index
-                share = (0.8 + 0.2 * index / depth) ** 3
+                share = (0.8 + 0.2 * index / (depth + 1)) ** 3
                 stop = math.ceil(share * total - 1e-6)
                 peak = 1 / share if scaled else 1.0
                 curve = 0.5 * (1 + math.cos(math.pi * step / stop)) if step < stop else 0.0
@@ -634,7 +635,7 @@ def test_seeds_decide_what_is_drawn_and_nothing_else():
     ("name", "args", "limit", "note"),
     [
         ("lisa", {}, 6, "6 of 66 sets of 2 blocks (freeze.max_sets)"),
-        ("freezeout", {}, 4, "4 of 13 trainable sets (freeze.max_sets)"),
+        ("freezeout", {}, 4, "4 of 14 trainable sets (freeze.max_sets)"),
         ("gradual_unfreezing", {"every": "5%"}, 3, "3 of 14 trainable sets (freeze.max_sets)"),
         ("autofreeze", {}, 2, "trainable sets (freeze.max_sets)"),
         ("slimfit", {}, 3, "trainable sets (freeze.max_sets)"),
@@ -659,7 +660,7 @@ def test_cut_quantum_lowers_cuts_to_coarser_steps():
     for step in range(0, 2000, 7):
         cut = next(c for c in range(-1, 13) if trained(at(exact, step)) == above(groups, c))
         assert trained(at(coarse, step)) == above(groups, cut // 4 * 4 if cut > 0 else cut)
-    assert len(coarse) == 4  # all, and cuts at 0, 4 and 8; equal neighbours are one phase
+    assert len(coarse) == 5  # all, and cuts at 0, 4, 8 and 12; equal neighbours are one phase
 
 
 ERRORS = [

@@ -105,8 +105,8 @@ def freezeout(
     Read in ajbrock/FreezeOut, train.py and densenet.py: layer i of 0..L freezes at the share
     t_i = f(t0 + (1 - t0) * i / L) of the run, f being the first, second or third power, and until
     then its rate falls along its own half cosine, a_i / 2 * (1 + cos(pi * t / t_i)) with
-    a_i = a / t_i if `scaled`. The head has the index of the last layer before it; both train to the
-    end. Defaults as there: cubic, t0 before the power, scaled. Layers are units here (stem, blocks,
+    a_i = a / t_i if `scaled`. The head alone has index L and trains to the end (in densenet.py,
+    WRN.py and vgg.py; a comment there says that it shares the index of the layer before it). Defaults as there: cubic, t0 before the power, scaled. Layers are units here (stem, blocks,
     head), and t_i is rounded up to a whole step: at the step itself the rate is 0 anyway.
 
     Args:
@@ -118,8 +118,7 @@ def freezeout(
     shares = _shares(t0, how, len(outline.units))
     steps = [_ceil(share * outline.steps) for share in shares]
     curves = _curves(outline, shares, steps, scaled)
-    last = len(outline.units) - 2  # it and the head freeze with the end of the run
-    entries = freeze_from(outline, outline.units, steps[: max(last, 1)])
+    entries = freeze_from(outline, outline.units, steps[:-1])
     return Recipe([{**entry, **curves} for entry in entries], CONSTANT)
 
 
@@ -228,9 +227,8 @@ def _shares(t0: float, how: str, count: int) -> list[float]:
         hint = nearest(str(how), POWERS)
         raise ConfigError(f"freeze.args.how: {how!r} should be one of {', '.join(POWERS)}{hint}")
     _check_number("t0", t0, 0.0, 1.0)
-    last = max(count - 2, 1)
-    places = [min(unit, last) / last for unit in range(count)]
-    return [(t0 + (1.0 - t0) * place) ** POWERS[how] for place in places]
+    last = max(count - 1, 1)
+    return [(t0 + (1.0 - t0) * unit / last) ** POWERS[how] for unit in range(count - 1)] + [1.0]
 
 
 def _curves(
