@@ -137,7 +137,9 @@ def slimfit(
     norms, the 90 % with the smallest mean |dw / w| in their last update are frozen; all begin with
     a huge random value, so that each is visited; biases, final norm and head always train. There
     that is decided anew at every step. Here a set of leaves is a compiled step, so the default is
-    50 decisions a run; every=1 is the published pace. It saves dW and optimizer state, no dX.
+    50 decisions a run; every=1 is the published pace. There the optimizer keeps the moments of a
+    frozen leaf; here it loses them, for leaves parked at different steps would each need a step of
+    their own. It saves dW and optimizer state, no dX.
 
     Args:
       outline: of the run.

@@ -10,11 +10,10 @@ def lisa(
 ) -> Recipe:
     """LISA (Pan et al. 2024, arXiv:2403.17919).
 
-    Read in OptimalScale/LMFlow (pipeline/utils/lisa_trainer.py, scripts/run_finetune_with_lisa.sh)
-    and in a copy of its callback (uukuguy/speechless, finetune/lisa.py): at step 0 and every 20
-    steps, `count` distinct blocks are drawn uniformly; embeddings, final norm and head train
-    throughout. Two blocks are LMFlow's default; its script takes one. A block that leaves
-    loses its optimizer state. The stem that always trains keeps the gradient running through all
+    Read in OptimalScale/LMFlow (args.py, pipeline/utils/lisa_trainer.py): at step 0 and every 20
+    steps, `count` distinct blocks, 2 by default, are drawn uniformly; embeddings, final norm and
+    head train throughout. There the optimizer keeps the state of blocks at rest, here they lose it:
+    that is what saves memory. The stem that always trains keeps the gradient running through all
     blocks: always="final + head" frees it.
 
     Args:
@@ -39,9 +38,9 @@ def badam(
 
     Read in Ledzy/BAdam, block_optim.py: one block trains for `every` steps with a state that
     begins anew, then the next one. "descending" (top_down) and 50 steps are the defaults there;
-    "random" goes through a fresh permutation each sweep. Embeddings, final norm and head are off
-    there unless asked for; the head is on here, with its state reset too, for a fresh one has to
-    train (always="" is the published rule).
+    "random" goes through a fresh permutation each sweep. There the first block has one step less.
+    Embeddings, final norm and head are off there unless asked for; the head is on here, with its
+    state reset too, for a fresh one has to train (always="" is the published rule).
 
     Args:
       outline: of the run.

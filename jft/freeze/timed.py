@@ -105,9 +105,10 @@ def freezeout(
     Read in ajbrock/FreezeOut, train.py and densenet.py: layer i of 0..L freezes at the share
     t_i = f(t0 + (1 - t0) * i / L) of the run, f being the first, second or third power, and until
     then its rate falls along its own half cosine, a_i / 2 * (1 + cos(pi * t / t_i)) with
-    a_i = a / t_i if `scaled`. The head alone has index L and trains to the end (in densenet.py,
-    WRN.py and vgg.py; a comment there says that it shares the index of the layer before it). Defaults as there: cubic, t0 before the power, scaled. Layers are units here (stem, blocks,
-    head), and t_i is rounded up to a whole step: at the step itself the rate is 0 anyway.
+    a_i = a / t_i if `scaled`. The head alone has index L and trains to the end: so in densenet.py
+    and WRN.py, though a comment there gives it the index of the layer before. Defaults as there:
+    cubic, t0 before the power, scaled. Layers are units here (stem, blocks, head), and t_i is
+    rounded up to a whole step: at the step itself the rate is 0 anyway.
 
     Args:
       outline: of the run.
