@@ -18,6 +18,7 @@ from freeze_runs import (
 )
 
 from jft.errors import ConfigError
+from jft.freeze.groups import COMMON_SETS, make_groups
 from jft.freeze.methods import METHODS, make_freeze
 from jft.freeze.phases import Elements
 from jft.train.rates import leaf_factors, make_rates
@@ -700,3 +701,33 @@ def test_a_mistake_is_one_line_that_names_the_key(name, args, message):
         plan(vit(4), name, **args)
     assert "\n" not in str(error.value)
     assert str(error.value).startswith("freeze.")
+
+
+MODULES = ["conv/kernel", "conv/bias", "bn/scale", "bn/bias", "dense/kernel", "dense/bias"]
+NEED_BLOCKS = {"last_k", "first_k", "surgical", "pipetransformer", "lisa", "badam", "autofreeze"}
+NEED_BLOCKS |= {"egeria", "spectrum", "child_tuning"}
+NEED_SETS = {"linear_probe", "lp_ft", "chain_thaw", "bitfit", "norm_only", "attention_only"}
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_model_of_plain_modules_gets_what_fits_it(name):
+    groups = make_groups(MODULES, (), COMMON_SETS)
+    if name in NEED_BLOCKS | NEED_SETS:
+        need = "numbered blocks, .*full fits any" if name in NEED_BLOCKS else "a group '"
+        with pytest.raises(ConfigError, match=rf"^freeze.name: {name} needs {need}") as error:
+            plan(groups, name, 40, 4)
+        assert "\n" not in str(error.value)
+        return
+    schedule = plan(groups, name, 40, 4)
+    phases = schedule.phases(run_rules(schedule, random_signals(schedule)))
+    assert (phases[0].start_step, phases[-1].stop_step) == (0, 40)
+    seen = set().union(*(trained(phase) for phase in phases))
+    left_out = {"bn/scale", "bn/bias"} if name in ("auto_rgn", "auto_snr") else set()
+    assert seen == set(MODULES) - left_out
+
+
+@pytest.mark.parametrize("name", ["linear_bottom_up", "random_order", "reversed_order"])
+def test_one_module_leaves_nothing_to_order(name):
+    groups = make_groups(["dense/kernel", "dense/bias"], (), COMMON_SETS)
+    with pytest.raises(ConfigError, match=f"^freeze.name: {name} needs two units or more"):
+        plan(groups, name)

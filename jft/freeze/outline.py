@@ -73,8 +73,8 @@ class Outline:
         has = ", ".join(sorted(self.sets - {"all", "above"}))
         if blocks and not self.blocks:
             raise ConfigError(
-                f"freeze.name: {method} needs numbered blocks, block[0] and so on;"
-                f" this model's groups: {has}"
+                f"freeze.name: {method} needs numbered blocks, block[0] and so on; full fits"
+                f" any model; this model's groups: {has}"
             )
         for name in sets:
             if name not in self.sets:

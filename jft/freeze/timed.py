@@ -152,7 +152,7 @@ def linear_bottom_up(
       level: share of the units that is frozen at the end.
       every: how often units freeze; None is whenever one falls due.
     """
-    return _linear(outline, "bottom_up", start, level, every)
+    return _linear(outline, "linear_bottom_up", "bottom_up", start, level, every)
 
 
 def reversed_order(
@@ -162,14 +162,14 @@ def reversed_order(
 
     It saves dW alone: the gradient has to reach the stem to the end.
     """
-    return _linear(outline, "top_down", start, level, every)
+    return _linear(outline, "reversed_order", "top_down", start, level, every)
 
 
 def random_order(
     outline: Outline, *, start: float = 0.5, level: float = 1.0, every: Period = "1ep"
 ) -> Recipe:
     """A control: the times of `linear_bottom_up`, but the seed draws the order; the head trains."""
-    return _linear(outline, "random", start, level, every)
+    return _linear(outline, "random_order", "random", start, level, every)
 
 
 def pipetransformer(outline: Outline, *, alpha: float = 0.5, every: Period = "1ep") -> Recipe:
@@ -203,7 +203,13 @@ def pipetransformer(outline: Outline, *, alpha: float = 0.5, every: Period = "1e
     return Recipe(freeze_from(outline, outline.units, steps))
 
 
-def _linear(outline: Outline, order: str, start: float, level: float, every: Period) -> Recipe:
+def _linear(
+    outline: Outline, name: str, order: str, start: float, level: float, every: Period
+) -> Recipe:
+    if len(outline.units) < 2:
+        raise ConfigError(
+            f"freeze.name: {name} needs two units or more, this model has one; full fits any model"
+        )
     _check_number("level", level, 0.0, 1.0)
     if start != 0:
         _check_number("start", start, 0.0, 1.0)
