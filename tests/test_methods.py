@@ -447,6 +447,23 @@ def test_egeria_freezes_a_flat_front_and_thaws_when_the_rate_has_dropped():
     assert phases[3].entered["head/bias"] == "0", "the state of what trained on is kept"
 
 
+def test_egeria_begins_anew_after_it_has_thawed():
+    groups = vit(4)
+    schedule = plan(groups, "egeria", total=100)
+    # Block 0 is flat throughout, block 1 never.
+    log = run_rules(
+        schedule,
+        lambda due: {"block[0]": 4.0, "block[1]": (1.0, 9.0)[due.step // 2 % 2]},
+        rate=lambda step: 1.0 if step < 40 else 0.2 if step < 80 else 0.04,
+    )
+    # Six values freeze block 0 at step 12; the first drop thaws it; six new values freeze it at 52,
+    # and from then on it is the second drop that counts.
+    phases = schedule.phases(log)
+    assert spans(phases) == [(0, 12), (12, 40), (40, 52), (52, 80), (80, 92), (92, 100)]
+    cuts = [-1, 1, -1, 1, -1, 1]
+    assert [trained(phase) for phase in phases] == [above(groups, cut) for cut in cuts]
+
+
 def test_auto_rgn_scales_by_the_relative_gradient_each_epoch():
     groups = vit(4)
     schedule = plan(groups, "auto_rgn", total=25, epoch=10)
@@ -526,6 +543,18 @@ def test_slimfit_visits_each_weight_then_trains_the_largest_updates():
         assert sets[number + 1] == set(ranked[:kept]), number
     other = plan(groups, "slimfit", total=200, every=1, seed=6)
     assert trained(other.phases(run_rules(other, random_signals(other)))[0]) != trained(phases[0])
+
+
+def test_slimfit_visits_by_seed_whatever_all_leaves_did_before():
+    groups = vit(4)
+    rule = {"generator": "rule", "signal": "rel_update", "decide": "freeze_lowest", "every": 10}
+    sets = []
+    for seed, sign in ((0, 1), (0, -1), (1, 1)):
+        schedule = make_freeze(groups, total_steps=20, steps_per_epoch=10, phases=[rule], seed=seed)
+        moved = {path: 1.0 + sign * n / 1000 for n, path in enumerate(groups.paths)}
+        log = run_rules(schedule, lambda due, moved=moved: moved)
+        sets.append(trained(schedule.phases(log)[1]))
+    assert sets[0] == sets[1] != sets[2]
 
 
 def test_spectrum_trains_the_best_half_of_each_module_type():

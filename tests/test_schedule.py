@@ -183,8 +183,13 @@ def test_a_sample_without_replacement_draws_each_block_before_any_again():
     sweeps = [order[n : n + 4] for n in range(0, 40, 4)]
     assert all(len(set(sweep)) == 4 for sweep in sweeps)
     pairs = expand("sample(count=3, every=5, replace=False)", total=4000)
-    counts = {b: sum(block(vit(4), b) <= trained(p) for p in pairs) for b in range(4)}
-    assert all(b > 0 for b in counts.values())
+    for phase in pairs:  # what is left of a sweep goes with blocks of the next, not with itself
+        assert sum(block(vit(4), b) <= trained(phase) for b in range(4)) == 3
+    counts = [
+        sum(p.stop_step - p.start_step for p in pairs if block(vit(4), b) <= trained(p))
+        for b in range(4)
+    ]
+    assert max(counts) - min(counts) <= 5, counts  # one draw
 
 
 def test_a_menu_that_cannot_hold_every_block_is_refused():
@@ -415,3 +420,20 @@ def test_a_reset_makes_all_history_equal():
     )
     assert len(phases[1].cohorts) == 2
     assert set(phases[2].entered.values()) == {"2"} and len(phases[2].cohorts) == 1
+
+
+def test_leaves_that_come_back_at_different_phases_do_not_share_a_token():
+    park = {"state": "park"}
+    phases = expand(
+        [
+            {"train": "head + block[0] + block[1]", "until": 20},
+            {"train": "head", "until": 40, **park},
+            {"train": "head + block[0]", "until": 60, **park},
+            {"train": "head + block[0] + block[1]", **park},
+        ]
+    )
+    first, last = phases[0].entered, phases[3].entered
+    zero, one = "blocks_0/norm1/bias", "blocks_1/norm1/bias"
+    assert first[zero] == first[one]
+    assert last[zero] != last[one], "one of them has trained 20 steps more"
+    assert len(phases[3].cohorts) == 3

@@ -102,7 +102,7 @@ def sample(
       outline: of the stretch.
       count: blocks at a time.
       every: period.
-      replace: False draws no block again before every block was drawn.
+      replace: False draws every block once a sweep, in a new order each time.
       always: set expression that trains throughout; None is all that is in no block, "" nothing.
     """
     blocks, steps = outline.block_units, outline.period(every, "freeze.phases: every")
@@ -119,8 +119,10 @@ def sample(
         elif replace:
             chosen = sorted(random.choice(len(blocks), count, replace=False).tolist())
         else:
-            while len(bag) < count:
-                bag += [b for b in random.permutation(len(blocks)).tolist() if b not in bag]
+            if len(bag) < count:
+                sweep = random.permutation(len(blocks)).tolist()
+                # What is left of the last sweep comes first, and late in its own new one.
+                bag += sorted(sweep, key=bag.__contains__)
             chosen, bag = sorted(bag[:count]), bag[count:]
         train = " + ".join([blocks[b] for b in chosen] + ([base] if base else []))
         entries.append({"train": train, "until": min(begin + steps, outline.stop)})
