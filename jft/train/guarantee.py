@@ -43,8 +43,20 @@ def check_cost(cost: hlo.Cost, plan: PhasePlan, mask: Mask, stages: Sequence[str
     if off <= FLOPS_BAR:
         return text
     names = consumers(cost.scopes, mask, stages)
+    if not names and cost.flops - plan.flops <= _strided(cost.scopes):
+        return f"{text}: on this backend gradients of strided convolutions multiply zeros"
     found = f": gradients of what is frozen are computed in {', '.join(names)}" if names else ""
     return f"warning: the step costs more than its phase: {text}{found}"
+
+
+def _strided(scopes: Mapping[str, int]) -> int:
+    """FLOPs of the gradients of convolutions in jft's own form, which may multiply zeros."""
+    own = ("/depthwise/", "/conv/")
+    return sum(
+        flops
+        for name, flops in scopes.items()
+        if "transpose(" in name and any(part in name for part in own)
+    )
 
 
 def consumers(scopes: Mapping[str, int], mask: Mask, stages: Sequence[str]) -> list[str]:
@@ -61,14 +73,15 @@ def consumers(scopes: Mapping[str, int], mask: Mask, stages: Sequence[str]) -> l
     order = {stage: at for at, stage in enumerate(stages)}
     live = [order[path.split("/")[0]] for path, trains in mask.items() if trains]
     cut = min(live, default=len(stages))
+    modules = {path.rpartition("/")[0] for path in mask}
     forward, backward = Counter[str](), Counter[str]()
     for name, flops in scopes.items():
         parts = [_WRAPPED.sub("", part) for part in name.split("/")]
-        at = next((i for i, part in enumerate(parts) if part in order), None)
-        if at is None:
-            continue
-        module = "/".join(parts[at:-1]) or parts[at]
-        (backward if "transpose(" in name else forward)[module] += flops
+        at = next((i for i, part in enumerate(parts) if part in order), len(parts))
+        prefixes = ("/".join(parts[at:end]) for end in range(len(parts), at, -1))
+        module = next((prefix for prefix in prefixes if prefix in modules), None)
+        if module is not None:
+            (backward if "transpose(" in name else forward)[module] += flops
     wrong = Counter[str]()
     for module, flops in backward.items():
         trains = any(mask[path] for path in mask if path.startswith(f"{module}/"))

@@ -184,7 +184,8 @@ class _Trainer:
             )
             self.state, self.frozen = run.parallel.place((self.state, self.frozen))
             self.current, compile_seconds = self.steps.get(phase)
-            self.guard.freeze(self.frozen.params | self.frozen.model_state, list(phase.entered))
+            trains = [p for p in phase.entered if p not in elements or elements[p].any()]
+            self.guard.freeze(self.frozen.params | self.frozen.model_state, trains)
             self.show_phase(phase, compile_seconds, time.monotonic() - began)
             self.clock, self.clock_step, self.wait_seconds = time.monotonic(), self.step, 0.0
         for following in run.freeze.likely(self.decisions.log, self.step):
