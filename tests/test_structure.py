@@ -32,6 +32,8 @@ RANKS: dict[str, float] = {
     "jft.report": 1.5,
     "jft.weights": 2,
     "jft.freeze": 2,
+    "jft.freeze.cut": 5,
+    "jft.freeze.entry_store": 5,
     "jft.data": 2,
     "jft.train.rates": 2,
     "jft.train.optim": 2,
