@@ -8,9 +8,6 @@ of a training batch: a resumed run finds or computes the same bits.
 from __future__ import annotations
 
 import functools
-import hashlib
-import inspect
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -24,231 +21,19 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jft.data.decode import BadImage
 from jft.data.loader import EvalLoader, make_eval_loader
 from jft.data.protocol import Source
-from jft.errors import ConfigError, nearest
 from jft.freeze.entry_store import (
     DeviceStore,
     HostStore,
     Layout,
-    Room,
     entries_path,
     open_entries,
     writing,
 )
+from jft.freeze.prefix import Prefix, chunk_rows
 from jft.train.parallel import AXIS, Parallel
-from jft.tree import Flat, unflatten
-
-MODES = ("off", "auto", "on")
-CHUNK = 256  # examples a chunk: enough to fill an accelerator, few enough for a CPU's memory
-_LEAST_SAVING = 0.1  # of the phase's FLOPs; below it a cache is not worth its memory
-_SAMPLED = 64  # images whose pixels stand for a split that does not lie in memory
-
-
-def runs_in_parts(apply: Callable[..., Any]) -> bool:
-    """Whether a model's `apply` takes `start` and `stop`, as a prefix needs."""
-    known = inspect.signature(apply).parameters
-    return {"start", "stop"} <= known.keys()
-
-
-@dataclass(frozen=True)
-class CacheCosts:
-    """What a decision about a cache rests on.
-
-    Attributes:
-      steps: of the phase, or of all phases in a row that use the same entries.
-      batch_size: global.
-      examples: in the split.
-      views: K; None if every visit draws a new augmentation.
-      prefix_flops: of stages [0, cut) forward, an example.
-      step_flops: of a whole step, an example, prefix included.
-      entry_bytes: of one entry.
-      room: what there is.
-      fill_flops: an entry, if a shallower cache makes it less than `prefix_flops`.
-    """
-
-    steps: int
-    batch_size: int
-    examples: int
-    views: int | None
-    prefix_flops: float
-    step_flops: float
-    entry_bytes: int
-    room: Room
-    fill_flops: float | None = None
-
-
-def decide_cache(mode: str, costs: CacheCosts, what: str = "the cache") -> tuple[bool, str]:
-    """Returns (whether to cache, one line that says why).
-
-    "auto" caches if it saves more than a tenth of the phase's FLOPs and some memory holds it. "on"
-    caches wherever a prefix is frozen.
-
-    Raises:
-      ConfigError: an unknown mode; "on" where no memory holds the entries, or where every visit
-        draws a new augmentation.
-    """
-    if mode not in MODES:
-        raise ConfigError(
-            f"freeze.cache={mode!r} is not one of {', '.join(MODES)}{nearest(str(mode), MODES)}"
-        )
-    if mode == "off":
-        return False, f"{what}: no, freeze.cache=off"
-    if costs.prefix_flops <= 0:
-        return False, f"{what}: no, no stage below the first trainable one computes anything"
-    if costs.views is None:
-        if mode == "on":
-            raise ConfigError(
-                "freeze.cache=on: every visit draws a new augmentation, which no cache can hold;"
-                " set freeze.views=K or switch augmentation off"
-            )
-        return False, f"{what}: no, every visit draws a new augmentation; freeze.views=K allows it"
-    return _weigh(mode, costs, costs.views, what)
-
-
-def _weigh(mode: str, costs: CacheCosts, views: int, what: str) -> tuple[bool, str]:
-    count = costs.examples * views
-    each = costs.prefix_flops if costs.fill_flops is None else costs.fill_flops
-    fill, visits = count * each, costs.steps * costs.batch_size
-    saved, phase = visits * costs.prefix_flops, visits * costs.step_flops
-    net = (saved - fill) / phase if phase else 0.0
-    size = count * costs.entry_bytes
-    tier = costs.room.tier(size)
-    sums = (
-        f"filling {costs.examples:,} examples x {views} views costs {_flops(fill)}, {costs.steps:,}"
-        f" steps save {_flops(saved)} of {_flops(phase)}: {net:+.0%}"
-    )
-    if tier is None:
-        text = f"{_bytes(size)} of entries fit neither device, host nor disk"
-        if mode == "on":
-            raise ConfigError(f"freeze.cache=on: {text}; use fewer freeze.views or a deeper cut")
-        return False, f"{what}: no, {text}; {sums}"
-    if mode == "auto" and net <= _LEAST_SAVING:
-        return False, f"{what}: no, {sums}, {_LEAST_SAVING:.0%} is the least"
-    free = _bytes(getattr(costs.room, tier))
-    return True, f"{what}: yes, {sums}; {_bytes(size)} in {tier} memory, {free} free".replace(
-        "disk memory", "a file"
-    )
-
-
-def _flops(value: float) -> str:
-    return _scaled(value, 1000.0, ("", " k", " M", " G", " T", " P", " E")) + "FLOP"
-
-
-def _bytes(value: float) -> str:
-    return _scaled(value, 1024.0, (" ", " Ki", " Mi", " Gi", " Ti", " Pi")) + "B"
-
-
-def _scaled(value: float, base: float, units: Sequence[str]) -> str:
-    at = 0
-    while value >= base and at + 1 < len(units):
-        value, at = value / base, at + 1
-    return f"{value:.3g}{units[at]}"
-
-
-def split_identity(source: Source) -> str:
-    """Returns a hash of a split: every label and name, and pixels.
-
-    All pixels where images lie in memory, else those of 64 examples spread evenly.
-    """
-    found = hashlib.sha256(np.ascontiguousarray(source.labels).tobytes())
-    found.update(json.dumps([len(source), list(source.label_names)]).encode())
-    whole = source.gather(np.zeros(1, np.int64)) is not None
-    for start in range(0, len(source), 4096):
-        indices = np.arange(start, min(start + 4096, len(source)))
-        found.update("\0".join(source.id(int(index)) for index in indices).encode())
-        if whole:
-            images = np.ascontiguousarray(source.gather(indices))
-            found.update(str(images.shape).encode() + images.tobytes())
-    if not whole:
-        for index in np.linspace(0, len(source) - 1, min(_SAMPLED, len(source))).astype(int):
-            try:
-                found.update(np.ascontiguousarray(source[int(index)]["image"]).tobytes())
-            except BadImage as error:
-                found.update(str(error).encode())
-    return found.hexdigest()
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """The stages below a cut and what they see.
-
-    Attributes:
-      apply: of the model, with `start` and `stop`.
-      transform: (uint8 images, example [B], view [B]) -> model input; see make_view_transform.
-      stages: of the model, from input to output.
-      cuts: ascending; the last is the cut, the others are where its computation is divided, so that
-        the entries of a shallower cut can be its input without changing a bit.
-      image_shape: (H, W, C) of the host's images.
-      views: K.
-      described: JSON of all that decides the input and the model beside the weights:
-        preprocessing, augmentation, seed, model and its arguments, `split_identity`.
-      chunk: examples that are computed at once.
-    """
-
-    apply: Callable[..., Any]
-    transform: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-    stages: tuple[str, ...]
-    cuts: tuple[int, ...]
-    image_shape: tuple[int, int, int]
-    views: int
-    described: Mapping[str, Any]
-    chunk: int = CHUNK
-
-    @property
-    def cut(self) -> int:
-        """Number of stages below the cut."""
-        return self.cuts[-1]
-
-    def until(self, part: int) -> Prefix:
-        """The prefix that ends at the cut of that index."""
-        fields = {**vars(self), "cuts": self.cuts[: part + 1]}
-        return Prefix(**fields)
-
-    def variables(self, params: Flat, stats: Flat, start: int, stop: int) -> dict[str, Any]:
-        """The leaves of stages [start, stop), as the model takes them."""
-        used = set(self.stages[start:stop])
-        kept = [
-            {path: leaf for path, leaf in flat.items() if path.split("/")[0] in used}
-            for flat in (params, stats)
-        ]
-        nested = {"params": unflatten(kept[0])}
-        return nested | ({"batch_stats": unflatten(kept[1])} if kept[1] else {})
-
-    def entry(self, params: Flat, stats: Flat) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of one entry, from leaves or their shapes."""
-
-        def run(variables: Any, image: jax.Array) -> jax.Array:
-            index = jnp.zeros(1, jnp.int32)
-            return self.apply(variables, self.transform(image, index, index), stop=self.cut)
-
-        image = jax.ShapeDtypeStruct((1, *self.image_shape), np.uint8)
-        out = jax.eval_shape(run, self.variables(params, stats, 0, self.cut), image)
-        return jax.ShapeDtypeStruct(out.shape[1:], out.dtype)
-
-    def key(self, params: Flat, stats: Flat, parallel: Parallel) -> str:
-        """Hash of all that decides the entries."""
-        device = parallel.mesh.devices.flat[0]
-        facts = {
-            "format": 1,
-            "described": self.described,
-            "cuts": self.cuts,
-            "views": self.views,
-            "image_shape": self.image_shape,
-            "chunk": _chunk_rows(self, parallel),
-            "devices": [parallel.num_devices, device.platform, device.device_kind],
-            "jax": jax.__version__,
-        }
-        found = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-        used = set(self.stages[: self.cut])
-        for kind, flat in (("params", params), ("batch_stats", stats)):
-            for path in sorted(flat):
-                if path.split("/")[0] in used:
-                    leaf = np.asarray(flat[path])
-                    found.update(f"{kind}/{path} {leaf.dtype.name}{leaf.shape}".encode())
-                    found.update(np.ascontiguousarray(leaf).tobytes())
-        return found.hexdigest()
+from jft.tree import Flat
 
 
 @dataclass(frozen=True)
@@ -327,12 +112,6 @@ def features(table: jax.Array | None, batch: Mapping[str, jax.Array]) -> jax.Arr
     return table.at[batch["entry"]].get(mode="promise_in_bounds")
 
 
-def _chunk_rows(prefix: Prefix, parallel: Parallel) -> int:
-    """Examples a chunk, in equal shares for all devices."""
-    devices = parallel.num_devices
-    return -(-prefix.chunk // devices) * devices
-
-
 def fill_cache(
     prefix: Prefix,
     params: Flat,
@@ -373,7 +152,7 @@ def fill_cache(
     images = functools.partial(
         make_eval_loader,
         source,
-        batch_size=_chunk_rows(prefix, parallel),
+        batch_size=chunk_rows(prefix, parallel),
         image_shape=prefix.image_shape,
         workers=workers,
         rank=jax.process_index(),
@@ -421,7 +200,7 @@ class _Chunks:
 
     def __init__(self, prefix: Prefix, params: Flat, stats: Flat, parallel: Parallel) -> None:
         self.prefix, self.parallel = prefix, parallel
-        self.rows = _chunk_rows(prefix, parallel)
+        self.rows = chunk_rows(prefix, parallel)
         self.leaves = (params, stats)
         here = parallel.replicated
         self._first = jax.jit(self._from_images, out_shardings=(here, here))

@@ -1,8 +1,8 @@
 """Where the entries of a frozen-prefix cache lie: device memory, host memory or a mapped file.
 
-A store takes blocks of entries in order and gives them back. A file is written whole or not at all,
-`<workdir>/cache/<key>.entries`: the entries, JSON, the hash of both, the JSON's length. Its key says
-what the entries were computed from; one that is damaged or has another key is never read.
+A store takes blocks of entries in order and gives them back. A file is written whole or not at
+all, `<workdir>/cache/<key>.entries`: the entries, JSON, the hash of both, the JSON's length. Its
+key says what the entries were computed from; one that is damaged or has another key is never read.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ class FileWriter:
         if start != self._next:
             raise ValueError(f"entry {start} came where {self._next} was due")
         stop = min(start + len(values), self.layout.count)
-        rows = np.ascontiguousarray(np.asarray(values)[: stop - start]).reshape(-1).view(np.uint8)
+        rows = np.ascontiguousarray(np.asarray(values)[: stop - start]).tobytes()
         self._hash.update(rows)
         self._file.write(rows)
         self._next = stop
