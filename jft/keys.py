@@ -85,6 +85,19 @@ KEYS: dict[str, Key] = {
         "few low leaves that spoil a cut (class token, position table): train them, or freeze them",
         choices=("train", "freeze"),
     ),
+    "freeze.cache": Key(
+        "off",
+        str,
+        "keep the outputs of a frozen prefix: off, on, or auto where the plan says that it pays",
+        choices=("off", "auto", "on"),
+    ),
+    "freeze.views": Key(
+        None,
+        int | None,
+        "augmented views of each example that phases with a frozen prefix take in turn, which a"
+        " cache can hold; None draws anew at every visit",
+        low=1,
+    ),
     "freeze.enforce": Key(
         "split",
         str,

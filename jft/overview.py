@@ -33,7 +33,7 @@ def plan_phases(
 ) -> list[PhasePlan]:
     """Returns what each phase costs on one device, counted from shapes; compiles nothing.
 
-    `costs` keeps what was counted for these parts before.
+    `costs` keeps what was counted for these parts before; of a suffix alone, see `loss_costs`.
     """
     costs = costs or loss_costs(task, parallel, parts)
     described = [
@@ -61,11 +61,17 @@ def _extra_bytes(task: Task, phase: Phase, optim: OptimSection) -> int:
     return extra
 
 
-def loss_costs(task: Task, parallel: Parallel, parts: StepParts) -> Costs:
-    """Returns the costs of a step on one device, by trainable set; nothing is counted yet."""
+def loss_costs(
+    task: Task, parallel: Parallel, parts: StepParts, batch: Mapping[str, Any] | None = None
+) -> Costs:
+    """Returns the costs of a step on one device, by trainable set; nothing is counted yet.
+
+    `batch` has the shapes of one device's batch; None is one of images, "features" make it the
+    step of a phase whose prefix is cached.
+    """
     params, stats = task.shapes
     rows = task.config.train.batch_size // parallel.num_devices
-    batch = batch_shapes(task, rows)
+    batch = dict(batch or batch_shapes(task, rows))
     # The state's own scalars: step, the window's sums, the two fault counters; 4 bytes each.
     scalars = jax.ShapeDtypeStruct((3 + len(WINDOW_SUMS),), np.int32)
 

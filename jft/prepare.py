@@ -11,6 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from jft.baselines import check as check_baselines
+from jft.caching import make_inputs, plan_phase, view_transform
 from jft.config import METRICS, diff, from_json, to_json
 from jft.data.images import make_eval_transform, make_train_transform
 from jft.data.loader import make_eval_loader, make_train_loader
@@ -110,6 +111,7 @@ def make_parts(task: Task) -> StepParts:
             ratio=tuple(augment.ratio),
         ),
         eval_transform=make_eval_transform(task.preprocess),
+        view_transform=view_transform(task),
         seed=config.seed,
         accum_steps=train.accum_steps,
         nonfinite=train.nonfinite,
@@ -181,6 +183,9 @@ def _make_run(
     plans = plan_phases(task, parallel, phases, optim, parts, costs)
     steps = 1 if dry_run else phases[-1].stop_step
 
+    images = functools.partial(train_batches, task, splits.train)
+    inputs = make_inputs(task, splits.train, parallel, parts, costs, workdir, images)
+
     def make_writer(step: int | None) -> RunWriter:
         primary, events = jax.process_index() == 0, config.log.tensorboard
         return RunWriter(workdir, step, total_steps=steps, primary=primary, tensorboard=events)
@@ -194,7 +199,7 @@ def _make_run(
         stages=task.model.stages,
         shapes=task.shapes,
         start=start,
-        batches=functools.partial(train_batches, task, splits.train),
+        batches=images,
         batch_shape=batch_shapes(task, config.train.batch_size),
         evaluate=functools.partial(evaluate_split, task, splits, workdir, parallel),
         splits=tuple(name for name in config.eval.splits if name in splits),
@@ -209,7 +214,8 @@ def _make_run(
         eval_every_steps=config.eval.every_steps,
         save_every_steps=config.checkpoint.every_steps,
         stop_step=steps,
-        plan=lambda phase: plan_phases(task, parallel, (phase,), optim, parts, costs)[0],
+        plan=functools.partial(plan_phase, task, parallel, optim, parts, costs, inputs),
+        inputs=inputs,
         summary=summary(task, splits, parallel, phases, optim, plans, conversion),
     )
 
@@ -235,8 +241,8 @@ def check_unchanged(config: ConfigDict, workdir: Path) -> None:
         )
 
 
-def train_batches(task: Task, source: Source, start_batch: int) -> Any:
-    """Returns this process's training batches from a position on."""
+def train_batches(task: Task, source: Source, start_batch: int, views: int | None = None) -> Any:
+    """Returns this process's training batches from a position on; see `make_train_loader`."""
     config = task.config
     return make_train_loader(
         source,
@@ -249,6 +255,7 @@ def train_batches(task: Task, source: Source, start_batch: int) -> Any:
         ranks=jax.process_count(),
         bad_image_quota=config.data.bad_image_quota,
         interpolation=task.preprocess.interpolation,
+        views=views,
     )
 
 

@@ -17,13 +17,14 @@ from jft.data.sources import ArraySource, make_splits
 from jft.errors import ConfigError, DataError
 from jft.freeze import entry_store
 from jft.freeze.cache_choice import CacheCosts, decide_cache, runs_in_parts
-from jft.freeze.cut import cached_batch_shape, features, fill_cache
+from jft.freeze.cut import cached_batch_shape, fill_cache
 from jft.freeze.entry_store import Room, entries_path, host_free_bytes, measure_room
 from jft.freeze.prefix import Prefix, split_identity
 from jft.losses import softmax
 from jft.models.own import own_model
 from jft.models.zoo import make_model
 from jft.train.parallel import make_parallel
+from jft.train.step import features
 from jft.tree import flatten, merge, split
 
 VIEWS = 2

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from jft import hlo
+from jft.freeze.groups import make_groups
 from jft.plan import Costs, PhaseParts, make_plan
 from jft.train.guarantee import Guard, check_cost, consumers, digest
 
@@ -70,7 +71,7 @@ def leaves():
     return {path: np.full((2, 2), at, np.float32) for at, path in enumerate(SHAPES)}
 
 
-UNITS = {stage: frozenset({f"{stage}/dense/kernel"}) for stage in STAGES}
+GROUPS = make_groups(SHAPES)
 
 
 def test_a_frozen_leaf_that_moves_by_one_ulp_ends_the_run():
@@ -98,7 +99,7 @@ def test_a_unit_that_was_to_train_and_did_not_move_is_named():
         ["blocks_1/dense/kernel", "head/dense/kernel"],
     )
     end = start | {"head/dense/kernel": start["head/dense/kernel"] + 1}
-    found.end(end, {"blocks_0/dense/kernel": start["blocks_0/dense/kernel"]}, UNITS)
+    found.end(end, {"blocks_0/dense/kernel": start["blocks_0/dense/kernel"]}, GROUPS, STAGES)
     assert messages == ["warning: blocks_1 was to train, but not one of its leaves changed"]
     found.close()
 

@@ -105,13 +105,6 @@ def cached_batch_shape(
     return {"features": jax.ShapeDtypeStruct((rows, *shape), dtype), **rest}
 
 
-def features(table: jax.Array | None, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """Returns the suffix's input [B, ...], inside the step."""
-    if table is None:
-        return batch["features"]
-    return table.at[batch["entry"]].get(mode="promise_in_bounds")
-
-
 def fill_cache(
     prefix: Prefix,
     params: Flat,

@@ -8,6 +8,7 @@ from typing import Any
 from jft import hlo
 from jft.freeze.phases import Phase
 from jft.train.guarantee import check_cost
+from jft.train.inputs import Input
 from jft.train.run import Run, compile_phase
 
 # Phases this short, or many that are this short on average, leave no time to compile the next one.
@@ -21,31 +22,34 @@ class CompiledSteps:
       seconds: spent on tracing, lowering and compilation so far.
     """
 
-    def __init__(self, run: Run, message: Callable[[str], None]):
-        """Takes the run, and where to say what is compiled before the first step."""
-        self.run, self.message = run, message
+    def __init__(self, run: Run, choose: Callable[[Phase], Input], message: Callable[[str], None]):
+        """Takes the run, what each phase reads, and where to say what is compiled when."""
+        self.run, self.choose, self.message = run, choose, message
         self.seconds = 0.0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="jft-compile")
         self._futures: dict[Any, Future] = {}
         self._shown: set[Any] = set()
 
     def start(self, phase: Phase) -> Future:
-        """Starts compiling the step of `phase`, unless one with its key is there."""
-        if phase.key not in self._futures:
-            self._futures[phase.key] = self._pool.submit(self._compile, phase)
-            self._futures[phase.key].add_done_callback(self._count)
-        return self._futures[phase.key]
+        """Starts compiling the step of `phase`, unless one like it is there."""
+        chosen = self.choose(phase)
+        key = (phase.key, chosen.key)
+        if key not in self._futures:
+            self._futures[key] = self._pool.submit(self._compile, phase, chosen)
+            self._futures[key].add_done_callback(self._count)
+        return self._futures[key]
 
-    def _compile(self, phase: Phase) -> tuple[Any, float, str]:
+    def _compile(self, phase: Phase, chosen: Input) -> tuple[Any, float, str]:
         """Returns (compiled step, seconds, how it compares with the plan)."""
-        compiled, seconds = compile_phase(self.run, phase)
+        compiled, seconds = compile_phase(self.run, phase, chosen)
         if self.run.plan is None:
             return compiled, seconds, ""
         try:
             cost = hlo.count(compiled)
         except ValueError as error:  # a backend that does not show its programs
             return compiled, seconds, f"not compared with the plan: {error}"
-        text = check_cost(cost, self.run.plan(phase), phase.mask, self.run.stages)
+        plan = self.run.plan(phase, chosen)
+        text = check_cost(cost, plan, phase.mask, self.run.stages)
         return compiled, seconds, text
 
     def _count(self, future: Future) -> None:
@@ -55,8 +59,9 @@ class CompiledSteps:
     def get(self, phase: Phase) -> tuple[Any, float]:
         """Returns (compiled step, seconds that it took); waits for it."""
         compiled, seconds, text = self.start(phase).result()
-        if text and phase.key not in self._shown:
-            self._shown.add(phase.key)
+        key = (phase.key, self.choose(phase).key)
+        if text and key not in self._shown:
+            self._shown.add(key)
             self.message(f"step of phase {phase.index}: {text}")
         return compiled, seconds
 
@@ -67,7 +72,7 @@ class CompiledSteps:
         """
         distinct: dict[Any, Phase] = {}
         for phase in phases:
-            distinct.setdefault(phase.key, phase)
+            distinct.setdefault((phase.key, self.choose(phase).key), phase)
         lengths = [phase.stop_step - phase.start_step for phase in phases]
         short = any(length < SHORT_STEPS for length in lengths[:-1])
         many = len(phases) >= MANY and sum(lengths) < SHORT_MEAN_STEPS * len(phases)

@@ -1,7 +1,6 @@
 """Decisions of a freezing schedule while it runs: what was seen and decided, in one log."""
 
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,33 +10,11 @@ from jft.freeze.deciders import View
 from jft.freeze.phases import Phase
 from jft.freeze.schedule import Due
 from jft.freeze.signals import rel_update, top_elements, weight_snrs
+from jft.train.feed import Feed
 from jft.train.plasticity import make_plasticity, make_reference
 from jft.train.probe import Probe, make_probe
 from jft.train.run import Run
 from jft.tree import Flat
-
-
-class Upcoming:
-    """The batches of a run, of which a probe may look at the next ones without using them up."""
-
-    def __init__(self, batches: Iterator[Mapping[str, np.ndarray]]):
-        """Takes the stream."""
-        self._batches = batches
-        self._seen: deque[Mapping[str, np.ndarray]] = deque()
-
-    def __iter__(self) -> Iterator[Mapping[str, np.ndarray]]:
-        """Returns itself."""
-        return self
-
-    def __next__(self) -> Mapping[str, np.ndarray]:
-        """The next batch."""
-        return self._seen.popleft() if self._seen else next(self._batches)
-
-    def peek(self, count: int) -> list[Mapping[str, np.ndarray]]:
-        """Returns the next `count` batches; `next` gives the same ones again."""
-        while len(self._seen) < count:
-            self._seen.append(next(self._batches))
-        return [self._seen[at] for at in range(count)]
 
 
 class Decisions:
@@ -85,10 +62,10 @@ class Decisions:
         if due is not None and due[0] == step + 1 and due[1].signal == "rel_update":
             self._before = {path: jax.numpy.copy(leaf) for path, leaf in params.items()}
 
-    def decide(self, due: Due, params: Flat, stats: Flat, batches: Upcoming) -> str:
+    def decide(self, due: Due, params: Flat, stats: Flat, feed: Feed) -> str:
         """Measures, decides and notes what is due; returns one line about it."""
         base = frozenset(path for path, yes in due.base.items() if yes)
-        values, elements = self._measure(due, base, params, stats, batches)
+        values, elements = self._measure(due, base, params, stats, feed)
         view = View(
             values=values,
             groups=self.run.freeze.groups,
@@ -110,7 +87,7 @@ class Decisions:
         return f"{due.rule.signal} decides: {shown}"
 
     def _measure(
-        self, due: Due, base: frozenset[str], params: Flat, stats: Flat, batches: Upcoming
+        self, due: Due, base: frozenset[str], params: Flat, stats: Flat, feed: Feed
     ) -> tuple[dict[str, float], Flat]:
         """Returns (the rule's signal by leaf, or by unit for plasticity; by element)."""
         signal, run = due.rule.signal, self.run
@@ -120,8 +97,7 @@ class Decisions:
             before, self._before = self._before, {}
             return rel_update(before, {path: params[path] for path in before}), {}
         taken = [
-            {name: batch[name] for name in run.batch_shape}
-            for batch in batches.peek(due.rule.batches)
+            {name: batch[name] for name in run.batch_shape} for batch in feed.peek(due.rule.batches)
         ]
         if signal == "plasticity":
             return self._plasticity(due, params, stats, taken), {}

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from jft import hlo
-from jft.freeze.masks import Mask
+from jft.freeze.groups import Groups
+from jft.freeze.masks import Mask, make_mask
 from jft.plan import PhasePlan
 from jft.tree import Flat
 
@@ -133,7 +134,7 @@ class Guard:
             if moved:
                 raise RuntimeError(f"frozen leaf {moved[0]!r} changed ({len(moved)} in all)")
 
-    def end(self, params: Flat, frozen: Flat, units: Mapping[str, frozenset[str]]) -> None:
+    def end(self, params: Flat, frozen: Flat, groups: Groups, units: Sequence[str]) -> None:
         """Checks all frozen leaves, and names the units that were to train and did not move."""
         self.check(frozen)
         self.poll(wait=True)
@@ -142,8 +143,9 @@ class Guard:
             for path in self._scheduled & self._first.keys()
             if digest(params[path]) == self._first[path].result()
         }
-        for unit, leaves in units.items():
-            due = leaves & self._scheduled
+        for unit in units:
+            leaves = make_mask(unit, groups)
+            due = {path for path in self._scheduled if leaves.get(path)}
             if due and due <= still:
                 self.message(f"warning: {unit} was to train, but not one of its leaves changed")
 

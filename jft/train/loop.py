@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,17 +11,18 @@ import jax
 import numpy as np
 
 from jft.errors import DivergedError
-from jft.freeze.masks import make_mask
 from jft.freeze.phases import Phase
 from jft.metrics import finish
 from jft.report.writers import RunWriter
 from jft.train.checkpoint import Restored
 from jft.train.compiled import CompiledSteps
-from jft.train.decisions import Decisions, Upcoming
+from jft.train.decisions import Decisions
+from jft.train.feed import Feed
 from jft.train.guarantee import Guard
+from jft.train.inputs import Input
 from jft.train.lock import Lock
 from jft.train.parallel import check_replicas
-from jft.train.run import Outcome, Run, from_checkpoint, pack, phase_of
+from jft.train.run import Outcome, Run, batch_shape, from_checkpoint, pack, phase_of
 from jft.train.signals import StopSignals
 from jft.train.state import WINDOW_SUMS, Frozen, leaves_by_path, make_state, switch_phase
 from jft.train.step import make_eval_step
@@ -64,6 +65,7 @@ def _fit(run: Run, writer: RunWriter, restored: Restored | None, stop: StopSigna
         if trainer:
             trainer.steps.close()
             trainer.guard.close()
+            trainer.feed.close()
 
 
 def _rebuild(run: Run, paths: list[str]) -> Flat:
@@ -76,7 +78,7 @@ class _Trainer:
 
     def __init__(self, run: Run, writer: RunWriter, restored: Restored | None):
         self.run, self.writer = run, writer
-        self.steps = CompiledSteps(run, writer.message)
+        self.steps = CompiledSteps(run, self.choose, writer.message)
         self.guard = Guard(writer.message)
         self.parked: Flat = {}
         beside: dict[str, Flat] = {}
@@ -90,6 +92,7 @@ class _Trainer:
         self.began = self.clock = time.monotonic()
         self.clock_step, self.stall_seconds = 0, 0.0
         self.entered = False
+        self.batch_names: tuple[str, ...] = ()
         if restored is None:
             self.phase = run.freeze.at(0)
             params, stats = run.start()
@@ -107,47 +110,44 @@ class _Trainer:
         self.saved_step = self.step if restored else -1
         log = restored.info.get("decisions", []) if restored else []
         self.decisions = Decisions(run, log, beside)
+        chosen = restored.info.get("caches", {}) if restored else {}
+        self.feed = Feed(run, self.step, chosen, writer.message)
 
     def train(self, stop: StopSignals) -> int:
         """Runs the phases that are left; returns the exit code."""
         run = self.run
-        batches = Upcoming(run.batches(self.step))
         if not run.freeze.triggered and run.total_steps == run.freeze.outline.total_steps:
             self.steps.ahead([phase for phase in run.phases if phase.stop_step > self.step])
         self.decisions.begin(self.step, *self.leaves())
         self.guard.begin(self.leaves()[0])
-        self.decide(batches)
+        self.decide()
         while self.step < run.total_steps:
             phase = run.freeze.at(self.step, self.decisions.log)
             self.enter(phase)
             first, decided = self.step, len(self.decisions.log)
             last = min(phase.stop_step, run.total_steps)
             while self.step < last and len(self.decisions.log) == decided:
-                self.update(batches)
+                self.update()
                 if self.step == first + 1 and run.parallel.num_devices > 1:
                     check_replicas(self.state)
-                self.after_update(batches, last=self.step == run.total_steps)
+                self.after_update(last=self.step == run.total_steps)
                 if stop.exit_code is not None:
                     self.save()
                     return stop.exit_code
-        self.check_end()
-        return 0
-
-    def check_end(self) -> None:
-        """Raises if a frozen leaf has moved; says what was to train and did not."""
-        outline, groups = self.run.freeze.outline, self.run.freeze.groups
-        units = {}
-        for unit in outline.units:
-            units[unit] = frozenset(p for p, yes in make_mask(unit, groups).items() if yes)
         frozen = self.frozen.params | self.frozen.model_state
-        self.guard.end(self.leaves()[0], frozen, units)
+        self.guard.end(self.leaves()[0], frozen, run.freeze.groups, run.freeze.outline.units)
+        return 0
 
     def leaves(self) -> tuple[Flat, Flat]:
         """Returns all parameters and all statistics of the model."""
         params = {**self.state.params, **self.frozen.params}
         return params, {**self.state.model_state, **self.frozen.model_state}
 
-    def decide(self, batches: Upcoming) -> None:
+    def choose(self, phase: Phase) -> Input:
+        """Returns what a phase reads."""
+        return self.feed.choose(phase, self.run.freeze.phases(self.decisions.log))
+
+    def decide(self) -> None:
         """Makes the freezing decision that is due at this step, if there is one."""
         if self.step >= self.run.total_steps:
             return
@@ -156,7 +156,7 @@ class _Trainer:
             return
         self.write_rows(wait=True)
         began = time.monotonic()
-        text = self.decisions.decide(due, *self.leaves(), batches)
+        text = self.decisions.decide(due, *self.leaves(), self.feed)
         seconds = time.monotonic() - began
         self.writer.message(f"step {self.step}: {text} ({seconds:.1f} s)")
         self.clock += seconds  # a probe is not training time
@@ -179,8 +179,12 @@ class _Trainer:
             )
         self.phase, self.entered = phase, True
         if not going_on:
+            chosen = self.choose(phase)
+            cache = self.feed.enter(chosen, *self.leaves())
+            self.batch_names = tuple(batch_shape(run, chosen))
+            rates = run.optim.rates(phase)
             self.frozen = dataclasses.replace(
-                self.frozen, rates=run.optim.rates(phase), elements=elements
+                self.frozen, rates=rates, elements=elements, cache=cache
             )
             self.state, self.frozen = run.parallel.place((self.state, self.frozen))
             self.current, compile_seconds = self.steps.get(phase)
@@ -202,12 +206,12 @@ class _Trainer:
                 f" compiled in {compile_seconds:.1f} s, waited {stall:.1f} s"
             )
 
-    def update(self, batches: Iterator[Mapping[str, np.ndarray]]) -> None:
+    def update(self) -> None:
         """One step; the device works while the host fetches the next batch."""
         began = time.monotonic()
-        batch = next(batches)
+        batch = next(self.feed)
         self.wait_seconds += time.monotonic() - began
-        placed = self.run.parallel.place_batch({name: batch[name] for name in self.run.batch_shape})
+        placed = self.run.parallel.place_batch({name: batch[name] for name in self.batch_names})
         self.decisions.before_update(self.step, self.state.params)
         self.state, self.last = self.current(self.state, self.frozen, placed)
         self.step += 1
@@ -215,7 +219,7 @@ class _Trainer:
         if len(self.in_flight) > IN_FLIGHT_STEPS:
             self.in_flight.popleft().block_until_ready()
 
-    def after_update(self, batches: Upcoming, last: bool) -> None:
+    def after_update(self, last: bool) -> None:
         """Logs, evaluates, decides and saves what is due at this step."""
         run = self.run
         if last or self.step % run.parts.log_every_steps == 0:
@@ -228,7 +232,7 @@ class _Trainer:
             for split in run.splits:
                 if split != "val":
                     self.evaluate(split)
-        self.decide(batches)
+        self.decide()
         if last or (run.save_every_steps and self.step % run.save_every_steps == 0):
             self.save()
         run.checkpoints.poll()
@@ -319,6 +323,7 @@ class _Trainer:
         state, frozen = pack(self.state, self.frozen, beside)
         info = {**self.run.info, "phase": self.phase.index, "batches": self.step}
         info |= {"results": self.results, "decisions": list(self.decisions.log)}
+        info["caches"] = dict(self.feed.chosen)
         # A checkpoint is ranked by an evaluation of this very step, never by an older one.
         metrics = self.results if self.step == self.evaluated_step else {}
         self.guard.check(self.frozen.params | self.frozen.model_state)

@@ -16,6 +16,7 @@ from jft.freeze.schedule import FreezeSchedule
 from jft.plan import PhasePlan
 from jft.report.writers import RunWriter
 from jft.train.checkpoint import Checkpoints, Restored
+from jft.train.inputs import Input, Inputs
 from jft.train.optim import OptimSection
 from jft.train.parallel import Parallel
 from jft.train.state import (
@@ -59,7 +60,9 @@ class Run:
       save_every_steps: None saves at the end and on signals only.
       stop_step: ends the run before its phases do, for a dry run.
       summary: the tables to show before the first step.
-      plan: of a phase, to compare its compiled step with; None compares nothing.
+      plan: (phase, what it reads) -> what its compiled step is compared with; None compares
+        nothing.
+      inputs: what each phase reads; None reads images from `batches` throughout.
     """
 
     workdir: Path
@@ -84,7 +87,8 @@ class Run:
     save_every_steps: int | None = None
     stop_step: int | None = None
     summary: str = ""
-    plan: Callable[[Phase], PhasePlan] | None = None
+    plan: Callable[[Phase, Input], PhasePlan] | None = None
+    inputs: Inputs | None = None
 
     @property
     def total_steps(self) -> int:
@@ -116,10 +120,16 @@ class Outcome:
     model_state: Flat
 
 
-def compile_phase(run: Run, phase: Phase) -> tuple[Any, float]:
-    """Returns the compiled step of `phase`, and the seconds it took; needs no arrays."""
+def compile_phase(run: Run, phase: Phase, chosen: Input | None = None) -> tuple[Any, float]:
+    """Returns the compiled step of `phase`, and the seconds it took; needs no arrays.
+
+    `chosen` is what the phase reads; None stands for images.
+    """
     began = time.monotonic()
     state, frozen = abstract_state(run, phase)
+    chosen = chosen or Input()
+    if run.inputs is not None:
+        frozen = dataclasses.replace(frozen, cache=run.inputs.table_shape(chosen))
     step = make_train_step(
         run.parts,
         run.optim.tx(phase, run.enforce),
@@ -130,8 +140,13 @@ def compile_phase(run: Run, phase: Phase) -> tuple[Any, float]:
         axis_name=run.parallel.axis_name,
         elements=phase.elements,
     )
-    compiled = run.parallel.compile_train(step, state, frozen, run.batch_shape)
+    compiled = run.parallel.compile_train(step, state, frozen, batch_shape(run, chosen))
     return compiled, time.monotonic() - began
+
+
+def batch_shape(run: Run, chosen: Input) -> dict[str, Any]:
+    """Returns {name: shape and dtype} of one global batch of a phase that reads `chosen`."""
+    return run.batch_shape if run.inputs is None else run.inputs.batch_shape(chosen)
 
 
 def abstract_state(run: Run, phase: Phase) -> tuple[TrainState, Frozen]:
@@ -166,7 +181,9 @@ def pack(
     more: Flat = {}
     for kind, flat in (beside or {}).items():
         more |= {f"{kind}/{name}": leaf for name, leaf in flat.items()}
-    return leaves_by_path(state) | more, leaves_by_path(dataclasses.replace(frozen, rates={}))
+    return leaves_by_path(state) | more, leaves_by_path(
+        dataclasses.replace(frozen, rates={}, cache={})
+    )
 
 
 def phase_of(run: Run, restored: Restored) -> Phase:

@@ -47,13 +47,15 @@ class Frozen:
       model_state: {path: leaf} of the statistics that stay.
       elements: {trainable path: bool mask of its elements that train}, for a fixed element-wise
         mask; else empty.
-      rates: learning-rate factors of the phase, see `jft.train.optim.make_rates`; never saved.
+      rates: learning-rate factors of the phase, see `jft.train.rates.make_rates`; never saved.
+      cache: "table", the outputs of the frozen prefix, where the device holds them; never saved.
     """
 
     params: Flat
     model_state: Flat
     elements: Flat = flax.struct.field(default_factory=dict)
     rates: Flat = flax.struct.field(default_factory=dict)
+    cache: Flat = flax.struct.field(default_factory=dict)
 
 
 def norm_of(path: str) -> str:

@@ -2,7 +2,7 @@
 
 import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,8 @@ class StepParts:
       loss: (logits [B, K], label [B]) -> [B].
       transform: (uint8 images, key, index [B]) -> model input, augmentation included.
       eval_transform: (uint8 images) -> model input.
+      view_transform: (uint8 images, example [B], view [B]) -> model input, the same at every visit;
+        for batches that say which view.
       seed: every key derives from (seed, step), and then from the row in the global batch.
       accum_steps: micro-batches per update.
       nonfinite: "stop" or "skip".
@@ -40,6 +42,7 @@ class StepParts:
     loss: Loss
     transform: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
     eval_transform: Callable[[jax.Array], jax.Array]
+    view_transform: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None
     seed: int = 0
     accum_steps: int = 1
     nonfinite: str = "stop"
@@ -57,7 +60,8 @@ def make_loss_sums(
     """Returns f(params, stats, frozen, batch, key) -> (loss sum, (sums, moved statistics)).
 
     It is what a step differentiates by `params`, the trainable leaves; batch has "row", the place
-    of each example in the global batch.
+    of each example in the global batch. A batch without images has what the stages below the cut
+    made of them: "features", or "entry" of the table in `frozen.cache`.
     """
 
     def loss_sums(params: Flat, stats: Flat, frozen: Frozen, batch: Batch, key: jax.Array):
@@ -66,13 +70,20 @@ def make_loss_sums(
             variables["batch_stats"] = merge(stats, frozen.model_state)
         training = Training(batch["mask"], batch["row"], axis_name, cut, frozen_norms)
         pixel_key, dropout_key = jax.random.split(key)
-        images = parts.transform(batch["image"], pixel_key, batch["row"])
+        begin: dict[str, Any] = {}
+        if "image" not in batch:
+            x, begin = features(frozen.cache.get("table"), batch), {"start": cut}
+        elif "view" in batch and parts.view_transform is not None:
+            x = parts.view_transform(batch["image"], batch["example"], batch["view"])
+        else:
+            x = parts.transform(batch["image"], pixel_key, batch["row"])
         logits, updated = parts.apply(
             variables,
-            images,
+            x,
             training=training,
             rngs={"dropout": dropout_key},
             mutable=["batch_stats"],
+            **begin,
         )
         losses = parts.loss(logits, batch["label"])
         sums = classification_sums(logits, batch["label"], batch["mask"], losses)
@@ -83,6 +94,13 @@ def make_loss_sums(
         )
 
     return loss_sums
+
+
+def features(table: jax.Array | None, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Returns the suffix's input [B, ...], inside the step."""
+    if table is None:
+        return batch["features"]
+    return table.at[batch["entry"]].get(mode="promise_in_bounds")
 
 
 def _sum_gradients(

@@ -1,0 +1,158 @@
+"""From a config to the inputs of its phases: views and the frozen-prefix cache."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jft.data.images import is_random, make_view_transform
+from jft.data.protocol import Source
+from jft.freeze.phases import Phase
+from jft.freeze.prefix import Prefix, split_identity
+from jft.overview import loss_costs, plan_phases
+from jft.plan import Costs, PhasePlan
+from jft.task import Task, batch_shapes
+from jft.train.inputs import Input, Inputs
+from jft.train.optim import OptimSection
+from jft.train.parallel import Parallel
+from jft.train.state import first_trainable_stage
+from jft.train.step import StepParts
+
+
+def view_transform(task: Task) -> Callable[..., jax.Array]:
+    """Returns the transform that gives each (example, view) the same pixels at every visit."""
+    config = task.config
+    augment = config.augment
+    return make_view_transform(
+        task.preprocess,
+        seed=config.seed,
+        flip=augment.flip,
+        crop=augment.crop,
+        scale=tuple(augment.scale),
+        ratio=tuple(augment.ratio),
+    )
+
+
+def make_inputs(
+    task: Task,
+    source: Source,
+    parallel: Parallel,
+    parts: StepParts,
+    costs: Costs,
+    workdir: Path,
+    images: Callable[[int, int | None], Iterator[Mapping[str, np.ndarray]]],
+) -> Inputs:
+    """Returns what the phases of a run read.
+
+    Args:
+      task: the model of the config.
+      source: the training split.
+      parallel: the devices.
+      parts: what the steps are built from.
+      costs: of a step that reads images.
+      workdir: the run directory.
+      images: (first batch, views or None) -> stream of image batches.
+    """
+    config = task.config
+    random = is_random(flip=config.augment.flip, crop=config.augment.crop)
+    views = config.freeze.views if random else 1
+    prefix = Prefix(
+        apply=task.model.apply,
+        transform=view_transform(task),
+        stages=task.model.stages,
+        cuts=(),
+        image_shape=task.image_shape,
+        views=views or 1,
+        described=describe(task, source) if config.freeze.cache != "off" else {},
+    )
+    return Inputs(
+        mode=config.freeze.cache,
+        views=views,
+        random=random,
+        prefix=prefix,
+        source=source,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        parallel=parallel,
+        workdir=workdir,
+        images=images,
+        image_shape=batch_shapes(task, config.train.batch_size),
+        shapes=task.shapes,
+        flops=lambda phase: phase_flops(task, parallel, parts, costs, prefix, phase),
+        loader={
+            "workers": config.data.workers,
+            "bad_image_quota": config.data.bad_image_quota,
+            "interpolation": task.preprocess.interpolation,
+        },
+    )
+
+
+def describe(task: Task, source: Source) -> dict[str, Any]:
+    """Returns JSON of all that decides a prefix's outputs beside its weights."""
+    config = task.config
+    sections = ("augment", "data", "model")
+    return {
+        "config": {section: json.loads(config[section].to_json()) for section in sections},
+        "seed": config.seed,
+        "dtype": config.train.dtype,
+        "preprocess": task.preprocess.to_dict(),
+        "split": split_identity(source),
+    }
+
+
+def suffix_costs(
+    task: Task, parallel: Parallel, parts: StepParts, prefix: Prefix, cut: int
+) -> Costs:
+    """Returns the costs of a step on one device that reads the outputs of stages [0, cut)."""
+    rows = task.config.train.batch_size // parallel.num_devices
+    entry = replace(prefix, cuts=(cut,)).entry(*task.shapes)
+    batch = {name: x for name, x in batch_shapes(task, rows).items() if name != "image"}
+    batch["features"] = jax.ShapeDtypeStruct((rows, *entry.shape), entry.dtype)
+    return loss_costs(task, parallel, parts, batch)
+
+
+def phase_flops(
+    task: Task, parallel: Parallel, parts: StepParts, costs: Costs, prefix: Prefix, phase: Phase
+) -> tuple[float, float, float]:
+    """Returns FLOPs an example of (a step, a step from cached entries, the prefix forward)."""
+    rows = task.config.train.batch_size // parallel.num_devices
+    cut = first_trainable_stage(phase.mask, task.model.stages)
+    whole = costs.flops(phase.mask)
+    suffix = suffix_costs(task, parallel, parts, prefix, cut).flops(phase.mask)
+    prefix_flops = whole.forward - suffix.forward
+    return whole.total / rows, suffix.total / rows, prefix_flops / rows
+
+
+def plan_phase(
+    task: Task,
+    parallel: Parallel,
+    optim: OptimSection,
+    parts: StepParts,
+    costs: Costs,
+    inputs: Inputs,
+    phase: Phase,
+    chosen: Input,
+) -> PhasePlan:
+    """Returns what a step of a phase costs that reads `chosen`."""
+    plan = plan_phases(task, parallel, (phase,), optim, parts, costs)[0]
+    rows = task.config.train.batch_size // parallel.num_devices
+    if chosen.kind == "views":  # which example and which view, 4 bytes each
+        return replace(plan, argument_bytes=plan.argument_bytes + 8 * rows)
+    if chosen.kind != "cache":
+        return plan
+    suffix = suffix_costs(task, parallel, parts, inputs.prefix, chosen.cuts[-1])
+    found = suffix.flops(phase.mask)
+    table = inputs.table_shape(chosen).get("table")
+    more = suffix.data_bytes - costs.data_bytes
+    more += math.prod(table.shape) * table.dtype.itemsize if table is not None else 0
+    return replace(
+        plan,
+        flops=found.total,
+        forward_flops=found.forward,
+        argument_bytes=plan.argument_bytes + more,
+    )

@@ -1,0 +1,109 @@
+"""The batches of a run, phase by phase, and the caches that some of them come from."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from jft.freeze.cut import PrefixCache
+from jft.freeze.phases import Phase
+from jft.train.inputs import Input
+from jft.train.run import Run
+from jft.tree import Flat
+
+Batch = Mapping[str, np.ndarray]
+
+
+class Feed:
+    """An endless stream of batches that follows the phases; a probe may look ahead in it.
+
+    Attributes:
+      chosen: what was decided about caches so far, saved in every checkpoint; see `Inputs.choose`.
+      cache: the entries in use, or None.
+    """
+
+    def __init__(self, run: Run, step: int, chosen: Mapping[str, str], say: Callable[[str], None]):
+        """Begins at `step`, with the decisions of a checkpoint; `say` tells of new ones."""
+        self.run, self.say = run, say
+        self.chosen: dict[str, str] = dict(chosen)
+        self.cache: PrefixCache | None = None
+        self.input = Input()
+        self._step = step
+        self._stream: Any = None
+        self._seen: deque[Batch] = deque()
+        self._told: set[str] = set()
+
+    def choose(self, phase: Phase, phases: tuple[Phase, ...]) -> Input:
+        """Returns what a phase reads."""
+        if self.run.inputs is None or self.run.enforce != "split":
+            return Input()
+        found = self.run.inputs.choose(phase, phases, self.chosen)
+        if found.text and found.text not in self._told:
+            self._told.add(found.text)
+            self.say(found.text)
+        return found
+
+    def enter(self, chosen: Input, params: Flat, stats: Flat) -> Flat:
+        """Makes a phase's input the current one; returns what the step takes as `Frozen.cache`."""
+        inputs = self.run.inputs
+        if inputs is not None and chosen.kind == "cache":
+            if self.input != chosen or self.cache is None:
+                began = time.monotonic()
+                shallower = [self.cache] if self.cache is not None else []
+                self.cache = inputs.fill(chosen, params, stats, shallower)
+                self.say(
+                    f"cache filled in {time.monotonic() - began:.1f} s:"
+                    f" {len(self.cache.replaced):,} examples x {self.cache.views} views"
+                )
+        else:
+            self.cache = None
+        if chosen.key != self.input.key or chosen.kind == "cache":
+            self.close()
+        self.input = chosen
+        table = self.cache.table if self.cache is not None else None
+        return {} if table is None else {"table": table}
+
+    def _opened(self) -> Any:
+        """The stream of the current input, begun where the run is."""
+        if self._stream is None:
+            at, inputs = self._step + len(self._seen), self.run.inputs
+            if inputs is None or self.input.kind == "images":
+                self._stream = self.run.batches(at)
+            else:
+                self._stream = inputs.stream(self.input, at, self.cache)
+        return self._stream
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Returns itself."""
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch."""
+        batch = self._seen.popleft() if self._seen else next(self._opened())
+        self._step += 1
+        return batch
+
+    def peek(self, count: int) -> list[Batch]:
+        """Returns the next `count` batches of images; `next` still gives the same examples."""
+        if self.input.kind != "images":
+            stream: Any = self.run.batches(self._step)
+            try:
+                return [next(stream) for _ in range(count)]
+            finally:
+                _close(stream)
+        while len(self._seen) < count:
+            self._seen.append(next(self._opened()))
+        return [self._seen[at] for at in range(count)]
+
+    def close(self) -> None:
+        """Ends the stream, with the threads and processes that read for it."""
+        _close(self._stream)
+        self._stream = None
+        self._seen.clear()
+
+
+def _close(stream: Any) -> None:
+    if stream is not None and hasattr(stream, "close"):
+        stream.close()
