@@ -17,7 +17,7 @@ from jft.data.sources import ArraySource, make_splits
 from jft.errors import ConfigError, DataError
 from jft.freeze import entry_store
 from jft.freeze.cache_choice import CacheCosts, decide_cache, runs_in_parts
-from jft.freeze.cut import cached_batch_shape, features, fill_cache
+from jft.freeze.cut import cached_batch_shape, features, fill_cache, table_shape
 from jft.freeze.entry_store import Room, entries_path, host_free_bytes, measure_room
 from jft.freeze.prefix import Prefix, split_identity
 from jft.losses import softmax
@@ -238,6 +238,9 @@ def test_eight_devices_fill_their_shares(name, tmp_path):
         assert far(many.entries(), one) < 1e-5
         if tier == "device":
             assert len(many.table.sharding.device_set) == 8
+            entry = prefix.entry(*made(name)[1:])
+            shape = table_shape(prefix, entry, 11, make_parallel(mode="auto", devices=8))
+            assert (shape.shape, shape.dtype) == (many.table.shape, many.table.dtype)
 
 
 def test_a_table_on_eight_devices_is_gathered_inside_a_sharded_step(tmp_path):

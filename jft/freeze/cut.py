@@ -105,6 +105,15 @@ def cached_batch_shape(
     return {"features": jax.ShapeDtypeStruct((rows, *shape), dtype), **rest}
 
 
+def table_shape(
+    prefix: Prefix, entry: jax.ShapeDtypeStruct, examples: int, parallel: Parallel
+) -> jax.ShapeDtypeStruct:
+    """Returns the shape of `PrefixCache.table`, known before it is filled; it ends in padding."""
+    rows = chunk_rows(prefix, parallel)
+    count = -(-examples // rows) * rows * prefix.views
+    return jax.ShapeDtypeStruct((count, *entry.shape), entry.dtype)
+
+
 def features(table: jax.Array | None, batch: Mapping[str, jax.Array]) -> jax.Array:
     """Returns the suffix's input [B, ...], inside the step."""
     if table is None:
