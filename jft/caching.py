@@ -68,6 +68,7 @@ def make_inputs(
         cuts=(),
         image_shape=task.image_shape,
         views=views or 1,
+        chunk=config.train.batch_size,
         described=describe(task, source) if config.freeze.cache != "off" else {},
     )
     return Inputs(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from jft.freeze.entry_store import (
     HostStore,
     Layout,
     entries_path,
+    map_entries,
     open_entries,
     writing,
 )
@@ -105,6 +105,15 @@ def cached_batch_shape(
     return {"features": jax.ShapeDtypeStruct((rows, *shape), dtype), **rest}
 
 
+def table_shape(
+    prefix: Prefix, entry: jax.ShapeDtypeStruct, examples: int, parallel: Parallel
+) -> jax.ShapeDtypeStruct:
+    """Returns the shape of `PrefixCache.table`, known before it is filled; it ends in padding."""
+    rows = chunk_rows(prefix, parallel)
+    count = -(-examples // rows) * rows * prefix.views
+    return jax.ShapeDtypeStruct((count, *entry.shape), entry.dtype)
+
+
 def fill_cache(
     prefix: Prefix,
     params: Flat,
@@ -145,7 +154,7 @@ def fill_cache(
     images = functools.partial(
         make_eval_loader,
         source,
-        batch_size=chunk_rows(prefix, parallel),
+        batch_size=chunks.rows,
         image_shape=prefix.image_shape,
         workers=workers,
         rank=jax.process_index(),
@@ -155,24 +164,15 @@ def fill_cache(
         replace_bad=True,
     )
     blocks = chunks.blocks(len(source), images, shallower)
-    block = chunks.rows * prefix.views
-    bad: dict[int, int] = {}
-    opened = writing(path, layout) if tier == "disk" else nullcontext()
-    with opened as file:
-        store = file or _in_memory(tier, layout, block, parallel)
-        for number, (values, examples) in enumerate(blocks):
-            store.put(number * block, values)
-            first = number * chunks.rows
-            bad |= {first + i: int(e) for i, e in enumerate(examples) if e not in (first + i, -1)}
-        if file is not None:
-            file.finish({"key": key, "replaced": list(bad.items())})
-    replaced = _replaced(len(source), bad.items())
     if tier == "disk":
-        shape = (layout.count, *layout.shape)
-        mapped = np.memmap(path, np.uint8, "r", shape=(layout.nbytes,))
-        store = HostStore(layout, mapped.view(layout.dtype).reshape(shape))
-    assert isinstance(store, DeviceStore | HostStore)
-    return PrefixCache(key, prefix.views, tier, replaced, store)
+        with writing(path, layout) as file:
+            bad = chunks.store(blocks, file)
+            file.finish({"key": key, "replaced": list(bad.items())})
+        store = HostStore(layout, map_entries(path, layout))
+    else:
+        store = _in_memory(tier, layout, chunks.rows * prefix.views, parallel)
+        bad = chunks.store(blocks, store)
+    return PrefixCache(key, prefix.views, tier, _replaced(len(source), bad.items()), store)
 
 
 def _in_memory(
@@ -214,6 +214,15 @@ class _Chunks:
             for at in range(part + 1, len(cuts)):
                 values = self._next(parts[at], values, cuts[at - 1], cuts[at])
             yield values, examples
+
+    def store(self, blocks: Iterable[tuple[jax.Array, np.ndarray]], store: Any) -> dict[int, int]:
+        """Puts all entries into a store; returns {bad image: what stands in its place}."""
+        bad: dict[int, int] = {}
+        for number, (values, examples) in enumerate(blocks):
+            first = number * self.rows
+            store.put(first * self.prefix.views, values)
+            bad |= {first + i: int(e) for i, e in enumerate(examples) if e not in (first + i, -1)}
+        return bad
 
     def _deepest(self, shallower: Sequence[PrefixCache]) -> tuple[int, PrefixCache | None]:
         """(index of the cut it ends at, the cache that saves most), or (0, None)."""

@@ -241,9 +241,13 @@ def open_entries(path: Path, key: str, layout: Layout) -> tuple[HostStore, dict[
             header = _header(path, layout)[0]
     if header is None:
         return None
-    shape = (layout.count, *layout.shape)
+    return HostStore(layout, map_entries(path, layout)), header
+
+
+def map_entries(path: Path, layout: Layout) -> np.ndarray:
+    """Returns the entries of a file [count, ...], read from disk as they are used."""
     mapped = np.memmap(path, np.uint8, "r", shape=(layout.nbytes,))
-    return HostStore(layout, mapped.view(layout.dtype).reshape(shape)), header
+    return mapped.view(layout.dtype).reshape((layout.count, *layout.shape))
 
 
 def _header(path: Path, layout: Layout) -> tuple[dict[str, Any], bytes, bytes]:

@@ -11,7 +11,7 @@ import numpy as np
 from jft.data.order import make_index_loader
 from jft.data.protocol import Source
 from jft.freeze.cache_choice import CacheCosts, decide_cache, runs_in_parts
-from jft.freeze.cut import PrefixCache, cached_batch_shape, fill_cache
+from jft.freeze.cut import PrefixCache, cached_batch_shape, fill_cache, table_shape
 from jft.freeze.entry_store import measure_room
 from jft.freeze.phases import Phase
 from jft.freeze.prefix import Prefix
@@ -105,7 +105,7 @@ class Inputs:
             tier = costs.room.tier(costs.examples * (costs.views or 1) * costs.entry_bytes)
             chosen[name] = (tier or "") if use else ""
         else:
-            text = f"cache of phase {phase.index}: {chosen[name] or 'no'}, as decided before"
+            text = ""
         if not chosen[name]:
             return replace(self._uncached(cut), text=text)
         return Input("cache", cuts, chosen[name], text)
@@ -138,8 +138,8 @@ class Inputs:
         """Shape of what the step takes as `Frozen.cache`."""
         if chosen.kind != "cache" or chosen.tier != "device":
             return {}
-        entry, rows = self.entry(chosen), len(self.source) * (self.views or 1)
-        return {"table": jax.ShapeDtypeStruct((rows, *entry.shape), entry.dtype)}
+        prefix, entry = self._prefix(chosen.cuts), self.entry(chosen)
+        return {"table": table_shape(prefix, entry, len(self.source), self.parallel)}
 
     def batch_shape(self, chosen: Input) -> Shapes:
         """Shapes of a global batch."""
