@@ -83,24 +83,26 @@ class Torch:
 
     def _step(self, batch: Mapping[str, np.ndarray]) -> None:
         torch = self.torch
+        self.optim.zero_grad(set_to_none=True)
+        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):
+            loss = self.loss(self.model, batch)
+        loss.backward()
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.live, self.clip_norm)
+        self.optim.step()
+
+    def loss(self, model: Any, batch: Mapping[str, np.ndarray]) -> Any:
+        """Returns the mean loss of `model` on a numpy batch."""
+        torch = self.torch
         edge = round((batch["image"].shape[1] - self.size) / 2)
         image = batch["image"][:, edge : edge + self.size, edge : edge + self.size]
         # A view of NHWC memory as NCHW is what channels_last means.
         x = torch.from_numpy(image).to(self.device).permute(0, 3, 1, 2).float()
         x = (x - self.mean) / self.std
-        if not self.conv:
-            x = x.contiguous()
+        found = model(x if self.conv else x.contiguous())
         label = torch.from_numpy(batch["label"]).to(self.device).long()
-        self.optim.zero_grad(set_to_none=True)
-        low = self.dtype == "bfloat16"
-        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=low):
-            found = self.model(x)
-            logits = found if self.conv else found.logits
-            loss = torch.nn.functional.cross_entropy(logits, label)
-        loss.backward()
-        if self.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.live, self.clip_norm)
-        self.optim.step()
+        logits = found if self.conv else found.logits
+        return torch.nn.functional.cross_entropy(logits, label)
 
 
 def trains(name: str, workload: Workload, phase: str | int) -> bool:
