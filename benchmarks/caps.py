@@ -59,7 +59,9 @@ def choose_cut(shares: Sequence[float], nominal: float) -> int:
     return min(range(1, head + 1), key=lambda cut: abs(shares[cut] - nominal))
 
 
-def measured_cap(f: float, *, forward: float, full: float, update: float, trainable: float) -> float:
+def measured_cap(
+    f: float, *, forward: float, full: float, update: float, trainable: float
+) -> float:
     """Returns T(f), the seconds of a step whose frozen prefix costs its forward pass alone.
 
     Args:

@@ -169,6 +169,7 @@ class Rows:
             "trainable_share": self.trainable_share(cut),
             "seconds": list(own),
             "median_seconds": statistics.median(own),
+            "full_seconds": statistics.median(full),
             "part_seconds": {part: list(samples[part]) for part in PARTS},
             "cap_seconds": statistics.median(limits),
             "cap": bound if math.isfinite(bound) else None,
@@ -224,9 +225,7 @@ def _torch_arm(name: str, workload: Workload, cut: int, dtype: str) -> Any:
 
 def own_speedups(rows: Sequence[dict[str, Any]]) -> None:
     """Adds to each row how much faster its arm is than the same arm at f = 0, by medians."""
-    full = {
-        (row["workload"], row["peer"]): row["median_seconds"] for row in rows if row["f"] == 0
-    }
+    full = {(row["workload"], row["peer"]): row["median_seconds"] for row in rows if row["f"] == 0}
     for row in rows:
         base = full.get((row["workload"], row["peer"]))
         row["own_speedup"] = base / row["median_seconds"] if base else None

@@ -87,16 +87,16 @@ class Workload:
 
 
 PHASES = ("head", "half", "all")
-_LITE = (("dropout_rate", 0.0), ("drop_path_rate", 0.0))
+LITE = (("dropout_rate", 0.0), ("drop_path_rate", 0.0))
 SUITES: dict[str, tuple[Workload, ...]] = {
     "smoke": (
         Workload("vit_s16", 64, 4, 12),
-        Workload("efficientnet_lite0", 64, 8, 16, _LITE),
+        Workload("efficientnet_lite0", 64, 8, 16, LITE),
     ),
     "cpu": (
         Workload("vit_s16", 224, 8, 12),
-        Workload("efficientnet_lite0", 224, 8, 16, _LITE),
-        Workload("efficientnet_lite0", 96, 16, 16, _LITE),
+        Workload("efficientnet_lite0", 224, 8, 16, LITE),
+        Workload("efficientnet_lite0", 96, 16, 16, LITE),
     ),
 }
 
