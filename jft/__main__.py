@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from jft.compilation_cache import use_compilation_cache
 from jft.hugepages import use_huge_pages
 
 
@@ -11,6 +12,7 @@ def run() -> int:
     # Called from another program (a test, a script), the process is not ours to start again.
     if sys.argv[0] == __file__ or Path(sys.argv[0]).name == "jft":
         use_huge_pages()
+        use_compilation_cache()
     from jft.cli import main
 
     return main()

@@ -31,8 +31,6 @@ _TRIPS = re.compile(r'"known_trip_count":\s*\{\s*"n":\s*"?(\d+)')
 # XLA writes thin dots as multiply and reduce; the multiply keeps the name of the product, or of the
 # transpose after it in a gradient. No multiply that a user wrote has such a name.
 _THIN = re.compile(r"/(?:dot_general|conv_general_dilated|transpose)$")
-
-
 _SAME_VALUES = ("bitcast", "broadcast", "convert", "copy", "reshape", "transpose")
 
 
@@ -51,6 +49,7 @@ class Cost:
         its body is counted once.
       kinds: flops by kind: "dot", "convolution", "library", "depthwise".
       uncounted: targets of custom calls whose products, if any, are not in `flops`.
+      scopes: flops by op_name, which holds the module and whether it is a gradient.
     """
 
     flops: int
@@ -62,6 +61,7 @@ class Cost:
     loops: tuple[tuple[str, int | None], ...]
     kinds: dict[str, int] = field(default_factory=dict)
     uncounted: tuple[str, ...] = ()
+    scopes: dict[str, int] = field(default_factory=dict)
 
 
 def count(compiled: Any) -> Cost:
@@ -74,17 +74,19 @@ def count(compiled: Any) -> Cost:
     if memory is None or not text:
         raise ValueError("this backend shows neither the HLO text nor the memory of a program")
     program = count_text(text)
-    kinds = {kind: total for kind, total in sorted(program.kinds.items()) if kind != "all-reduce"}
+    kinds = dict(sorted(program.kinds.items()))
+    reduced = kinds.pop("all-reduce", 0)
     return Cost(
         flops=program.flops,
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
-        all_reduce_bytes=program.kinds["all-reduce"],
+        all_reduce_bytes=reduced,
         loops=tuple(program.loops),
         kinds=kinds,
         uncounted=tuple(sorted(program.uncounted)),
+        scopes=dict(program.scopes),
     )
 
 
@@ -102,23 +104,20 @@ class _Instruction:
 
     @property
     def op_name(self) -> str:
-        found = _OP_NAME.search(self.attributes)
-        return found.group(1) if found else self.name
+        return found.group(1) if (found := _OP_NAME.search(self.attributes)) else self.name
 
 
 @dataclass
 class Program:
-    """What a computation holds, with everything that it calls.
+    """What a computation holds, with everything that it calls; fields as in `Cost`.
 
-    Attributes:
-      kinds: flops by kind, and under "all-reduce" the operands' bytes.
-      loops: as in `Cost`.
-      uncounted: as in `Cost`.
+    `kinds` has the bytes of operands of all-reduces as well, under "all-reduce".
     """
 
     kinds: Counter[str] = field(default_factory=Counter)
     loops: list[tuple[str, int | None]] = field(default_factory=list)
     uncounted: set[str] = field(default_factory=set)
+    scopes: Counter[str] = field(default_factory=Counter)
 
     @property
     def flops(self) -> int:
@@ -129,6 +128,7 @@ class Program:
         """Adds what `times` calls of `other` cost."""
         for kind, value in other.kinds.items():
             self.kinds[kind] += value * times
+        self.scopes.update({name: value * times for name, value in other.scopes.items()})
         self.loops.extend(other.loops)
         self.uncounted |= other.uncounted
 
@@ -164,10 +164,8 @@ def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str | None]:
 
 def _instruction(name: str, rest: str) -> _Instruction:
     end = _closing(rest, 0) if rest.startswith("(") else rest.index(" ")
-    shapes = [
-        (kind, tuple(int(size.lstrip("<=")) for size in sizes.split(",") if size))
-        for kind, sizes in _SHAPE.findall(rest[:end])
-    ]
+    found = _SHAPE.findall(rest[:end])
+    shapes = [(kind, tuple(int(x.lstrip("<=")) for x in s.split(",") if x)) for kind, s in found]
     opcode = _OPCODE.match(rest, end)
     if opcode is None:
         raise ValueError(f"cannot read the HLO instruction {name} = {rest[:200]}")
@@ -196,7 +194,10 @@ class _Counter:
         if name not in self.totals:
             total = Program()
             for instruction in self.computations[name].values():
+                before = total.flops
                 self._own(total, instruction, self.computations[name])
+                if total.flops > before:
+                    total.scopes[instruction.op_name] += total.flops - before
                 self._calls(total, instruction)
             self.totals[name] = total
         return self.totals[name]
@@ -206,19 +207,17 @@ class _Counter:
     ) -> None:
         opcode, shapes = instruction.opcode, instruction.shapes
         inputs = [scope[name].shapes[0] for name in instruction.operands if scope[name].shapes]
-        if opcode == "dot":
-            # A product with ones is a sum, of products that are counted where they are made.
-            if not any(self._ones(name, scope) for name in instruction.operands):
-                contracted = _dims(instruction.attributes, "lhs_contracting_dims")
-                total.kinds["dot"] += dot_flops(inputs[0][1], contracted, shapes[0][1])
+        # A product with ones is a sum, of products that are counted where they are made.
+        if opcode == "dot" and not any(self._ones(name, scope) for name in instruction.operands):
+            contracted = _dims(instruction.attributes, "lhs_contracting_dims")
+            total.kinds["dot"] += dot_flops(inputs[0][1], contracted, shapes[0][1])
         elif opcode == "convolution":
             dims = (inputs[0][1], inputs[1][1], shapes[0][1])
             total.kinds["convolution"] += _convolution_flops(instruction.attributes, *dims)
         elif opcode == "custom-call":
             flops = _library_flops(instruction, inputs)
             if flops is None:
-                found = _TARGET.search(instruction.attributes)
-                total.uncounted.add(found.group(1) if found else instruction.name)
+                total.uncounted.add(_target(instruction) or instruction.name)
             else:
                 total.kinds["library"] += flops
         elif opcode in ("all-reduce", "all-reduce-start"):
@@ -323,6 +322,10 @@ def _convolution_flops(
     return convolution_flops(batch, features, rhs[rhs_labels.index("i")], axes)
 
 
+def _target(call: _Instruction) -> str:
+    return found.group(1) if (found := _TARGET.search(call.attributes)) else ""
+
+
 def _library_flops(call: _Instruction, inputs: Sequence[Shape]) -> int | None:
     """Flops of a vendor library's product, or None for any other custom call.
 
@@ -330,8 +333,7 @@ def _library_flops(call: _Instruction, inputs: Sequence[Shape]) -> int | None:
     the left operand, or the one before it if transposed. cuDNN keeps the labels and the window of
     the forward convolution in its two gradients as well: only the roles of the arrays differ.
     """
-    found = _TARGET.search(call.attributes)
-    target = found.group(1) if found else ""
+    target = _target(call)
     if target.startswith("__cublas$"):
         contracted = _dims(call.attributes, "lhs_contracting_dimensions")
         return dot_flops(inputs[0][1], contracted, call.shapes[0][1])

@@ -29,9 +29,13 @@ def plan_phases(
     phases: tuple[Phase, ...],
     optim: OptimSection,
     parts: StepParts,
+    costs: Costs | None = None,
 ) -> list[PhasePlan]:
-    """Returns what each phase costs on one device, counted from shapes; compiles nothing."""
-    costs = loss_costs(task, parallel, parts)
+    """Returns what each phase costs on one device, counted from shapes; compiles nothing.
+
+    `costs` keeps what was counted for these parts before.
+    """
+    costs = costs or loss_costs(task, parallel, parts)
     described = [
         PhaseParts(
             phase.name,

@@ -177,7 +177,8 @@ def _make_run(
     parts = make_parts(task)
     schedule, optim = make_schedule(task, len(splits.train), parallel, parts)
     phases = schedule.phases()
-    plans = plan_phases(task, parallel, phases, optim, parts)
+    costs = loss_costs(task, parallel, parts)
+    plans = plan_phases(task, parallel, phases, optim, parts, costs)
     steps = 1 if dry_run else phases[-1].stop_step
 
     def make_writer(step: int | None) -> RunWriter:
@@ -208,6 +209,7 @@ def _make_run(
         eval_every_steps=config.eval.every_steps,
         save_every_steps=config.checkpoint.every_steps,
         stop_step=steps,
+        plan=lambda phase: plan_phases(task, parallel, (phase,), optim, parts, costs)[0],
         summary=summary(task, splits, parallel, phases, optim, plans, conversion),
     )
 

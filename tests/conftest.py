@@ -1,6 +1,7 @@
 """Every test runs on eight virtual CPU devices, and rank promotion is an error."""
 
 import os
+import tempfile
 
 # Tests compile far more than they run: the quick code generator gives the same values sooner.
 FLAGS = (
@@ -10,6 +11,9 @@ FLAGS = (
 )
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Processes that tests start keep their compiled steps here, not in the user's home.
+_CACHE = tempfile.TemporaryDirectory(prefix="jft-tests-cache-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 import jax  # noqa: E402  (the flags above must be set before jax starts its backend)
 

@@ -7,12 +7,12 @@ import json
 import os
 import random
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import fault_run
 import pytest
+from kills import KINDS, LATE, Moment, kill_at, kill_once, make_moments
 
 import jft
 from jft.config import from_json
@@ -42,57 +42,7 @@ LINE = (
 )
 
 
-@dataclass(frozen=True)
-class Moment:
-    """When to kill: `delay_seconds` after what `event` says has come.
-
-    "launched" the process was started; "begun" the run directory is locked; "step" a row of step
-    `value` or later is in metrics.jsonl; "saving" the save of step `value` has begun; "ended" the
-    last evaluation is written. The last three wait for a first finished checkpoint, too.
-    """
-
-    event: str
-    value: int
-    delay_seconds: float
-
-    def __str__(self) -> str:
-        return f"{self.event}-{self.value}-{1000 * self.delay_seconds:.0f}ms"
-
-    def __call__(self, workdir: Path) -> bool:
-        """True once the event has come."""
-        if self.event == "launched":
-            return True
-        if self.event == "begun":
-            return (workdir / "config.json").exists()
-        if not fault_run.saved_steps(workdir):
-            return False
-        if self.event == "saving":
-            return (workdir / "checkpoints" / f"{self.value}.writing").exists()
-        if self.event == "ended":
-            return (workdir / "eval" / "test.json").exists()
-        last = (workdir / "metrics.jsonl").read_bytes().rstrip(b"\n").rpartition(b"\n")[2]
-        return int(last.partition(b'"step": ')[2].partition(b",")[0] or 0) >= self.value
-
-
-KINDS = ("step", "saving", "step", "begun", "step", "step", "saving", "step", "launched", "ended")
-LONGEST_SECONDS = {"launched": 3.0, "begun": 3.0, "step": 0.05, "saving": 0.05, "ended": 0.1}
-LATE = ("step", "saving", "ended")
-
-
-def make_moments(count):
-    """Seeded moments, spread evenly over the steps of the run."""
-    rng = random.Random(7)
-    moments = []
-    for index in range(count):
-        kind = KINDS[index % len(KINDS)]
-        value = round(STEPS * (index + rng.random()) / count)
-        if kind == "saving":  # the first finished checkpoint is another one
-            value = max(2 * SAVE_EVERY, value - value % SAVE_EVERY)
-        moments.append(Moment(kind, value, rng.random() * LONGEST_SECONDS[kind]))
-    return moments
-
-
-MOMENTS = make_moments(KILLS)
+MOMENTS = make_moments(KILLS, STEPS, SAVE_EVERY)
 
 
 @pytest.fixture(scope="module")
@@ -124,32 +74,9 @@ def straight(place, env):
     return workdir
 
 
-def kill_at(moment, place, workdir, env):
-    """Runs and kills; False where the run was over before."""
-    process = fault_run.start(*line(place, workdir), env=env)
-    try:
-        if fault_run.wait_for(lambda: moment(workdir), process):
-            time.sleep(moment.delay_seconds)
-        process.kill()
-        return process.wait() < 0
-    finally:
-        process.kill()
-        process.wait()
-
-
-def kill_once(moment, place, workdir, env):
-    """Kills a run from its start; where it was faster than the delay, another one sooner."""
-    for _ in range(6):
-        if kill_at(moment, place, workdir, env):
-            return
-        shutil.rmtree(workdir)
-        moment = Moment(moment.event, moment.value, moment.delay_seconds / 3)
-    pytest.fail(f"the run always ended before {moment}")
-
-
 def test_most_kills_come_after_the_first_checkpoint():
-    assert sum(moment.event in LATE for moment in make_moments(20)) >= 12
-    assert {moment.event for moment in make_moments(20)} == set(KINDS)
+    assert sum(moment.event in LATE for moment in make_moments(20, STEPS, SAVE_EVERY)) >= 12
+    assert {moment.event for moment in make_moments(20, STEPS, SAVE_EVERY)} == set(KINDS)
     assert len(MOMENTS) == KILLS and sum(moment.event in LATE for moment in MOMENTS) >= 0.6 * KILLS
 
 
@@ -158,11 +85,12 @@ def test_a_killed_run_ends_bitwise_equal_to_the_uninterrupted_one(
     number, place, straight, env, tmp_path
 ):
     moment, workdir = MOMENTS[number], tmp_path / "run"
-    kill_once(moment, place, workdir, env)
+    kill_once(moment, line(place, workdir), workdir, env)
     if moment.event in LATE:
         assert fault_run.saved_steps(workdir)
     if number % 4 == 1:  # and killed again while it resumes
-        kill_at(Moment("launched", 0, 2.0 + 0.2 * number), place, workdir, env)
+        again = Moment("launched", 0, 2.0 + 0.2 * number)
+        kill_at(again, line(place, workdir), workdir, env)
     if number % 7 == 2:  # the last start compiles everything anew: the programs are the same
         env = {**env, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
     code, _, err = fault_run.finish(*line(place, workdir), env=env)
@@ -185,7 +113,7 @@ def victim(request, place, straight, env):
     """Killed in the first phase (frozen leaves are the source's) or in the last (trained ones)."""
     step = {"head-first": 10, "head-last": 45}[request.param]
     workdir = place / request.param
-    kill_once(Moment("step", step, 0.0), place, workdir, env)
+    kill_once(Moment("step", step, 0.0), line(place, workdir), workdir, env)
     checkpoints = Checkpoints(workdir)
     saved = {number: checkpoints.restore(number) for number in checkpoints.steps()}
     assert len(saved) >= 2 and saved[max(saved)].frozen

@@ -8,16 +8,7 @@ import numpy as np
 import pytest
 
 from jft.errors import ConfigError, DivergedError
-from jft.freeze.decide import (
-    block_values,
-    change_ratio,
-    flat,
-    lowest_share,
-    percentile,
-    percentile_cut,
-    threshold,
-    top_share,
-)
+from jft.freeze.decide import change_ratio, flat, percentile_cut
 from jft.freeze.signals import (
     SCALE_MARK,
     dequantise,
@@ -187,37 +178,6 @@ def test_top_elements_refuses_a_share_that_keeps_nothing_or_too_much(share):
 def test_top_elements_names_the_leaf_that_is_not_finite():
     with pytest.raises(DivergedError, match="'b'"):
         top_elements({"a": np.ones(3), "b": np.array([1.0, np.nan])}, 0.5)
-
-
-def test_blocks_combine_their_leaves():
-    values = {"s/k": 3.0, "s/b": -4.0, "h/k": 2.0}
-    members = {
-        "stem": frozenset({"s/k", "s/b"}),
-        "head": frozenset({"h/k", "h/b"}),
-        "none": frozenset({"x"}),
-    }
-    assert block_values(values, members, "sum") == {"stem": -1.0, "head": 2.0}
-    assert block_values(values, members, "norm") == {"stem": 5.0, "head": 2.0}
-    assert block_values(values, members, "max") == {"stem": 3.0, "head": 2.0}
-    assert block_values(values, members, "mean") == {"stem": -0.5, "head": 2.0}
-    with pytest.raises(ConfigError, match="did you mean 'mean'"):
-        block_values(values, members, "meen")
-
-
-def test_shares_and_thresholds_break_ties_by_order():
-    values = {"a": 1.0, "b": 3.0, "c": 1.0, "d": 2.0}
-    assert threshold(values, 2.0) == {"b", "d"}
-    assert top_share(values, 0.5) == {"b", "d"}
-    assert top_share(values, 0.75) == {"a", "b", "d"}
-    assert lowest_share(values, 0.25) == {"a"}
-    assert lowest_share(values, 0.9) == {"a", "b", "c", "d"}  # round(3.6)
-    assert lowest_share(values, 0.0) == set()
-    assert percentile(values, 50) == 1.5
-    for wrong in (-0.1, 1.1):
-        with pytest.raises(ConfigError, match="share"):
-            top_share(values, wrong)
-    with pytest.raises(ConfigError, match="percentile"):
-        percentile({}, 50)
 
 
 def test_change_ratio_counts_a_dead_block_as_unchanged():

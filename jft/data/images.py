@@ -10,6 +10,7 @@ shorter side at canvas_side, of which evaluation sees the centre and training ra
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ from jft.models.family import Preprocess
 
 CROPS = ("none", "random_resized")
 CROP_TRIES = 10  # as torchvision's RandomResizedCrop
+# Folded into the run's seed for views; steps and initial weights fold in other numbers.
+VIEW_FOLD = 0x71E3
 _METHODS = {"bilinear": "linear", "bicubic": "cubic"}
 
 
@@ -208,7 +211,7 @@ def make_eval_transform(
     return lambda images: finish(centre(images))
 
 
-def make_train_transform(
+def make_keyed_transform(
     preprocess: Preprocess,
     *,
     image_size: int | None = None,
@@ -217,11 +220,10 @@ def make_train_transform(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     crop_fraction: float | None = None,
-) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-    """Makes f(images uint8 [B, H, W, C], key, index int32 [B]) -> float32 [B, S, S, C].
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Makes f(images uint8 [B, H, W, C], keys [B]) -> float32 [B, S, S, C].
 
-    Every draw comes from fold_in(key, index), index being the row in the global batch: the pixels
-    do not depend on how many devices share it.
+    Every draw of a row comes from its own key.
 
     Args:
       preprocess: as in `make_eval_transform`.
@@ -245,8 +247,8 @@ def make_train_transform(
     centre, finish = _make_centre(preprocess, size, side), _make_finish(preprocess)
     random_crop = _make_random_crop(preprocess, size, side, scale, ratio)
 
-    def transform(images: jax.Array, key: jax.Array, index: jax.Array) -> jax.Array:
-        keys = jax.vmap(lambda row: jax.random.split(jax.random.fold_in(key, row)))(index)
+    def transform(images: jax.Array, keys: jax.Array) -> jax.Array:
+        keys = jax.vmap(jax.random.split)(keys)
         images = random_crop(images, keys[:, 0]) if crop == "random_resized" else centre(images)
         if flip:
             mirrored = jax.vmap(jax.random.bernoulli)(keys[:, 1]).reshape(-1, 1, 1, 1)
@@ -254,3 +256,46 @@ def make_train_transform(
         return finish(images)
 
     return transform
+
+
+def make_train_transform(
+    preprocess: Preprocess, **augment: Any
+) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """Makes f(images uint8 [B, H, W, C], key, index int32 [B]) -> float32 [B, S, S, C].
+
+    Every draw comes from fold_in(key, index), index being the row in the global batch: the pixels
+    do not depend on how many devices share it. Arguments and errors as in `make_keyed_transform`.
+    """
+    keyed = make_keyed_transform(preprocess, **augment)
+
+    def transform(images: jax.Array, key: jax.Array, index: jax.Array) -> jax.Array:
+        return keyed(images, jax.vmap(jax.random.fold_in, (None, 0))(key, index))
+
+    return transform
+
+
+def make_view_transform(
+    preprocess: Preprocess, *, seed: int, **augment: Any
+) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """Makes f(images uint8 [B, H, W, C], example int32 [B], view int32 [B]) -> [B, S, S, C].
+
+    View v of an example always has the same pixels, in whatever step, batch or process. A run whose
+    examples take K views in turn can therefore keep what is computed from them. Arguments and
+    errors as in `make_keyed_transform`.
+    """
+    keyed = make_keyed_transform(preprocess, **augment)
+
+    def transform(images: jax.Array, example: jax.Array, view: jax.Array) -> jax.Array:
+        base = jax.random.fold_in(jax.random.key(seed), VIEW_FOLD)
+
+        def key(example: jax.Array, view: jax.Array) -> jax.Array:
+            return jax.random.fold_in(jax.random.fold_in(base, example), view)
+
+        return keyed(images, jax.vmap(key)(example, view))
+
+    return transform
+
+
+def is_random(*, flip: bool, crop: str) -> bool:
+    """Whether such an augmentation draws anything: else one view of an example is all there is."""
+    return flip or crop != "none"

@@ -6,12 +6,9 @@ number of batches consumed. Threads, worker processes and the number of ranks ch
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import signal
-import sys
-import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,49 +19,11 @@ import numpy as np
 from absl import flags
 
 from jft.data.decode import BadImage, Shape, fit_image
+from jft.data.order import Batch, Order, Views, check_sizes
 from jft.data.protocol import Source
 from jft.errors import ConfigError, DataError
 
 LOG = logging.getLogger(__name__)
-
-Batch = dict[str, np.ndarray]
-
-# Threads that meet a new epoch together would each compute its order.
-_ONE_AT_A_TIME = threading.Lock()
-
-
-@dataclass(frozen=True)
-class _Order:
-    """Indices of the examples of each global batch [batch_size], without end; random access.
-
-    Every epoch is another permutation, and batches cross the edges of epochs. grain's own shuffle
-    takes half a millisecond an index where the set is small.
-    """
-
-    length: int
-    batch_size: int
-    seed: int
-
-    def __len__(self) -> int:
-        return sys.maxsize // self.batch_size
-
-    def __getitem__(self, batch: int) -> np.ndarray:
-        places = np.arange(batch * self.batch_size, (batch + 1) * self.batch_size)
-        epochs, places = np.divmod(places, self.length)
-        indices = np.empty(self.batch_size, np.int64)
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            with _ONE_AT_A_TIME:
-                order = _permutation(self.length, self.seed, epoch)
-            indices[here] = order[places[here]]
-        return indices
-
-
-@functools.lru_cache(maxsize=2)
-def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
-    # Raw bits, whose stream numpy keeps for good: that of `Generator.permutation` may change.
-    order = np.argsort(np.random.Philox([seed, epoch]).random_raw(length), kind="stable")
-    return order.astype(np.uint32 if length <= 1 << 32 else np.uint64)
 
 
 @dataclass(frozen=True)
@@ -83,7 +42,8 @@ class _Fetch:
     training: bool
 
     def __call__(self, indices: np.ndarray) -> dict[str, Any]:
-        indices = np.asarray(indices)[self.start : self.stop]
+        indices = np.asarray(indices)[..., self.start : self.stop]
+        indices, views = indices if indices.ndim == 2 else (indices, None)
         count = self.stop - self.start
         batch = {
             "image": np.zeros((count, *self.image_shape), np.uint8),
@@ -91,6 +51,8 @@ class _Fetch:
             "mask": np.zeros(count, np.float32),
             "example": np.full(count, -1, np.int32),
         }
+        if views is not None:
+            batch["view"] = views.astype(np.int32)
         bad: list[tuple[int, str]] = []
         error = self._fill(batch, indices, bad)
         return {"batch": batch, "bad": tuple(bad), "error": error}
@@ -166,18 +128,6 @@ class _Quota:
         return {key: np.array(value) for key, value in fetched["batch"].items()}
 
 
-def _check_sizes(source: Source, batch_size: int, rank: int, ranks: int) -> tuple[int, int]:
-    """The rows [start, stop) of each global batch that this rank reads."""
-    if not len(source):
-        raise DataError("the split has no examples")
-    if batch_size < 1 or batch_size % ranks:
-        raise ConfigError(f"batch_size={batch_size}: give a multiple of the {ranks} processes")
-    if not 0 <= rank < ranks:
-        raise ConfigError(f"rank {rank} is not below {ranks} processes")
-    local = batch_size // ranks
-    return rank * local, (rank + 1) * local
-
-
 def _stream(dataset: Any, in_memory: bool, threads: int | None, workers: int) -> Any:
     """An iterator over a random-access dataset, read ahead by threads or worker processes."""
     if in_memory:  # a gather costs microseconds: threads and processes would only copy
@@ -243,6 +193,7 @@ def make_train_loader(
     ranks: int = 1,
     bad_image_quota: float = 0.0,
     interpolation: str = "bilinear",
+    views: int | None = None,
 ) -> TrainLoader:
     """Makes the endless stream of training batches.
 
@@ -265,6 +216,7 @@ def make_train_loader(
       ranks: number of processes.
       bad_image_quota: share of the split's images that may be unreadable; 0 stops at the first.
       interpolation: of the host's resize.
+      views: K adds "view": int32 [b], epoch modulo K, to each batch.
 
     Returns:
       An iterator of {"image": uint8 [b, H, W, C], "label": int32 [b], "mask": float32 [b], all 1,
@@ -275,10 +227,11 @@ def make_train_loader(
       ConfigError: sizes that do not divide, a quota out of range.
     """
     image_shape = (image_shape[0], image_shape[1], image_shape[2])  # configs give lists
-    start, stop = _check_sizes(source, batch_size, rank, ranks)
+    start, stop = check_sizes(source, batch_size, rank, ranks)
     quota = _Quota(source, bad_image_quota)
     fetch = _Fetch(source, image_shape, interpolation, start, stop, training=True)
-    order = grain.MapDataset.source(_Order(len(source), batch_size, seed))
+    visits = Order(len(source), batch_size, seed)
+    order = grain.MapDataset.source(visits if views is None else Views(visits, views))
     stream = _stream(order[start_batch:].map(fetch), _in_memory(fetch), threads, workers)
     return TrainLoader(stream, quota, start_batch)
 
@@ -326,16 +279,18 @@ def make_eval_loader(
     ranks: int = 1,
     bad_image_quota: float = 0.0,
     interpolation: str = "bilinear",
+    replace_bad: bool = False,
 ) -> EvalLoader:
     """Makes one pass over a split in order, each example once, iterable again and again.
 
     The last batch is padded to the full size: padding has mask 0, label 0 and example -1, and so
-    has a bad image within the quota. All ranks see equally many batches. Arguments, batches and
-    errors as in `make_train_loader`; `len` is the number of batches.
+    has a bad image within the quota, unless `replace_bad`: then the next readable one stands in its
+    place, as in training. All ranks see equally many batches. Arguments, batches and errors as in
+    `make_train_loader`; `len` is the number of batches.
     """
     image_shape = (image_shape[0], image_shape[1], image_shape[2])  # configs give lists
-    start, stop = _check_sizes(source, batch_size, rank, ranks)
+    start, stop = check_sizes(source, batch_size, rank, ranks)
     quota = _Quota(source, bad_image_quota)
-    fetch = _Fetch(source, image_shape, interpolation, start, stop, training=False)
+    fetch = _Fetch(source, image_shape, interpolation, start, stop, training=replace_bad)
     order = grain.MapDataset.range(len(source)).batch(batch_size, drop_remainder=False)
     return EvalLoader(order.map(fetch), quota, (_in_memory(fetch), threads, workers))

@@ -1,7 +1,9 @@
 """Bounds on compilation: a menu of trainable sets to choose from, and cuts in coarser steps."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from jft.freeze.groups import Groups
 from jft.freeze.masks import Mask, make_mask
@@ -39,6 +41,18 @@ def bound_sets(
         else:
             bounded.append(new)
     return bounded, f"{max_sets} of {len(sets)} trainable sets (freeze.max_sets)"
+
+
+def menu_note(outline: Outline, entries: Sequence[Mapping[str, Any]]) -> str:
+    """Returns what `max_sets` changes in what the generator "sample" draws from, or ""."""
+    limit = outline.max_sets
+    for entry in entries:
+        if limit is not None and entry.get("generator") == "sample":
+            count = entry.get("count", 2)
+            sets = math.comb(len(outline.block_units), count)
+            if sets > limit:
+                return f"{limit} of {sets:,} sets of {count} blocks (freeze.max_sets)"
+    return ""
 
 
 def _leaves(mask: Mask) -> frozenset[str]:

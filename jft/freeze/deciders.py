@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from jft.errors import ConfigError
+from jft.freeze.decide import change_ratio, flat
+from jft.freeze.decide import percentile_cut as cut_by
 from jft.freeze.groups import Groups
 from jft.freeze.masks import Mask, make_mask
 from jft.freeze.outline import Outline
@@ -64,19 +67,19 @@ def percentile_cut(view: View, *, q: float = 50.0) -> Outcome:
     With G_l the sum of the signal over the leaves of block l, eta_l = |G'_l - G_l| / G'_l against
     the decision before, and the threshold the q-th percentile of eta over the blocks that train:
     the cut moves to the first of them whose eta reaches it. The stem freezes with the first block.
+    Once something is frozen each decision names its set, also when the cut stays: the authors then
+    re-create the optimizer every time, which state="reset" repeats.
     """
     units = view.outline.block_units
     now = {u: float(sum(view.values.get(p, 0.0) for p in view.leaves(u))) for u in units}
     before = view.history[-1].get("values") if view.history else None
     outcome: Outcome = {"values": now}
-    active = units[view.cut :]
-    if not before or len(active) < 2:
+    if not before:
         return outcome
-    eta = [abs(before[u] - now[u]) / before[u] if before[u] else 0.0 for u in active]
-    threshold = float(np.percentile(eta, q))
-    moved = next(at for at, value in enumerate(eta) if value >= threshold)
-    if moved:
-        outcome["train"] = above_block(view.outline, view.cut + moved)
+    eta = change_ratio(before, now)
+    cut = view.cut + cut_by([eta[unit] for unit in units[view.cut :]], q)
+    if cut:
+        outcome["train"] = above_block(view.outline, cut)
     return outcome
 
 
@@ -86,7 +89,7 @@ def flat_cut(
     """Egeria's rule (Wang et al. 2023, arXiv:2201.06227): freeze the front block once it is flat.
 
     The plasticity of the front block, smoothed by a moving average over `window` decisions, is flat
-    when it changes by less than `tolerance` of its first value over `window` decisions in a row.
+    when it changes by at most `tolerance` of its first value over `window` decisions in a row.
     Everything trains again once the learning rate has fallen to `rate_drop` of what it was when the
     first block froze. The slope and the drop are unverified: the paper gives them in words.
     """
@@ -110,80 +113,97 @@ def flat_cut(
         if record["step"] > since and units[cut] in record.get("values", {})
     ]
     series.append(outcome["values"][units[cut]])
-    if cut < len(units) - 1 and is_flat(series, window, tolerance):
+    if cut < len(units) - 1 and flat(series, window, tolerance):
         outcome["train"] = above_block(view.outline, cut + 1)
     return outcome
 
 
-def is_flat(series: Sequence[float], window: int, tolerance: float) -> bool:
-    """Whether the last `window` changes of the smoothed series are below tolerance * its first."""
-    if len(series) < 2 * window:
-        return False
-    smooth = np.convolve(np.asarray(series, float), np.ones(window) / window, "valid")
-    changes = np.abs(np.diff(smooth))[-window:]
-    return bool(len(changes) == window and np.all(changes <= tolerance * abs(smooth[0])))
+def relative_scale(view: View, *, exclude: str = "", always: str = "") -> Outcome:
+    """Auto-RGN's rule (Lee et al. 2023, arXiv:2210.11466): rates follow the relative gradient.
 
-
-def relative_scale(view: View, *, exclude: str = "") -> Outcome:
-    """Auto-RGN (Lee et al. 2023, arXiv:2210.11466): each leaf's rate is its signal over the largest.
-
-    A leaf of `exclude`, or one whose signal is 0, does not train.
+    The factor of a leaf is its signal over the largest one. A leaf of `exclude`, or one whose
+    signal is 0, does not train; if it is of `always` it trains with factor 1, as a fresh head has
+    to: a weight of norm 0 has no relative gradient.
     """
-    left_out = view.leaves(exclude)
-    values = {p: view.values[p] for p in sorted(view.base - left_out) if view.values[p] > 0}
-    if not values:
+    fixed = view.leaves(always) & view.base
+    known = view.base - view.leaves(exclude) | fixed
+    values = {path: view.values.get(path, 0.0) for path in sorted(known)}
+    top = max(values.values(), default=0.0)
+    scales = {path: value / top for path, value in values.items() if value > 0}
+    scales |= {path: 1.0 for path in sorted(fixed) if path not in scales}
+    if not scales:
         return {}
-    top = max(values.values())
-    scales = {path: value / top for path, value in values.items()}
     return {"train": {"leaves": sorted(scales)}, "name": f"{len(scales)} leaves", "scales": scales}
 
 
-def at_least(view: View, *, bound: float = 0.95, always: str = "head") -> Outcome:
-    """Trains the leaves whose signal is at least `bound`, and those of `always`."""
-    chosen = {path for path in view.base if view.values.get(path, 0.0) >= bound}
-    return _leaves(view, chosen | view.leaves(always))
+def at_least(
+    view: View, *, bound: float = 0.95, exclude: str = "", always: str = "head"
+) -> Outcome:
+    """Auto-SNR's rule (same source): leaves whose signal is at least `bound` train, others not.
+
+    Leaves of `exclude` do not train, those of `always` do whatever their signal. If that is none,
+    the leaf with the largest signal trains, for something has to.
+    """
+    free = view.base - view.leaves(exclude)
+    chosen = {path for path in free if view.values.get(path, 0.0) >= bound}
+    chosen |= view.leaves(always) & view.base
+    if not chosen:
+        chosen = {max(sorted(free or view.base), key=lambda path: view.values.get(path, 0.0))}
+    return _leaves(view, chosen)
 
 
 def freeze_lowest(view: View, *, share: float = 0.9, always: str = "bias + head") -> Outcome:
     """SlimFit's rule (Ardakani et al. 2023, arXiv:2305.18513): the lowest share is frozen.
 
-    A leaf that has not trained yet counts as infinitely large, so that each is visited; a frozen
-    one keeps the value of its last update. `always` trains throughout.
+    int(share * n) of the n leaves outside `always` are. A leaf that has not trained yet counts as
+    infinitely large, so that each is visited, in an order drawn by the seed; a frozen one keeps the
+    value of its last update. `always` trains throughout.
     """
-    fixed = view.leaves(always)
+    fixed = view.leaves(always) & view.base
     known: dict[str, float] = {}
     for record in view.history:
         known |= record.get("values", {})
-    known |= {path: view.values[path] for path in sorted(view.values) if view.mask[path]}
-    free = sorted(view.base - fixed)
-    order = {path: at for at, path in enumerate(view.groups.paths)}
+    # Before the first decision all train, but that is no visit: nothing was frozen yet.
+    seen = {p: view.values[p] for p in sorted(view.values) if view.mask[p] and p not in fixed}
+    known |= seen if view.history else {}
+    free = [path for path in view.groups.paths if path in view.base and path not in fixed]
+    random = np.random.Generator(np.random.PCG64([view.outline.seed, 2]))
+    order = dict(zip(free, random.permutation(len(free)).tolist(), strict=True))
     ranked = sorted(free, key=lambda path: (known.get(path, np.inf), order[path]))
     frozen = set(ranked[: int(share * len(free))])
-    outcome = _leaves(view, (set(free) - frozen) | fixed)
-    measured = {path: value for path, value in known.items() if path in view.values}
-    return outcome | {"values": {p: v for p, v in measured.items() if view.mask[p]}}
+    return _leaves(view, (set(free) - frozen) | fixed) | {"values": seen if view.history else {}}
 
 
-def top_per_type(view: View, *, share: float = 0.25, always: str = "head") -> Outcome:
+def top_per_type(view: View, *, share: float = 0.5, always: str = "head") -> Outcome:
     """Spectrum's rule (Hartford et al. 2024, arXiv:2406.06623): the top share of each module type.
 
-    A type is a leaf's path without its block number; only leaves with a signal take part.
+    A type is the path of a leaf with a signal without its block number; of the n of a type,
+    int(share * n) train, but at least one, each with all leaves of its module (a kernel's bias).
     """
     types: dict[str, list[str]] = {}
     for path in view.groups.paths:
-        if path in view.values and path in view.base:
-            types.setdefault(re.sub(r"_\d+/", "/", path), []).append(path)
-    chosen: set[str] = set()
+        if path in view.values and path in view.base and re.search(r"_\d+/", path):
+            types.setdefault(re.sub(r"_\d+/", "/", path, count=1), []).append(path)
+    modules: set[str] = set()
     for paths in types.values():
         ranked = sorted(paths, key=lambda path: -view.values[path])
-        chosen.update(ranked[: max(1, round(share * len(ranked)))])
+        kept = ranked[: max(1, int(share * len(ranked)))]
+        modules |= {path.rpartition("/")[0] for path in kept}
+    chosen = {path for path in view.base if path.rpartition("/")[0] in modules}
     return _leaves(view, chosen | view.leaves(always)) | {"values": dict(view.values)}
 
 
-def top_elements(view: View, *, share: float = 0.005) -> Outcome:
-    """Trains the `share` of all elements with the largest signal; the choice is made by the loop."""
-    del view
-    return {"elements": {"kind": "fixed", "share": share}}
+def top_elements(view: View, *, share: float = 0.005, always: str = "head") -> Outcome:
+    """Trains the elements with the largest signal, `share` of those outside `always`.
+
+    All elements of `always` train beside them. The elements themselves are chosen where the signal
+    was measured: they are too many for a log.
+    """
+    if not 0 < share <= 1:
+        raise ConfigError(f"freeze.phases: share={share!r} should be above 0 and at most 1")
+    if always:
+        view.leaves(always)  # names the group that is not there
+    return {"elements": {"kind": "fixed", "share": share, "always": always}}
 
 
 def _leaves(view: View, chosen: set[str] | frozenset[str]) -> Outcome:

@@ -8,11 +8,13 @@ from typing import Any
 
 from jft.errors import ConfigError, nearest
 
-PHASE_KEYS = ("train", "until", "lr_scale", "state", "warm_steps", "elements", "anneal", "name")
+PHASE_KEYS = ("train", "until", "lr_scale", "state", "warm_steps", "elements", "scales")
+PHASE_KEYS += ("anneal", "name")
 STATES = ("keep", "reset", "park")
 # Keys that a generator entry hands on to each of its phases.
 HANDED_ON = ("state", "lr_scale", "warm_steps", "until")
 LR_SCALES = ("depth_decay",)
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 _CALL = re.compile(r"(\w+)\((.*)\)", re.DOTALL)
 
 Entry = dict[str, Any]
@@ -66,18 +68,30 @@ def check_entry(entry: Any, where: str, generators: Mapping[str, Callable[..., A
     if not hasattr(entry, "keys"):
         raise ConfigError(f"{where}: {entry!r} should be a dict with {', '.join(PHASE_KEYS)}")
     known: Sequence[str] = PHASE_KEYS
+    own: Mapping[str, Any] = {}
     if "generator" in entry:
         name = entry["generator"]
         if name not in generators:
             raise ConfigError(f"{where}: no generator {name!r}{nearest(str(name), generators)}")
-        own = [p for p in inspect.signature(generators[name]).parameters if p != "outline"]
+        parameters = inspect.signature(generators[name]).parameters
+        own = {name: p.default for name, p in parameters.items() if name != "outline"}
         known = ("generator", *own, *HANDED_ON)
     for key in entry:
         if key not in known:
             raise ConfigError(f"{where}: unknown key {key!r}{nearest(str(key), known)}")
+        if key in own and key != "every":  # a period is read where it is needed
+            check_argument(f"{where}.{key}", entry[key], own[key])
     if "generator" not in entry and not entry.get("train"):
         raise ConfigError(f"{where}: 'train' is missing")
     _check_values(entry, where)
+
+
+def check_argument(where: str, value: Any, default: Any) -> None:
+    """Raises ConfigError where a value is not of the kind of a default that has a plain type."""
+    kind = type(default)
+    if kind not in KINDS or type(value) is kind or (kind is float and type(value) is int):
+        return
+    raise ConfigError(f"{where}: {value!r} should be {KINDS[kind]}")
 
 
 def _check_values(entry: Entry, where: str) -> None:
@@ -94,8 +108,30 @@ def _check_values(entry: Entry, where: str) -> None:
                 " {'name': 'depth_decay', 'rate': 0.75}, or a number"
             )
         scale = rate
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not scale > 0:
+    if not _above_zero(scale):
         raise ConfigError(f"{where}.lr_scale: {scale!r} should be a number above 0")
+    for key, kind in (("scales", "factor above 0"), ("anneal", "step above 0")):
+        values = entry.get(key) or {}
+        if not isinstance(values, Mapping) or not all(map(_above_zero, values.values())):
+            raise ConfigError(f"{where}.{key}: {values!r} should be {{set expression: {kind}}}")
+    _check_elements(entry.get("elements"), where)
     warm = entry.get("warm_steps", 0)
     if isinstance(warm, bool) or not isinstance(warm, int) or warm < 0:
         raise ConfigError(f"{where}.warm_steps: {warm!r} should be a whole number of steps")
+
+
+def _check_elements(elements: Any, where: str) -> None:
+    if elements is None:
+        return
+    known = isinstance(elements, Mapping) and set(elements) == {"kind", "share"}
+    if not known or elements["kind"] != "bernoulli" or not _above_zero(elements["share"]):
+        raise ConfigError(
+            f"{where}.elements: {elements!r} should be {{'kind': 'bernoulli', 'share': 0.3}};"
+            " a fixed choice is made by a rule with top_elements"
+        )
+    if elements["share"] > 1:
+        raise ConfigError(f"{where}.elements: share={elements['share']!r} should be at most 1")
+
+
+def _above_zero(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0

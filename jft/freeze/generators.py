@@ -30,17 +30,21 @@ def thaw(
     """
     units = ordered(outline, outline.units, order)
     count = len(units)
+    ticks = outline.ticks(every, "freeze.phases: every") if every is not None else []
     entries: list[Entry] = []
     for number in range(1, count + 1):
         if every is None:
             stop = outline.step_of(number / count)
         else:
-            stop = outline.start + number * outline.period(every, "freeze.phases: every")
+            stop = ticks[number - 1] if number <= len(ticks) else outline.stop
         train = "all" if number == count else _union(outline, units[:number])
         entries.append({"train": train, "until": outline.stop if number == count else stop})
         if stop >= outline.stop:
             break
-    return _clipped(entries, outline)
+    kept = _clipped(entries, outline)
+    if every is None:
+        kept[-1]["train"] = "all"  # also where there are fewer steps than units
+    return kept
 
 
 def freeze(
@@ -65,9 +69,14 @@ def freeze(
 
 def freeze_at(outline: Outline, units: Sequence[str], shares: Sequence[float]) -> list[Entry]:
     """Returns phases in which units[i] freezes at shares[i] of the stretch, in that order."""
+    return freeze_from(outline, units, [outline.step_of(share) for share in shares])
+
+
+def freeze_from(outline: Outline, units: Sequence[str], steps: Sequence[int]) -> list[Entry]:
+    """Returns phases in which units[i] is frozen from steps[i] on; `steps` do not fall."""
     stops: dict[int, int] = {}
-    for number, share in enumerate(shares):
-        stops[outline.step_of(share)] = number + 1  # units frozen from that step on
+    for number, step in enumerate(steps):
+        stops[step] = number + 1  # units frozen from that step on
     entries: list[Entry] = []
     frozen = 0
     for step in sorted(stops):
@@ -93,12 +102,12 @@ def sample(
       outline: of the stretch.
       count: blocks at a time.
       every: period.
-      replace: False draws no block again before every block was drawn.
+      replace: False draws every block once a sweep, in a new order each time.
       always: set expression that trains throughout; None is all that is in no block, "" nothing.
     """
     blocks, steps = outline.block_units, outline.period(every, "freeze.phases: every")
     if not 1 <= count <= len(blocks):
-        raise ConfigError(f"freeze: count={count}: give 1 to {len(blocks)} blocks")
+        raise ConfigError(f"freeze.phases: count={count}: give 1 to {len(blocks)} blocks")
     random = np.random.Generator(np.random.PCG64([outline.seed, outline.start]))
     menu = _menu(random, len(blocks), count, outline.max_sets)
     base = outline.always if always is None else always
@@ -110,8 +119,10 @@ def sample(
         elif replace:
             chosen = sorted(random.choice(len(blocks), count, replace=False).tolist())
         else:
-            while len(bag) < count:
-                bag += [b for b in random.permutation(len(blocks)).tolist() if b not in bag]
+            if len(bag) < count:
+                sweep = random.permutation(len(blocks)).tolist()
+                # What is left of the last sweep comes first, and late in its own new one.
+                bag += sorted(sweep, key=bag.__contains__)
             chosen, bag = sorted(bag[:count]), bag[count:]
         train = " + ".join([blocks[b] for b in chosen] + ([base] if base else []))
         entries.append({"train": train, "until": min(begin + steps, outline.stop)})
@@ -158,10 +169,10 @@ def cycle(
       always: set expression that trains throughout.
     """
     if parts not in ("units", "blocks"):
-        raise ConfigError(f"freeze: parts={parts!r} should be 'units' or 'blocks'")
+        raise ConfigError(f"freeze.phases: parts={parts!r} should be 'units' or 'blocks'")
     units = outline.units if parts == "units" else outline.block_units
     if size < 1:
-        raise ConfigError(f"freeze: size={size} should be 1 or more")
+        raise ConfigError(f"freeze.phases: size={size} should be 1 or more")
     chunks = [units[at : at + size] for at in range(0, len(units), size)]
     chunks = [chunks[i] for i in order_of(outline, len(chunks), order)]
     trains = [" + ".join([*chunk, *([always] if always else [])]) for chunk in chunks]
@@ -191,7 +202,9 @@ GENERATORS: dict[str, Callable[..., list[Entry]]] = {
 def order_of(outline: Outline, count: int, order: str) -> list[int]:
     """Returns the positions 0 (input side) .. count - 1 in the order asked for."""
     if order not in ORDERS:
-        raise ConfigError(f"freeze: order={order!r}{nearest(order, ORDERS)}; {', '.join(ORDERS)}")
+        raise ConfigError(
+            f"freeze.phases: order={order!r}{nearest(order, ORDERS)}; {', '.join(ORDERS)}"
+        )
     positions = list(range(count))
     if order == "random":
         return np.random.Generator(np.random.PCG64([outline.seed, 1])).permutation(count).tolist()
@@ -201,7 +214,7 @@ def order_of(outline: Outline, count: int, order: str) -> list[int]:
 def ordered(outline: Outline, units: Sequence[str], order: str, keep: int = 0) -> list[str]:
     """Returns the units in order; the last `keep` stay at the end whatever the order."""
     if not 0 <= keep < len(units):
-        raise ConfigError(f"freeze: keep={keep}: the model has {len(units)} units")
+        raise ConfigError(f"freeze.phases: keep={keep}: the model has {len(units)} units")
     free = units[: len(units) - keep]
     moved = [free[i] for i in order_of(outline, len(free), order)]
     return moved + list(units[len(units) - keep :])

@@ -8,7 +8,11 @@ from jft.errors import ConfigError, nearest
 from jft.tree import match, select
 
 # Sets that make sense in any model: the leaf's own name tells its kind.
-COMMON_SETS = (("bias", r"(.*/)?bias"), ("norm", r"(.*/)?(norm|bn|ln)\w*/(scale|bias)"))
+COMMON_SETS = (
+    ("bias", r"(.*/)?bias"),
+    ("norm", r"(.*/)?(norm|bn|ln|\w+Norm_)\w*/(scale|bias)"),
+    ("batch_norm", r"(.*/)?(bn|BatchNorm_)\w*/(scale|bias)"),
+)
 _INDEX = re.compile(r"(?P<name>\w+)\[(?P<index>[^\]]*)\]")
 
 

@@ -1,13 +1,13 @@
 """The freezing methods by name, and the schedule of a run from the `freeze` section."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jft.errors import ConfigError, nearest
-from jft.freeze import fixed, timed
+from jft.freeze import fixed, measured, sampled, timed
 from jft.freeze.groups import Groups
 from jft.freeze.masks import Mask
-from jft.freeze.outline import make_outline
+from jft.freeze.outline import Outline, make_outline
 from jft.freeze.phases import Phase
 from jft.freeze.recipe import Recipe
 from jft.freeze.schedule import FreezeSchedule, parse_phases
@@ -16,7 +16,33 @@ METHODS: dict[str, Callable[..., Recipe]] = {
     "full": fixed.full,
     "linear_probe": fixed.linear_probe,
     "last_k": fixed.last_k,
+    "first_k": fixed.first_k,
+    "surgical": fixed.surgical,
+    "attention_only": fixed.attention_only,
+    "bitfit": fixed.bitfit,
+    "norm_only": fixed.norm_only,
+    "layerwise_decay": fixed.layerwise_decay,
     "lp_ft": timed.lp_ft,
+    "gradual_unfreezing": timed.gradual_unfreezing,
+    "chain_thaw": timed.chain_thaw,
+    "freezeout": timed.freezeout,
+    "linear_bottom_up": timed.linear_bottom_up,
+    "pipetransformer": timed.pipetransformer,
+    "random_order": timed.random_order,
+    "reversed_order": timed.reversed_order,
+    "anneal_only": timed.anneal_only,
+    "lisa": sampled.lisa,
+    "badam": sampled.badam,
+    "hift": sampled.hift,
+    "autofreeze": measured.autofreeze,
+    "egeria": measured.egeria,
+    "auto_rgn": measured.auto_rgn,
+    "auto_snr": measured.auto_snr,
+    "slimfit": measured.slimfit,
+    "spectrum": measured.spectrum,
+    "child_tuning": measured.child_tuning,
+    "fish": measured.fish,
+    "saft": measured.saft,
 }
 
 
@@ -57,25 +83,31 @@ def make_freeze(
         seed=seed,
         max_sets=max_sets,
     )
-    if phases is not None:
-        recipe = Recipe(parse_phases(phases))
-    else:
-        method = name or "full"
-        if method not in METHODS:
-            raise ConfigError(f"freeze.name: no method {method!r}{nearest(method, METHODS)}")
-        try:
-            recipe = METHODS[method](outline, **(args or {}))
-        except TypeError as error:
-            raise ConfigError(f"freeze.args: {error}") from error
-        recipe = Recipe(parse_phases(recipe.entries), recipe.schedule)
-    return FreezeSchedule(
-        groups,
-        outline,
-        recipe.entries,
-        recipe_schedule=recipe.schedule,
-        cut_quantum=cut_quantum,
-        adjust=adjust,
-    )
+    method = name or "full"
+    recipe = Recipe(phases) if phases is not None else _recipe(outline, method, args or {})
+    try:
+        return FreezeSchedule(
+            groups,
+            outline,
+            parse_phases(recipe.entries),
+            recipe_schedule=recipe.schedule,
+            cut_quantum=cut_quantum,
+            adjust=adjust,
+        )
+    except ConfigError as error:
+        if phases is not None or not str(error).startswith("freeze.phases"):
+            raise
+        # The user wrote no phases: say which method's they are.
+        raise ConfigError(f"freeze.name: {method}: {error}") from error
+
+
+def _recipe(outline: Outline, method: str, args: Mapping[str, Any]) -> Recipe:
+    if method not in METHODS:
+        raise ConfigError(f"freeze.name: no method {method!r}{nearest(method, METHODS)}")
+    try:
+        return METHODS[method](outline, **args)
+    except TypeError as error:
+        raise ConfigError(f"freeze.args: {error}") from error
 
 
 def make_phases(groups: Groups, **arguments: Any) -> tuple[Phase, ...]:

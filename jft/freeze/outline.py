@@ -1,11 +1,12 @@
 """The outline of a model and a run: all that a freezing method may know before it starts."""
 
+import math
 import re
 from dataclasses import dataclass
 
 from jft.errors import ConfigError
 from jft.freeze.groups import Groups
-from jft.freeze.until import period_steps
+from jft.freeze.until import period_length, period_steps
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Outline:
       steps_per_epoch: updates per pass over the training split.
       seed: of the run.
       max_sets: most distinct trainable sets, or None.
+      sets: names that set expressions may use: groups without a number, and cross-cutting sets.
     """
 
     units: tuple[str, ...]
@@ -35,6 +37,7 @@ class Outline:
     steps_per_epoch: float
     seed: int = 0
     max_sets: int | None = None
+    sets: frozenset[str] = frozenset()
 
     @property
     def steps(self) -> int:
@@ -65,6 +68,21 @@ class Outline:
             return " + ".join([f"block[{first}:]", *rest])
         return " + ".join(self.units[unit:])
 
+    def require(self, method: str, *sets: str, blocks: bool = False) -> None:
+        """Raises ConfigError unless the model has the sets, and numbered blocks if asked for."""
+        has = ", ".join(sorted(self.sets - {"all", "above"}))
+        if blocks and not self.blocks:
+            raise ConfigError(
+                f"freeze.name: {method} needs numbered blocks, block[0] and so on; full fits"
+                f" any model; this model's groups: {has}"
+            )
+        for name in sets:
+            if name not in self.sets:
+                raise ConfigError(
+                    f"freeze.name: {method} needs a group {name!r}, which freeze.groups can name;"
+                    f" this model's groups: {has}"
+                )
+
     def step_of(self, share: float) -> int:
         """The step at that share of the stretch; rounds half up."""
         return self.start + int(share * self.steps + 0.5)
@@ -72,6 +90,13 @@ class Outline:
     def period(self, every: object, what: str) -> int:
         """A period such as 20, "1ep" or "5%" (of the whole run) in steps, at least 1."""
         return period_steps(every, self.total_steps, self.steps_per_epoch, what)
+
+    def ticks(self, every: object, what: str) -> list[int]:
+        """The steps within the stretch at which a period ends; "1ep" of 2.5 steps: 3, 5, 8, ..."""
+        length = period_length(every, self.total_steps, self.steps_per_epoch, what)
+        count = math.ceil(self.steps / length)
+        found = (self.start + math.floor(n * length + 0.5) for n in range(1, count + 1))
+        return [step for step in found if step < self.stop]
 
 
 def make_outline(
@@ -97,5 +122,14 @@ def make_outline(
         units = (*before, *middle, *([" + ".join(after)] if after else []))
         first, blocks = len(before), len(middle)
     return Outline(
-        units, first, blocks, 0, total_steps, total_steps, steps_per_epoch, seed, max_sets
+        units,
+        first,
+        blocks,
+        0,
+        total_steps,
+        total_steps,
+        steps_per_epoch,
+        seed,
+        max_sets,
+        frozenset(name for name in groups.members if "[" not in name),
     )

@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jft.freeze.entries import Entry
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -18,5 +16,5 @@ class Recipe:
         nothing.
     """
 
-    entries: Sequence[Entry]
+    entries: str | Sequence[Any]
     schedule: Mapping[str, Any] = field(default_factory=dict)

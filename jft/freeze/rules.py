@@ -1,13 +1,14 @@
 """Rules: what trains next, decided at stated steps from a measured signal."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from jft.errors import ConfigError, nearest
 from jft.freeze.deciders import DECIDERS, View
-from jft.freeze.entries import HANDED_ON
+from jft.freeze.entries import HANDED_ON, check_argument
 from jft.freeze.groups import Groups
 from jft.freeze.masks import Mask
 from jft.freeze.outline import Outline
@@ -16,6 +17,8 @@ SIGNALS = (
     *("grad_norm", "rel_grad", "grad_change", "grad_snr", "rel_update", "plasticity"),
     *("weight_snr", "fisher", "grad_abs"),
 )
+# Of the deciders' arguments; others are 0 or more.
+RANGES = {"share": (0.0, 1.0), "q": (0.0, 100.0), "window": (1.0, math.inf)}
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,14 @@ class Rule:
         """The steps, counted as updates done, at which a decision falls due."""
         if self.every is None:
             return range(start, start + 1)
-        period = outline.period(self.every, "freeze: every")
+        period = outline.period(self.every, "freeze.phases: every")
         return range(start if self.first else start + period, stop, period)
+
+    @property
+    def expressions(self) -> tuple[str, ...]:
+        """The set expressions among the arguments of its decider, defaults with them."""
+        args = {**DECIDERS[self.decide].args(), **self.args}
+        return tuple(value for value in args.values() if isinstance(value, str) and value)
 
     def outcome(self, view: View) -> dict[str, Any]:
         """What the decider chooses: "train", "scales" or "elements", and "values" it looked at."""
@@ -81,6 +90,13 @@ def make_rule(entry: Mapping[str, Any], where: str = "freeze.phases") -> Rule:
     for name in rule.args:
         if name not in known:
             raise ConfigError(f"{where}.args: no argument {name!r}{nearest(name, known)}")
-    if rule.batches < 1:
-        raise ConfigError(f"{where}.batches: {rule.batches} should be 1 or more")
+        value, (low, high) = rule.args[name], RANGES.get(name, (0.0, math.inf))
+        check_argument(f"{where}.args.{name}", value, known[name])
+        if not isinstance(value, str) and not low <= value <= high:
+            bound = f"from {low:g} to {high:g}" if high < math.inf else f"{low:g} or more"
+            raise ConfigError(f"{where}.args.{name}: {value!r} should be {bound}")
+    if isinstance(rule.batches, bool) or not isinstance(rule.batches, int) or rule.batches < 1:
+        raise ConfigError(f"{where}.batches: {rule.batches!r} should be a whole number above 0")
+    if not isinstance(rule.first, bool):
+        raise ConfigError(f"{where}.first: {rule.first!r} should be true or false")
     return rule

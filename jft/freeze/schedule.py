@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jft.errors import ConfigError
-from jft.freeze.bounds import bound_sets, quantise_cut
+from jft.freeze.bounds import bound_sets, menu_note, quantise_cut
 from jft.freeze.entries import HANDED_ON, Entry, parse_entries
 from jft.freeze.generators import GENERATORS
 from jft.freeze.groups import Groups
@@ -76,6 +76,10 @@ class FreezeSchedule:
         self._known: tuple[int, tuple[Phase, ...]] | None = None
         self.watched = sorted({e.metric for e in map(self._event, range(len(entries))) if e})
         self.approximation = ""
+        for index, entry in enumerate(self.entries):
+            if entry.get("generator") == "rule":
+                for text in make_rule(entry).expressions:
+                    make_mask(text, groups, f"freeze.phases[{index}].args")
         self.phases()
 
     @property
@@ -92,14 +96,18 @@ class FreezeSchedule:
         for index in range(len(self.entries)):
             for stretch in self._expand(index, start, log):
                 follows = stretches and stretches[-1].same(stretch) and stretch.state != "reset"
-                if follows and "generator" in self.entries[index]:
+                events = stretch.event or (stretches and stretches[-1].event)
+                # Phases as written stay apart, unless coarser cuts have made them equal.
+                written = "generator" not in self.entries[index] and self.cut_quantum <= 1
+                if follows and not events and not written:
                     stretches[-1] = replace(stretches[-1], stop=stretch.stop)
                 else:
                     stretches.append(stretch)
             start = stretches[-1].stop
         limit = self.outline.max_sets
         if limit is not None:
-            stretches, self.approximation = bound_sets(stretches, limit, grows=self.triggered)
+            stretches, bound = bound_sets(stretches, limit, grows=self.triggered)
+            self.approximation = bound or menu_note(self.outline, self.entries)
         phases = number(stretches)
         self._known = (len(log), phases)
         return phases
@@ -233,7 +241,10 @@ class FreezeSchedule:
         return stretches
 
     def _ruled(self, index: int, start: int, stop: int, log: Log) -> list[Stretch]:
-        """A stretch from each decision of a rule to the next."""
+        """A stretch from each decision of a rule to the next that chooses something else.
+
+        With state="reset" each choice begins a stretch, so that it resets even where it agrees.
+        """
         entry, where = self.entries[index], f"freeze.phases[{index}]"
         shared = {k: entry[k] for k in HANDED_ON if k in entry and k != "until"}
         rule = make_rule(entry)
@@ -250,7 +261,9 @@ class FreezeSchedule:
             end = records[at + 1]["step"] if at + 1 < len(records) else stop
             if end > record["step"]:
                 found = self._stretch(current, where, record["step"], end)
-                if stretches and stretches[-1].same(found):
+                found = replace(found, event=rule.signal if rule.every is not None else "")
+                resets = found.state == "reset" and "train" in record
+                if stretches and stretches[-1].same(found) and not resets:
                     stretches[-1] = replace(stretches[-1], stop=end)
                 else:
                     stretches.append(found)
@@ -259,12 +272,12 @@ class FreezeSchedule:
     def _stretch(self, entry: Entry, where: str, start: int, stop: int) -> Stretch:
         train = entry["train"]
         label = train.strip() if isinstance(train, str) else f"rules for {where[-2:-1]}"
-        scale, scales = entry.get("lr_scale", 1.0), dict(entry.get("scales") or {})
+        scale, scales = entry.get("lr_scale", 1.0), self._by_leaf(entry.get("scales") or {}, where)
         if isinstance(scale, Mapping):
             decay = self._depth_decay(float(scale["rate"]))
             scales = {path: factor * scales.get(path, 1.0) for path, factor in decay.items()}
             scale = 1.0
-        elements = entry.get("elements")
+        elements = {k: v for k, v in (entry.get("elements") or {}).items() if k != "always"}
         return Stretch(
             start,
             stop,
@@ -272,7 +285,7 @@ class FreezeSchedule:
             self._mask(train, where),
             float(scale),
             scales,
-            self._anneal(entry.get("anneal") or {}),
+            self._by_leaf(entry.get("anneal") or {}, where),
             int(entry.get("warm_steps", 0)),
             str(entry.get("state", "keep")),
             Elements(**elements) if elements else None,
@@ -300,12 +313,15 @@ class FreezeSchedule:
         top = len(self.outline.units) - 1
         return {path: rate ** (top - unit) for path, unit in self._unit_of.items()}
 
-    def _anneal(self, stops: Mapping[str, int]) -> dict[str, int]:
-        """{path: step} of {unit expression: step}."""
-        found: dict[str, int] = {}
-        for unit, step in stops.items():
-            mask = make_mask(unit, self.groups)
-            found |= {path: int(step) for path, trains in mask.items() if trains}
+    def _by_leaf(self, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """{path: value} of {path or set expression: value}."""
+        found: dict[str, Any] = {}
+        for name, value in values.items():
+            if name in self.groups.patterns:
+                found[name] = value
+            else:
+                mask = make_mask(name, self.groups, where)
+                found |= {path: value for path, trains in mask.items() if trains}
         return found
 
 

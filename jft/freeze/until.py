@@ -78,28 +78,43 @@ def until_step(
       where: begins messages.
       start: first step of the phase.
     """
-    number, origin = until, 0
-    if isinstance(until, str):
-        text = until.strip()
-        origin, text = (start, text[1:]) if text.startswith("+") else (0, text)
-        found = _NUMBER.fullmatch(text)
+    relative = isinstance(until, str) and until.strip().startswith("+")
+    length = _length(until.strip()[1:] if relative else until, total_steps, steps_per_epoch)
+    if length is None:
+        raise ConfigError(f"{where}: until={until!r} should be {_FORMS}")
+    return (start if relative else 0) + length[1]
+
+
+def _length(value: Any, total_steps: int, steps_per_epoch: float) -> tuple[float, int] | None:
+    """Returns (steps that a value means, the same as a whole number), None if it means none."""
+    number = value
+    if isinstance(value, str):
+        found = _NUMBER.fullmatch(value.strip())
         try:
             number = found and (int(found[1]) if found[1].isdigit() else float(found[1]))
         except ValueError:
             number = None
         if number is not None and found is not None and found[2]:
             factor = {"%": total_steps / 100, "e": steps_per_epoch, "s": 1}[found[2][0]]
-            return origin + math.floor(number * factor + 0.5)
+            return number * factor, math.floor(number * factor + 0.5)
     if isinstance(number, bool) or not isinstance(number, int | float) or not number > 0:
-        raise ConfigError(f"{where}: until={until!r} should be {_FORMS}")
+        return None
     if isinstance(number, int) or number > 1:
-        return origin + math.floor(number)
-    return origin + math.floor(number * total_steps + 0.5)
+        return math.floor(number), math.floor(number)
+    return number * total_steps, math.floor(number * total_steps + 0.5)
+
+
+def period_length(every: Any, total_steps: int, steps_per_epoch: float, where: str) -> float:
+    """Returns a period in steps, at least 1 and not rounded: 20, "1ep", "5%"."""
+    found = _length(every, total_steps, steps_per_epoch)
+    if found is None or not found[0] > 0:
+        raise ConfigError(f"{where}={every!r} should be a period: steps (20), '5%' or '1ep'")
+    return max(1.0, found[0])
 
 
 def period_steps(every: Any, total_steps: int, steps_per_epoch: float, where: str) -> int:
-    """Returns a period in steps, at least 1: 20, "1ep", "5%"."""
-    return max(1, until_step(every, total_steps, steps_per_epoch, where.replace(".until", "")))
+    """Returns a period as a whole number of steps, rounded half up."""
+    return math.floor(period_length(every, total_steps, steps_per_epoch, where) + 0.5)
 
 
 def observed_values(

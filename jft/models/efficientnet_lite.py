@@ -287,6 +287,7 @@ FAMILY = Family(
     ),
     sets=(
         ("norm", r".*/bn\d?/.*"),
+        ("batch_norm", r".*/bn\d?/.*"),
         ("bias", r".*/bias"),
         ("depthwise", r".*/depthwise/kernel"),
     ),

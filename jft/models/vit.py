@@ -340,6 +340,7 @@ FAMILY = Family(
         ("bias", r".*/bias"),
         ("attn", r".*/attn/.*"),
         ("mlp", r".*/mlp/.*"),
+        ("position", r"embed/pos_embedding"),
     ),
     preprocess=_preprocess,
     source_config=_source_config,

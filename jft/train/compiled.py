@@ -5,7 +5,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from jft import hlo
 from jft.freeze.phases import Phase
+from jft.train.guarantee import check_cost
 from jft.train.run import Run, compile_phase
 
 # Phases this short, or many that are this short on average, leave no time to compile the next one.
@@ -25,13 +27,26 @@ class CompiledSteps:
         self.seconds = 0.0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="jft-compile")
         self._futures: dict[Any, Future] = {}
+        self._shown: set[Any] = set()
 
     def start(self, phase: Phase) -> Future:
         """Starts compiling the step of `phase`, unless one with its key is there."""
         if phase.key not in self._futures:
-            self._futures[phase.key] = self._pool.submit(compile_phase, self.run, phase)
+            self._futures[phase.key] = self._pool.submit(self._compile, phase)
             self._futures[phase.key].add_done_callback(self._count)
         return self._futures[phase.key]
+
+    def _compile(self, phase: Phase) -> tuple[Any, float, str]:
+        """Returns (compiled step, seconds, how it compares with the plan)."""
+        compiled, seconds = compile_phase(self.run, phase)
+        if self.run.plan is None:
+            return compiled, seconds, ""
+        try:
+            cost = hlo.count(compiled)
+        except ValueError as error:  # a backend that does not show its programs
+            return compiled, seconds, f"not compared with the plan: {error}"
+        text = check_cost(cost, self.run.plan(phase), phase.mask, self.run.stages)
+        return compiled, seconds, text
 
     def _count(self, future: Future) -> None:
         if not future.cancelled() and future.exception() is None:
@@ -39,7 +54,11 @@ class CompiledSteps:
 
     def get(self, phase: Phase) -> tuple[Any, float]:
         """Returns (compiled step, seconds that it took); waits for it."""
-        return self.start(phase).result()
+        compiled, seconds, text = self.start(phase).result()
+        if text and phase.key not in self._shown:
+            self._shown.add(phase.key)
+            self.message(f"step of phase {phase.index}: {text}")
+        return compiled, seconds
 
     def ahead(self, phases: Sequence[Phase]) -> None:
         """Compiles all sets of `phases` now, if they come too fast to do it along the way.

@@ -10,6 +10,9 @@ import numpy as np
 from jft.freeze.deciders import View
 from jft.freeze.phases import Phase
 from jft.freeze.schedule import Due
+from jft.freeze.signals import rel_update, top_elements, weight_snrs
+from jft.train.plasticity import make_plasticity, make_reference
+from jft.train.probe import Probe, make_probe
 from jft.train.run import Run
 from jft.tree import Flat
 
@@ -53,6 +56,7 @@ class Decisions:
         self.chosen: Flat = dict(beside.get("chosen", {}))
         self.reference: Flat = dict(beside.get("reference", {}))
         self._before: Flat = {}
+        self._probes: dict[Any, Probe] = {}
 
     @property
     def beside(self) -> dict[str, Flat]:
@@ -83,21 +87,79 @@ class Decisions:
 
     def decide(self, due: Due, params: Flat, stats: Flat, batches: Upcoming) -> str:
         """Measures, decides and notes what is due; returns one line about it."""
-        values = self._measure(due, params, stats, batches)
-        groups, outline = self.run.freeze.groups, self.run.freeze.outline
+        base = frozenset(path for path, yes in due.base.items() if yes)
+        values, elements = self._measure(due, base, params, stats, batches)
         view = View(
             values=values,
-            groups=groups,
-            outline=outline,
+            groups=self.run.freeze.groups,
+            outline=self.run.freeze.outline,
             mask=due.phase.mask,
-            base=frozenset(path for path, yes in due.base.items() if yes),
+            base=base,
             history=[record for record in self.log if record.get("entry") == due.entry],
             rate=float(self.run.optim.schedule(due.step)),
         )
         outcome = due.rule.outcome(view)
         self.log.append({"step": due.step, "entry": due.entry, **outcome})
         shown = outcome.get("name") or outcome.get("train") or "no change"
+        if isinstance(shown, Mapping):
+            shown = f"{len(shown['leaves'])} leaves"
         if "elements" in outcome:
+            self.chosen = self._choose(view, outcome["elements"], elements, params)
             kept = sum(int(mask.sum()) for mask in self.chosen.values())
             shown = f"{kept:,} elements train"
         return f"{due.rule.signal} decides: {shown}"
+
+    def _measure(
+        self, due: Due, base: frozenset[str], params: Flat, stats: Flat, batches: Upcoming
+    ) -> tuple[dict[str, float], Flat]:
+        """Returns (the rule's signal by leaf, or by unit for plasticity; by element)."""
+        signal, run = due.rule.signal, self.run
+        if signal == "weight_snr":
+            return weight_snrs({path: np.asarray(params[path]) for path in sorted(base)}), {}
+        if signal == "rel_update":
+            before, self._before = self._before, {}
+            return rel_update(before, {path: params[path] for path in before}), {}
+        taken = [
+            {name: batch[name] for name in run.batch_shape}
+            for batch in batches.peek(due.rule.batches)
+        ]
+        if signal == "plasticity":
+            return self._plasticity(due, params, stats, taken), {}
+        probe = self._probe(signal, base)
+        found = probe.measure(params, stats, due.step, taken)
+        return found.values.get(signal, {}), found.elements.get(signal, {})
+
+    def _probe(self, signal: str, base: frozenset[str]) -> Probe:
+        key = (signal, base)
+        if key not in self._probes:
+            self._probes[key] = make_probe(
+                self.run.parts, self.run.parallel, sorted(base), [signal]
+            )
+        return self._probes[key]
+
+    def _plasticity(
+        self, due: Due, params: Flat, stats: Flat, batches: Sequence[Mapping[str, np.ndarray]]
+    ) -> dict[str, float]:
+        """{unit: distance after its last stage} of the first block that trains."""
+        run, outline = self.run, self.run.freeze.outline
+        view = View({}, run.freeze.groups, outline, due.phase.mask, frozenset())
+        unit = outline.block_units[min(view.cut, len(outline.block_units) - 1)]
+        own = {path.split("/")[0] for path in view.leaves(unit)}
+        stop = 1 + max(at for at, stage in enumerate(run.stages) if stage in own)
+        measure = make_plasticity(run.parts, run.parallel, [stop])
+        return {unit: measure(params, stats, self.reference, batches)[stop]}
+
+    def _choose(
+        self, view: View, chosen: Mapping[str, Any], values: Flat, params: Flat
+    ) -> dict[str, np.ndarray]:
+        """Returns {path: bool mask}: the elements with the largest values, and all of `always`."""
+        always = view.leaves(chosen.get("always", ""))
+        free = {path: value for path, value in values.items() if path not in always}
+        whole = {path: np.ones(params[path].shape, bool) for path in always}
+        return {**top_elements(free, chosen["share"]), **whole}
+
+    def begin(self, step: int, params: Flat, stats: Flat) -> None:
+        """Keeps the model that the run starts from, where a rule measures against it."""
+        rules = [e for e in self.run.freeze.entries if e.get("generator") == "rule"]
+        if step == 0 and any(rule["signal"] == "plasticity" for rule in rules):
+            self.reference = make_reference(params, stats)

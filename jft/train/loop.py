@@ -11,12 +11,14 @@ import jax
 import numpy as np
 
 from jft.errors import DivergedError
+from jft.freeze.masks import make_mask
 from jft.freeze.phases import Phase
 from jft.metrics import finish
 from jft.report.writers import RunWriter
 from jft.train.checkpoint import Restored
 from jft.train.compiled import CompiledSteps
 from jft.train.decisions import Decisions, Upcoming
+from jft.train.guarantee import Guard
 from jft.train.lock import Lock
 from jft.train.parallel import check_replicas
 from jft.train.run import Outcome, Run, from_checkpoint, pack, phase_of
@@ -61,6 +63,7 @@ def _fit(run: Run, writer: RunWriter, restored: Restored | None, stop: StopSigna
     finally:
         if trainer:
             trainer.steps.close()
+            trainer.guard.close()
 
 
 def _rebuild(run: Run, paths: list[str]) -> Flat:
@@ -74,6 +77,7 @@ class _Trainer:
     def __init__(self, run: Run, writer: RunWriter, restored: Restored | None):
         self.run, self.writer = run, writer
         self.steps = CompiledSteps(run, writer.message)
+        self.guard = Guard(writer.message)
         self.parked: Flat = {}
         beside: dict[str, Flat] = {}
         self.eval_step: Any = None
@@ -108,8 +112,10 @@ class _Trainer:
         """Runs the phases that are left; returns the exit code."""
         run = self.run
         batches = Upcoming(run.batches(self.step))
-        if not run.freeze.triggered and run.stop_step is None:
-            self.steps.ahead(run.phases)
+        if not run.freeze.triggered and run.total_steps == run.freeze.outline.total_steps:
+            self.steps.ahead([phase for phase in run.phases if phase.stop_step > self.step])
+        self.decisions.begin(self.step, *self.leaves())
+        self.guard.begin(self.leaves()[0])
         self.decide(batches)
         while self.step < run.total_steps:
             phase = run.freeze.at(self.step, self.decisions.log)
@@ -124,7 +130,22 @@ class _Trainer:
                 if stop.exit_code is not None:
                     self.save()
                     return stop.exit_code
+        self.check_end()
         return 0
+
+    def check_end(self) -> None:
+        """Raises if a frozen leaf has moved; says what was to train and did not."""
+        outline, groups = self.run.freeze.outline, self.run.freeze.groups
+        units = {}
+        for unit in outline.units:
+            units[unit] = frozenset(p for p, yes in make_mask(unit, groups).items() if yes)
+        frozen = self.frozen.params | self.frozen.model_state
+        self.guard.end(self.leaves()[0], frozen, units)
+
+    def leaves(self) -> tuple[Flat, Flat]:
+        """Returns all parameters and all statistics of the model."""
+        params = {**self.state.params, **self.frozen.params}
+        return params, {**self.state.model_state, **self.frozen.model_state}
 
     def decide(self, batches: Upcoming) -> None:
         """Makes the freezing decision that is due at this step, if there is one."""
@@ -135,9 +156,7 @@ class _Trainer:
             return
         self.write_rows(wait=True)
         began = time.monotonic()
-        params = {**self.state.params, **self.frozen.params}
-        stats = {**self.state.model_state, **self.frozen.model_state}
-        text = self.decisions.decide(due, params, stats, batches)
+        text = self.decisions.decide(due, *self.leaves(), batches)
         seconds = time.monotonic() - began
         self.writer.message(f"step {self.step}: {text} ({seconds:.1f} s)")
         self.clock += seconds  # a probe is not training time
@@ -150,9 +169,10 @@ class _Trainer:
         began = time.monotonic()
         run, old = self.run, self.phase
         going_on = phase.index == old.index and self.entered
-        future = self.steps.start(phase)
+        self.steps.start(phase)
         elements = self.decisions.elements(phase, self.frozen.elements)
-        if phase.index != old.index:
+        # A decision before the first step changes the set of the phase that is there already.
+        if phase.index != old.index or phase.entered != old.entered:
             tx = run.optim.tx(phase, run.enforce)
             self.state, self.frozen, self.parked = switch_phase(
                 self.state, self.frozen, old, phase, tx, run.enforce, self.parked
@@ -163,7 +183,9 @@ class _Trainer:
                 self.frozen, rates=run.optim.rates(phase), elements=elements
             )
             self.state, self.frozen = run.parallel.place((self.state, self.frozen))
-            self.current, compile_seconds = future.result()
+            self.current, compile_seconds = self.steps.get(phase)
+            trains = [p for p in phase.entered if p not in elements or elements[p].any()]
+            self.guard.freeze(self.frozen.params | self.frozen.model_state, trains)
             self.show_phase(phase, compile_seconds, time.monotonic() - began)
             self.clock, self.clock_step, self.wait_seconds = time.monotonic(), self.step, 0.0
         for following in run.freeze.likely(self.decisions.log, self.step):
@@ -259,8 +281,7 @@ class _Trainer:
     def predict_step(self) -> Callable[[Mapping[str, Any]], dict[str, jax.Array]]:
         """Returns the evaluation step on the present parameters."""
         run = self.run
-        params = {**self.state.params, **self.frozen.params}
-        stats = {**self.state.model_state, **self.frozen.model_state}
+        params, stats = self.leaves()
         if self.eval_step is None:
             step = make_eval_step(run.parts)
             self.eval_step = run.parallel.compile_eval(step, params, stats, run.eval_batch_shape)
@@ -300,6 +321,7 @@ class _Trainer:
         info |= {"results": self.results, "decisions": list(self.decisions.log)}
         # A checkpoint is ranked by an evaluation of this very step, never by an older one.
         metrics = self.results if self.step == self.evaluated_step else {}
+        self.guard.check(self.frozen.params | self.frozen.model_state)
         self.run.checkpoints.save(self.step, state, frozen, info, metrics)
         self.saved_step = self.step
 
@@ -311,9 +333,7 @@ class _Trainer:
         self.writer.status(
             state=names[exit_code], step=self.step, eta_seconds=None, exit_reason=reason
         )
-        params = {**self.state.params, **self.frozen.params}
-        stats = {**self.state.model_state, **self.frozen.model_state}
-        return Outcome(exit_code, self.step, dict(self.results), params, stats)
+        return Outcome(exit_code, self.step, dict(self.results), *self.leaves())
 
 
 @dataclass(frozen=True)

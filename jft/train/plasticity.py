@@ -54,23 +54,7 @@ def make_plasticity(
     if not order or order[0] < 1:
         raise ConfigError(f"signal: 'plasticity' after stages {list(stops)}: give some, from 1 on")
 
-    def activations(params: Flat, stats: Flat, batch: Batch) -> list[jax.Array]:
-        variables: dict[str, Any] = {"params": merge(params)}
-        if stats:
-            variables["batch_stats"] = merge(stats)
-        x, found = parts.eval_transform(batch["image"]), []
-        for start, stop in zip([0, *order], order, strict=False):
-            x = parts.apply(variables, x, start=start, stop=stop)
-            found.append(x)
-        return found
-
-    def distances(params: Flat, stats: Flat, reference: Flat, batch: Batch) -> list[jax.Array]:
-        held = dequantise(reference)
-        then = activations(_below(_PARAMS, held), _below(_STATS, held), batch)
-        pairs = zip(activations(params, stats, batch), then, strict=True)
-        return [similarity_distance(now, old, batch["mask"]) for now, old in pairs]
-
-    jitted = jax.jit(distances, out_shardings=parallel.replicated)
+    jitted = jax.jit(_make_distances(parts, order), out_shardings=parallel.replicated)
 
     def measure(
         params: Flat,
@@ -93,6 +77,28 @@ def make_plasticity(
         return values
 
     return measure
+
+
+def _make_distances(parts: StepParts, order: Sequence[int]) -> Callable[..., list[jax.Array]]:
+    """Returns f(params, statistics, reference, batch) -> distance after each stage of `order`."""
+
+    def activations(params: Flat, stats: Flat, batch: Batch) -> list[jax.Array]:
+        variables: dict[str, Any] = {"params": merge(params)}
+        if stats:
+            variables["batch_stats"] = merge(stats)
+        x, found = parts.eval_transform(batch["image"]), []
+        for start, stop in zip([0, *order], order, strict=False):
+            x = parts.apply(variables, x, start=start, stop=stop)
+            found.append(x)
+        return found
+
+    def distances(params: Flat, stats: Flat, reference: Flat, batch: Batch) -> list[jax.Array]:
+        held = dequantise(reference)
+        then = activations(_below(_PARAMS, held), _below(_STATS, held), batch)
+        pairs = zip(activations(params, stats, batch), then, strict=True)
+        return [similarity_distance(now, old, batch["mask"]) for now, old in pairs]
+
+    return distances
 
 
 def _below(prefix: str, leaves: Flat) -> Flat:

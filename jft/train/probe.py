@@ -6,6 +6,31 @@ moments of the batch wherever its parameters are among the leaves; moved statist
 Per-example gradients (fisher) use the running statistics, since one example has no moments.
 
 It is one function, compiled once, for any number of devices: jit over the mesh with rows sharded.
+
+With g_b the gradient of batch b's mean loss, M batches, and g the gradient of the mean loss
+over all examples of all batches, a leaf's signals are
+
+- grad_norm: ||g||_2.
+- rel_grad: mean over b of ||g_b|| / ||w||; 0 where w = 0. Auto-RGN takes 5 batches and scales
+  each leaf's rate by it over the largest (Lee et al. 2023, arXiv:2210.11466; read in
+  anniesch/surgical-finetuning, main.py, which leaves BatchNorm out).
+- grad_change: M * ||g||_1, the L1 norm of the signed sum of the g_b when their batches are
+  equally full; compared with the one before, see `jft.freeze.decide.change_ratio`. AutoFreeze
+  sums over all steps of an interval (Liu et al. 2021, arXiv:2102.01386; read in
+  YuhanLiu11/AutoFreeze, freeze_intermediate_e2e_lr.py), while the weights move.
+- grad_snr: mean over b of `unit_snr` of g_b, as Auto-SNR's code has it.
+- batch_snr: mean over elements of mean_b(g)^2 / var_b(g), unbiased, 0 where nothing varies: the
+  gradient's signal-to-noise ratio (Liu et al. 2020, arXiv:2001.07384), over batches.
+
+and an element's
+
+- grad_abs: |g|, by which SAFT chooses 0.1 % of the elements (Nguyen et al. 2024,
+  arXiv:2407.03036; its abstract, and the unofficial ayush939/FineTuneCLIP).
+- fisher: mean over examples of the squared gradient of the example's own loss, the diagonal of
+  the empirical Fisher matrix. FISH sums the same (Sung et al. 2021, arXiv:2111.09839; read in
+  varunnair18/FISH, fisher.py, sample type "label"). Child-Tuning squares gradients of batches
+  instead, after clipping each leaf's (Xu et al. 2021, arXiv:2109.05687; read in
+  alibaba/AliceMind, ChildTuningD.py).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -254,30 +279,7 @@ def make_probe(
 ) -> Probe:
     """Returns a probe of some leaves; it compiles at its first use, or by `compile`.
 
-    With g_b the gradient of batch b's mean loss, M batches, and g the gradient of the mean loss
-    over all examples of all batches, a leaf's signals are
-
-    - grad_norm: ||g||_2.
-    - rel_grad: mean over b of ||g_b|| / ||w||; 0 where w = 0. Auto-RGN takes 5 batches and scales
-      each leaf's rate by it over the largest (Lee et al. 2023, arXiv:2210.11466; read in
-      anniesch/surgical-finetuning, main.py, which leaves BatchNorm out).
-    - grad_change: M * ||g||_1, the L1 norm of the signed sum of the g_b when their batches are
-      equally full; compared with the one before, see `jft.freeze.decide.change_ratio`. AutoFreeze
-      sums over all steps of an interval (Liu et al. 2021, arXiv:2102.01386; read in
-      YuhanLiu11/AutoFreeze, freeze_intermediate_e2e_lr.py), while the weights move.
-    - grad_snr: mean over b of `unit_snr` of g_b, as Auto-SNR's code has it.
-    - batch_snr: mean over elements of mean_b(g)^2 / var_b(g), unbiased, 0 where nothing varies: the
-      gradient's signal-to-noise ratio (Liu et al. 2020, arXiv:2001.07384), over batches.
-
-    and an element's
-
-    - grad_abs: |g|, by which SAFT chooses 0.1 % of the elements (Nguyen et al. 2024,
-      arXiv:2407.03036; its abstract, and the unofficial ayush939/FineTuneCLIP).
-    - fisher: mean over examples of the squared gradient of the example's own loss, the diagonal of
-      the empirical Fisher matrix. FISH sums the same (Sung et al. 2021, arXiv:2111.09839; read in
-      varunnair18/FISH, fisher.py, sample type "label"). Child-Tuning squares gradients of batches
-      instead, after clipping each leaf's (Xu et al. 2021, arXiv:2109.05687; read in
-      alibaba/AliceMind, ChildTuningD.py).
+    What each signal is stands at the head of this module.
 
     Args:
       parts: what the training step is built from.

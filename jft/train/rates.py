@@ -10,6 +10,7 @@ import optax
 
 from jft.errors import ConfigError, nearest
 from jft.freeze.phases import Phase
+from jft.freeze.until import parse_until
 from jft.tree import Flat, match
 
 Schedule = Callable[[Any], jax.Array]
@@ -82,7 +83,8 @@ def make_schedule(
     """
     if schedule not in SCHEDULES:
         raise ConfigError(f"optim.schedule: no schedule {schedule!r}{nearest(schedule, SCHEDULES)}")
-    if per_phase and any(phase.event for phase in phases):
+    moving = schedule != "constant" or warmup_steps
+    if per_phase and moving and any(parse_until(p.event, "")[0] for p in phases):
         raise ConfigError("optim.per_phase: a phase that an event ends has no known length")
 
     def span(start: int, stop: int) -> optax.Schedule:

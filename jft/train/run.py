@@ -13,6 +13,7 @@ import numpy as np
 from jft.errors import ConfigError
 from jft.freeze.phases import Phase
 from jft.freeze.schedule import FreezeSchedule
+from jft.plan import PhasePlan
 from jft.report.writers import RunWriter
 from jft.train.checkpoint import Checkpoints, Restored
 from jft.train.optim import OptimSection
@@ -58,6 +59,7 @@ class Run:
       save_every_steps: None saves at the end and on signals only.
       stop_step: ends the run before its phases do, for a dry run.
       summary: the tables to show before the first step.
+      plan: of a phase, to compare its compiled step with; None compares nothing.
     """
 
     workdir: Path
@@ -82,6 +84,7 @@ class Run:
     save_every_steps: int | None = None
     stop_step: int | None = None
     summary: str = ""
+    plan: Callable[[Phase], PhasePlan] | None = None
 
     @property
     def total_steps(self) -> int:

@@ -1,0 +1,107 @@
+"""The guarantee: a step that costs too much is told with its culprit, a moved leaf is caught."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jft import hlo
+from jft.plan import Costs, PhaseParts, make_plan
+from jft.train.guarantee import Guard, check_cost, consumers, digest
+
+WIDTH, ROWS = 32, 16
+STAGES = ("blocks_0", "blocks_1", "head")
+SHAPES = {
+    f"{stage}/dense/kernel": jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32) for stage in STAGES
+}
+BATCH = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32)
+MASK = {path: path.startswith("head") for path in SHAPES}
+
+
+def loss(trainable, frozen, x):
+    params = {**trainable, **frozen}
+    for stage in STAGES:
+        with jax.named_scope(stage), jax.named_scope("dense"):
+            x = jnp.tanh(x @ params[f"{stage}/dense/kernel"])
+    return jnp.sum(x)
+
+
+def compiled(live):
+    """A step that differentiates by the leaves `live` of a phase that trains the head alone."""
+    train = {path: SHAPES[path] for path in live}
+    rest = {path: SHAPES[path] for path in SHAPES if path not in live}
+    return hlo.count(jax.jit(jax.grad(loss)).lower(train, rest, BATCH).compile())
+
+
+@pytest.fixture(scope="module")
+def plan():
+    phases = [PhaseParts("head", 0, 10, MASK, optax.sgd(0.1))]
+    return make_plan(phases, Costs(SHAPES, STAGES, lambda _: loss, [BATCH]))[0]
+
+
+def test_a_step_of_its_phase_alone_is_within_the_plan(plan):
+    text = check_cost(compiled(["head/dense/kernel"]), plan, MASK, STAGES)
+    assert not text.startswith("warning") and "(+0.0%)" in text
+
+
+def test_a_step_that_asks_for_frozen_gradients_names_where(plan):
+    cost = compiled(list(SHAPES))
+    text = check_cost(cost, plan, MASK, STAGES)
+    assert text.startswith("warning: the step costs more than its phase")
+    assert "blocks_0/dense" in text and "blocks_1/dense" in text
+    found = consumers(cost.scopes, MASK, STAGES)
+    assert len(found) == 2 and not any(name.startswith("head") for name in found)
+
+
+def test_a_frozen_module_above_the_cut_may_pass_its_gradient_on_and_no_more():
+    mask = {path: path.startswith("blocks_0") for path in SHAPES}
+    assert not consumers(compiled(["blocks_0/dense/kernel"]).scopes, mask, STAGES)
+    found = consumers(compiled(list(SHAPES)).scopes, mask, STAGES)
+    assert {name.split()[0] for name in found} == {"blocks_1/dense", "head/dense"}
+
+
+def guard():
+    messages = []
+    return Guard(messages.append), messages
+
+
+def leaves():
+    return {path: np.full((2, 2), at, np.float32) for at, path in enumerate(SHAPES)}
+
+
+UNITS = {stage: frozenset({f"{stage}/dense/kernel"}) for stage in STAGES}
+
+
+def test_a_frozen_leaf_that_moves_by_one_ulp_ends_the_run():
+    found, _ = guard()
+    start = leaves()
+    found.begin(start)
+    frozen = {path: start[path] for path in ("blocks_0/dense/kernel", "blocks_1/dense/kernel")}
+    found.freeze(frozen, ["head/dense/kernel"])
+    found.check(frozen)
+    found.poll(wait=True)
+    moved = frozen["blocks_1/dense/kernel"]
+    moved[0, 0] = np.nextafter(moved[0, 0], np.float32(9))
+    found.check(frozen)
+    with pytest.raises(RuntimeError, match="frozen leaf 'blocks_1/dense/kernel' changed"):
+        found.poll(wait=True)
+    found.close()
+
+
+def test_a_unit_that_was_to_train_and_did_not_move_is_named():
+    found, messages = guard()
+    start = leaves()
+    found.begin(start)
+    found.freeze(
+        {"blocks_0/dense/kernel": start["blocks_0/dense/kernel"]},
+        ["blocks_1/dense/kernel", "head/dense/kernel"],
+    )
+    end = start | {"head/dense/kernel": start["head/dense/kernel"] + 1}
+    found.end(end, {"blocks_0/dense/kernel": start["blocks_0/dense/kernel"]}, UNITS)
+    assert messages == ["warning: blocks_1 was to train, but not one of its leaves changed"]
+    found.close()
+
+
+def test_the_digest_tells_values_that_print_alike():
+    assert digest(np.float32([0.0])) != digest(np.float32([-0.0]))
