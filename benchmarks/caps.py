@@ -24,17 +24,18 @@ def cut_shares(workload: Workload) -> list[float]:
     rows, size = workload.batch_size, workload.image_size
     image = jax.ShapeDtypeStruct((rows, size, size, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), image)
-    flat = {kind: flatten(tree) for kind, tree in variables.items()}
+    leaves = {kind: flatten(tree) for kind, tree in variables.items()}
     training = Training(jnp.ones(rows, jnp.float32), jnp.arange(rows, dtype=jnp.int32))
+    totals, x = [0], image
+    for at in range(len(model.stages)):
 
-    def total(stop: int) -> int:
-        def loss(_, leaves, x):
+        def stage(_, leaves, x, at=at):
             tree = {kind: merge(found) for kind, found in leaves.items()}
-            return model.apply(tree, x, stop=stop, training=training, mutable=True)[0].sum()
+            out = model.apply(tree, x, start=at, stop=at + 1, training=training, mutable=True)[0]
+            return out.sum(), out
 
-        return analytic_flops(loss, {}, flat, image).forward
-
-    totals = [0, *(total(stop) for stop in range(1, len(model.stages) + 1))]
+        totals.append(totals[-1] + analytic_flops(stage, {}, leaves, x).forward)
+        x = jax.eval_shape(stage, {}, leaves, x)[1]
     return [each / totals[-1] for each in totals]
 
 

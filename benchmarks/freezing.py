@@ -148,7 +148,7 @@ def _rows(
                 left_out[f"{workload.name}, {what}"] = "not run within the budget"
                 continue
             rows += measured.at(share)
-            say(f"{workload.name}, {what}: {_line(rows, share)}")
+            say(f"{workload.name}, {what}: {_line(rows)}")
     except Exception as error:  # one broken workload must not hide the others
         traceback.print_exc()
         rows.append({"workload": workload.name, "what": what, "error": repr(error)})
@@ -159,7 +159,7 @@ def _rows(
     return rows, left_out
 
 
-def _line(rows: Sequence[dict[str, Any]], share: float) -> str:
+def _line(rows: Sequence[dict[str, Any]]) -> str:
     row = next(row for row in reversed(rows) if row["peer"] == "jft" and not row["cache"])
     return (
         f"{row['speedup']:.2f}x of at most {row['cap']:.2f}x,"

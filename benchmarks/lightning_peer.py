@@ -106,7 +106,7 @@ def _finetuning(frozen: Any) -> Any:
     from lightning.pytorch.callbacks import BaseFinetuning
 
     class FreezePrefix(BaseFinetuning):
-        def freeze_before_training(self, pl_module: Any) -> None:
+        def freeze_before_training(self, _: Any) -> None:
             self.freeze(frozen, train_bn=False)
 
         def finetune_function(self, *_: Any) -> None:
@@ -119,7 +119,7 @@ def _clock(lightning: Any) -> Any:
     class Clock(lightning.Callback):
         watch = staticmethod(stopwatch())
 
-        def on_train_batch_end(self, trainer: Any, module: Any, out: Any, batch: Any, at: int):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
             if trainer.global_step == 1:
                 self.watch = stopwatch()
 

@@ -18,6 +18,7 @@ from benchmarks.workloads import JftLoop, Workload, make_config
 from jft.errors import ConfigError
 from jft.freeze.methods import METHODS
 from jft.freeze.phases import Phase
+from jft.freeze.schedule import FreezeSchedule
 from jft.overview import loss_costs
 from jft.prepare import make_parts, make_schedule
 from jft.task import make_data, make_task
@@ -56,9 +57,17 @@ class Presets:
         # Shared by all methods, since most of them meet the same trainable sets.
         self._task, self._costs = task, loss_costs(task, self._parallel, self._parts)
 
-    def config(self, method: str) -> Any:
-        """Returns the config of a method's run: evaluations for events, a log row a step."""
+    def config(self, method: str, evaluates: bool = True) -> Any:
+        """Returns the config of a method's run, with a log row a step.
+
+        Args:
+          method: of METHODS.
+          evaluates: whether it evaluates, for methods that wait for a metric.
+        """
         overrides = {
+            "data.val_fraction": 0.25,
+            "eval.every_steps": max(1, self.steps // 6) if evaluates else None,
+            "eval.splits": ["val"] if evaluates else [],
             "freeze.name": method,
             "freeze.phases": None,
             "freeze.max_sets": SETS,
@@ -75,9 +84,12 @@ class Presets:
         Raises:
           ConfigError: the method does not fit this model or this many steps.
         """
+        return self.row(method, self.schedule(method).phases())
+
+    def schedule(self, method: str) -> FreezeSchedule:
+        """Returns the method's phases before anything was measured; errors as of `plan`."""
         task = dataclasses.replace(self._task, config=self.config(method))
-        schedule, _ = make_schedule(task, self._examples, self._parallel, self._parts)
-        return self.row(method, schedule.phases())
+        return make_schedule(task, self._examples, self._parallel, self._parts)[0]
 
     def row(self, method: str, phases: Sequence[Phase]) -> dict[str, Any]:
         """Returns what the phases of a run cost in FLOPs."""
@@ -109,7 +121,8 @@ class Presets:
           full: window of the loop that trains everything; timed before and after the run.
         """
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-            run = jft.setup(self.config(method), Path(folder) / "run")
+            config = self.config(method, bool(self.schedule(method).watched))
+            run = jft.setup(config, Path(folder) / "run")
             full(1)
             before = full(FULL_STEPS) / FULL_STEPS
             with (
@@ -159,7 +172,7 @@ def steady_seconds(
 def measure_presets(
     workload: Workload, *, steps: int, run: Sequence[str] | None, late: Callable[[], bool]
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Returns (a row a method, {"workload, method": why it is left out}).
+    """Returns (a row a method, {"workload, method": why it is left out or planned only}).
 
     Args:
       workload: model and shapes.
@@ -173,16 +186,18 @@ def measure_presets(
         folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="jft-presets-")))
         (folder / "full").mkdir()
         presets = Presets(workload, steps, folder)
-        full = JftLoop(workload, 0, folder / "full", overrides={"log.every_steps": 1})
-        opened.callback(full.close)
+        full: JftLoop | None = None
         for method in METHODS:
             trains = run is None or method in run
             if trains and late():
                 left_out[f"{workload.name}, run of {method}"] = "not run within the budget"
                 trains = False
+            if trains and full is None:
+                full = JftLoop(workload, 0, folder / "full", overrides={"log.every_steps": 1})
+                opened.callback(full.close)
             seconds = stopwatch()
             try:
-                row = presets.run(method, full.window) if trains else presets.plan(method)
+                row = presets.run(method, full.window) if trains and full else presets.plan(method)
                 rows.append(row | {"elapsed_seconds": seconds()})
             except ConfigError as error:
                 left_out[f"{workload.name}, {method}"] = str(error)
