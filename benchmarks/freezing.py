@@ -138,15 +138,15 @@ def _rows(
     """The rows of one workload, and what was left out of it."""
     rows: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
-    measured = None
-    what = "f = 0"
+    measured: Rows | None = None
+    what = ""
     try:
-        measured = Rows(workload, size.measuring)
         for share in size.shares:
             what = f"f = {share:g}"
             if late():
                 left_out[f"{workload.name}, {what}"] = "not run within the budget"
                 continue
+            measured = measured or Rows(workload, size.measuring)
             rows += measured.at(share)
             say(f"{workload.name}, {what}: {_line(rows)}")
     except Exception as error:  # one broken workload must not hide the others

@@ -25,7 +25,7 @@ from jft.task import make_data, make_task
 from jft.train.loop import fit
 from jft.train.parallel import make_parallel
 
-SETS = 8  # freeze.max_sets: methods that draw a new set in each phase draw from a menu
+SETS = 6  # freeze.max_sets: methods that draw a new set in each phase draw from a menu
 FULL_STEPS = 8  # steps of full training, before and after each run
 
 

@@ -110,7 +110,10 @@ class JftLoop:
       compile_seconds: tracing, lowering and compilation.
       enter_seconds: of entering the phase: the split of the state and its placement.
       flops: of a step by jft's own analysis of its jaxpr.
+      fill_seconds: of the first pass over the data, set by who ran it to fill a cache.
     """
+
+    fill_seconds: float | None = None
 
     def __init__(
         self,
