@@ -24,13 +24,12 @@ LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.05
 Batch = Mapping[str, np.ndarray]
 
 
-def make_step(model: Model, cut: int, tx: optax.GradientTransformation, canvas: int) -> Any:
-    """Returns step(state, frozen, batch) -> (state, loss); everything from stage `cut` on trains.
+def make_loss(model: Model, cut: int, canvas: int) -> Any:
+    """Returns loss(params, stats, frozen, image, label) -> (mean, moved statistics).
 
     Args:
       model: from jft's zoo; only `apply` is used.
       cut: index of the first stage that trains.
-      tx: the optimizer.
       canvas: side of the square uint8 images, whose centre is the input.
     """
     size = model.preprocess.image_size
@@ -59,6 +58,16 @@ def make_step(model: Model, cut: int, tx: optax.GradientTransformation, canvas: 
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
         moved = flatten(changed.get("batch_stats", {}))
         return losses.mean(), {path: moved[path] for path in stats}
+
+    return loss
+
+
+def make_step(model: Model, cut: int, tx: optax.GradientTransformation, canvas: int) -> Any:
+    """Returns step(state, frozen, image, label) -> (state, loss); stages from `cut` on train.
+
+    Args: as of `make_loss`, and the optimizer.
+    """
+    loss = make_loss(model, cut, canvas)
 
     def step(state, frozen, image, label):
         params, stats, opt_state = state
@@ -99,7 +108,7 @@ class Bare:
         # Copies: the step donates its state, and the leaves are the caller's.
         self.state = jax.tree.map(jnp.array, (params, stats, tx.init(params)))
         self.frozen = jax.tree.map(jnp.array, tuple(frozen))
-        self.batches = _cycle(batches)
+        self.batches = cycle(batches)
         seconds = stopwatch()
         first = batches[0]
         lowered = jax.jit(step, donate_argnums=0).lower(
@@ -118,6 +127,7 @@ class Bare:
         return seconds()
 
 
-def _cycle(batches: Sequence[Batch]) -> Iterator[Batch]:
+def cycle(batches: Sequence[Batch]) -> Iterator[Batch]:
+    """Yields the batches in turn, for ever."""
     while True:
         yield from batches

@@ -1,4 +1,6 @@
-"""PyTorch on the same shapes, for whoever has it: eager, float32, AdamW, two threads.
+"""PyTorch on the same shapes, for whoever has it: eager, AdamW, frozen by `requires_grad=False`.
+
+On a CPU it is float32 with two threads; on a GPU float32, or bfloat16 by autocast.
 
 ViT is that of transformers, EfficientNet-Lite that of efficientnet-lite-pytorch in channels_last.
 """
@@ -22,8 +24,21 @@ _HEAD = re.compile(r"classifier|_fc")
 class Torch:
     """The torch arm: a training loop over the same numpy batches."""
 
-    def __init__(self, workload: Workload, phase: str) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        phase: str | int,
+        *,
+        clip_norm: float | None = None,
+        dtype: str = "float32",
+    ) -> None:
         """Builds model and optimizer.
+
+        Args:
+          workload: model and shapes.
+          phase: a name of PHASES, or the index of the first stage that trains.
+          clip_norm: largest global norm of the gradients; None does not clip.
+          dtype: "bfloat16" computes under autocast.
 
         Raises:
           ImportError: torch, or the package that holds the model, is missing.
@@ -31,26 +46,27 @@ class Torch:
         import torch
 
         torch.set_num_threads(THREADS)
-        self.torch = torch
+        self.torch, self.clip_norm, self.dtype = torch, clip_norm, dtype
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.conv = not workload.model.startswith("vit")
         self.model = _lite(workload) if self.conv else _vit(workload)
         preprocess = workload.zoo_model().preprocess
         shape = (1, -1, 1, 1)
-        self.mean = torch.tensor(preprocess.mean).view(shape)
-        self.std = torch.tensor(preprocess.std).view(shape)
+        self.mean = torch.tensor(preprocess.mean).view(shape).to(self.device)
+        self.std = torch.tensor(preprocess.std).view(shape).to(self.device)
         self.size = workload.image_size
         if self.conv:
             self.model = self.model.to(memory_format=torch.channels_last)
-        self.model.train()
+        self.model = self.model.to(self.device).train()
         for name, leaf in self.model.named_parameters():
             leaf.requires_grad_(trains(name, workload, phase))
         for module in self.model.modules():
             own = list(module.parameters(recurse=False))
             if "BatchNorm" in type(module).__name__ and not any(p.requires_grad for p in own):
                 module.eval()
-        live = [leaf for leaf in self.model.parameters() if leaf.requires_grad]
-        decayed = [leaf for leaf in live if leaf.ndim > 1]
-        rest = [leaf for leaf in live if leaf.ndim <= 1]
+        self.live = [leaf for leaf in self.model.parameters() if leaf.requires_grad]
+        decayed = [leaf for leaf in self.live if leaf.ndim > 1]
+        rest = [leaf for leaf in self.live if leaf.ndim <= 1]
         groups = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
         self.optim = torch.optim.AdamW(groups, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         self.batches, self.at = workload.batches(), 0
@@ -61,34 +77,47 @@ class Torch:
         for _ in range(steps):
             self._step(self.batches[self.at % len(self.batches)])
             self.at += 1
+        if self.device == "cuda":
+            self.torch.cuda.synchronize()
         return seconds()
 
     def _step(self, batch: Mapping[str, np.ndarray]) -> None:
         torch = self.torch
+        self.optim.zero_grad(set_to_none=True)
+        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):
+            loss = self.loss(self.model, batch)
+        loss.backward()
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.live, self.clip_norm)
+        self.optim.step()
+
+    def loss(self, model: Any, batch: Mapping[str, np.ndarray]) -> Any:
+        """Returns the mean loss of `model` on a numpy batch."""
+        torch = self.torch
         edge = round((batch["image"].shape[1] - self.size) / 2)
         image = batch["image"][:, edge : edge + self.size, edge : edge + self.size]
         # A view of NHWC memory as NCHW is what channels_last means.
-        x = (torch.from_numpy(image).permute(0, 3, 1, 2).float() - self.mean) / self.std
-        if not self.conv:
-            x = x.contiguous()
-        found = self.model(x)
+        x = torch.from_numpy(image).to(self.device).permute(0, 3, 1, 2).float()
+        x = (x - self.mean) / self.std
+        found = model(x if self.conv else x.contiguous())
+        label = torch.from_numpy(batch["label"]).to(self.device).long()
         logits = found if self.conv else found.logits
-        label = torch.from_numpy(batch["label"]).long()
-        self.optim.zero_grad(set_to_none=True)
-        torch.nn.functional.cross_entropy(logits, label).backward()
-        self.optim.step()
+        return torch.nn.functional.cross_entropy(logits, label)
 
 
-def trains(name: str, workload: Workload, phase: str) -> bool:
+def trains(name: str, workload: Workload, phase: str | int) -> bool:
     """Returns whether the torch parameter `name` trains in a phase."""
-    if phase == "all" or _HEAD.search(name):
-        return True
-    if phase == "head":
-        return False
+    return stage_index(name, workload) >= workload.cut(phase)
+
+
+def stage_index(name: str, workload: Workload) -> int:
+    """Returns the position of the stage of jft's model that the torch parameter belongs to."""
+    if _HEAD.search(name):
+        return workload.blocks + 2
     block = _BLOCK.search(name)
     if block:
-        return int(block.group(1)) >= workload.blocks - workload.blocks // 2
-    return _ABOVE.match(name) is not None
+        return 1 + int(block.group(1))
+    return workload.blocks + 1 if _ABOVE.match(name) else 0
 
 
 def _vit(workload: Workload) -> Any:

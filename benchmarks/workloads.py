@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from jft.data.images import canvas_side
 from jft.models.zoo import Model, make_model
 from jft.report.progress import Progress
 from jft.report.writers import RunWriter
+from jft.train.decisions import Upcoming
 from jft.train.lock import Lock
 from jft.train.loop import _Trainer
 
@@ -48,14 +50,19 @@ class Workload:
         """How the tables call it."""
         return f"{self.model} {self.image_size} px batch {self.batch_size}"
 
-    def cut(self, phase: str) -> int:
-        """Returns the index of the first stage that trains."""
+    def cut(self, phase: str | int) -> int:
+        """Returns the index of the first stage that trains; a phase may be such an index."""
+        if isinstance(phase, int):
+            return phase
         return {"head": self.blocks + 2, "half": 1 + self.blocks - self.blocks // 2, "all": 0}[
             phase
         ]
 
-    def train(self, phase: str) -> str:
+    def train(self, phase: str | int) -> str:
         """Returns the phase as jft's config says it."""
+        if isinstance(phase, int):
+            stages = self.zoo_model().stages[phase:] if phase else ()
+            return " + ".join(f"'{stage}/.*'" for stage in stages) or "all"
         return {"half": f"block[-{self.blocks // 2}:] + final + head"}.get(phase, phase)
 
     def zoo_model(self) -> Model:
@@ -80,16 +87,16 @@ class Workload:
 
 
 PHASES = ("head", "half", "all")
-_LITE = (("dropout_rate", 0.0), ("drop_path_rate", 0.0))
+LITE = (("dropout_rate", 0.0), ("drop_path_rate", 0.0))
 SUITES: dict[str, tuple[Workload, ...]] = {
     "smoke": (
         Workload("vit_s16", 64, 4, 12),
-        Workload("efficientnet_lite0", 64, 8, 16, _LITE),
+        Workload("efficientnet_lite0", 64, 8, 16, LITE),
     ),
     "cpu": (
         Workload("vit_s16", 224, 8, 12),
-        Workload("efficientnet_lite0", 224, 8, 16, _LITE),
-        Workload("efficientnet_lite0", 96, 16, 16, _LITE),
+        Workload("efficientnet_lite0", 224, 8, 16, LITE),
+        Workload("efficientnet_lite0", 96, 16, 16, LITE),
     ),
 }
 
@@ -101,44 +108,67 @@ class JftLoop:
       run: the built parts, from `jft.setup`.
       compiled: the step, as `jax.stages.Compiled`.
       compile_seconds: tracing, lowering and compilation.
+      enter_seconds: of entering the phase: the split of the state and its placement.
       flops: of a step by jft's own analysis of its jaxpr.
+      fill_seconds: of the first pass over the data, set by who ran it to fill a cache.
     """
 
-    def __init__(self, workload: Workload, phase: str, folder: Path, mode: str = "pmap") -> None:
+    fill_seconds: float | None = None
+
+    def __init__(
+        self,
+        workload: Workload,
+        phase: str | int,
+        folder: Path,
+        mode: str = "pmap",
+        overrides: Mapping[str, Any] | None = None,
+    ) -> None:
         """Builds the run in `folder` and compiles its step.
 
         Args:
           workload: what to train.
-          phase: a name of PHASES; the run has this phase alone.
+          phase: a name of PHASES, or the index of the first stage that trains; the run has this
+            phase alone.
           folder: an empty one, for data and run directory.
           mode: parallel.mode.
+          overrides: {config key: value} on top.
         """
         data = folder / "data.npz"
         np.savez(data, image=workload.images(), label=workload.labels())
-        self.run = run = jft.setup(make_config(workload, phase, data, mode), folder / "run")
-        self._open = contextlib.ExitStack()
-        self._open.enter_context(Lock(run.workdir))
-        self._open.enter_context(run.checkpoints)
+        config = make_config(workload, phase, data, mode, overrides)
+        self.run = jft.setup(config, folder / "run")
+        with contextlib.ExitStack() as opened:
+            self._begin(opened)
+            self._open = opened.pop_all()
+
+    def _begin(self, opened: contextlib.ExitStack) -> None:
+        """Starts the run up to its first step; what it opens is closed even where this fails."""
+        run = self.run
+        opened.enter_context(Lock(run.workdir))
+        opened.enter_context(run.checkpoints)
         run.begin()
         plan = json.loads((run.workdir / "plan.json").read_text())
         self.flops: int = plan["phases"][0]["flops"]
-        shown = self._open.enter_context(open(os.devnull, "w"))
+        shown = opened.enter_context(open(os.devnull, "w"))
         progress = Progress(run.total_steps, stream=shown)
         writer = RunWriter(run.workdir, total_steps=run.total_steps, progress=progress)
-        self._open.enter_context(writer)
+        opened.enter_context(writer)
         self._trainer = _Trainer(run, writer, None)
-        self._open.callback(self._trainer.compiler.shutdown)
-        self.compiled, self.compile_seconds = self._trainer.compile(run.phases[0]).result()
+        opened.callback(self._trainer.steps.close)
+        self.compiled, self.compile_seconds = self._trainer.steps.get(run.phases[0])
+        seconds = stopwatch()
         self._trainer.enter(run.phases[0])
-        self._batches: Any = run.batches(0)
-        self._open.callback(self._batches.close)
+        self.enter_seconds = seconds()
+        batches: Any = run.batches(0)
+        opened.callback(batches.close)
+        self._batches = Upcoming(batches)
 
     def window(self, steps: int) -> float:
         """Runs `steps` steps of the loop to their end; returns the seconds."""
         trainer, seconds = self._trainer, stopwatch()
         for _ in range(steps):
             trainer.update(self._batches)
-            trainer.after_update(last=False)
+            trainer.after_update(self._batches, last=False)
         jax.block_until_ready(trainer.state)
         return seconds()
 
@@ -151,7 +181,13 @@ class JftLoop:
         self._open.close()
 
 
-def make_config(workload: Workload, phase: str, data: Path, mode: str) -> Any:
+def make_config(
+    workload: Workload,
+    phase: str | int,
+    data: Path,
+    mode: str,
+    overrides: Mapping[str, Any] | None = None,
+) -> Any:
     """Returns the config of a run that only trains: no evaluation and no save falls due."""
     config = base()
     config.data.name, config.data.path = "npz", str(data)
@@ -164,4 +200,7 @@ def make_config(workload: Workload, phase: str, data: Path, mode: str) -> Any:
     config.optim.schedule = "constant"
     config.train.steps, config.train.batch_size = 1_000_000, workload.batch_size
     config.parallel.mode, config.parallel.devices = mode, 1
+    for dotted, value in (overrides or {}).items():
+        section, _, name = dotted.rpartition(".")
+        setattr(config[section] if section else config, name, value)
     return from_json(to_json(config))
