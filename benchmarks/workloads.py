@@ -19,7 +19,6 @@ from jft.data.images import canvas_side
 from jft.models.zoo import Model, make_model
 from jft.report.progress import Progress
 from jft.report.writers import RunWriter
-from jft.train.decisions import Upcoming
 from jft.train.lock import Lock
 from jft.train.loop import _Trainer
 
@@ -110,10 +109,10 @@ class JftLoop:
       compile_seconds: tracing, lowering and compilation.
       enter_seconds: of entering the phase: the split of the state and its placement.
       flops: of a step by jft's own analysis of its jaxpr.
-      fill_seconds: of the first pass over the data, set by who ran it to fill a cache.
+      fill_seconds: of filling the cache of the frozen prefix; 0 without one.
     """
 
-    fill_seconds: float | None = None
+    fill_seconds: float = 0.0
 
     def __init__(
         self,
@@ -154,21 +153,20 @@ class JftLoop:
         writer = RunWriter(run.workdir, total_steps=run.total_steps, progress=progress)
         opened.enter_context(writer)
         self._trainer = _Trainer(run, writer, None)
-        opened.callback(self._trainer.steps.close)
+        for part in (self._trainer.steps, self._trainer.guard, self._trainer.feed):
+            opened.callback(part.close)
         self.compiled, self.compile_seconds = self._trainer.steps.get(run.phases[0])
         seconds = stopwatch()
         self._trainer.enter(run.phases[0])
         self.enter_seconds = seconds()
-        batches: Any = run.batches(0)
-        opened.callback(batches.close)
-        self._batches = Upcoming(batches)
+        self.fill_seconds = self._trainer.feed.fill_seconds
 
     def window(self, steps: int) -> float:
         """Runs `steps` steps of the loop to their end; returns the seconds."""
         trainer, seconds = self._trainer, stopwatch()
         for _ in range(steps):
-            trainer.update(self._batches)
-            trainer.after_update(self._batches, last=False)
+            trainer.update()
+            trainer.after_update(last=False)
         jax.block_until_ready(trainer.state)
         return seconds()
 

@@ -22,6 +22,7 @@ class Feed:
     Attributes:
       chosen: what was decided about caches so far, saved in every checkpoint; see `Inputs.choose`.
       cache: the entries in use, or None.
+      fill_seconds: spent on filling caches so far.
     """
 
     def __init__(self, run: Run, step: int, chosen: Mapping[str, str], say: Callable[[str], None]):
@@ -30,6 +31,7 @@ class Feed:
         self.chosen: dict[str, str] = dict(chosen)
         self.cache: PrefixCache | None = None
         self.input = Input()
+        self.fill_seconds = 0.0
         self._step = step
         self._stream: Any = None
         self._seen: deque[Batch] = deque()
@@ -53,8 +55,10 @@ class Feed:
                 began = time.monotonic()
                 shallower = [self.cache] if self.cache is not None else []
                 self.cache = inputs.fill(chosen, params, stats, shallower)
+                seconds = time.monotonic() - began
+                self.fill_seconds += seconds
                 self.say(
-                    f"cache filled in {time.monotonic() - began:.1f} s:"
+                    f"cache filled in {seconds:.1f} s:"
                     f" {len(self.cache.replaced):,} examples x {self.cache.views} views"
                 )
         else:
