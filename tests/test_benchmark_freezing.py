@@ -168,7 +168,7 @@ def test_the_loop_closes_what_it_opened_when_it_cannot_start(tmp_path, monkeypat
     def fails(*_):
         raise ConfigError("freeze.cache: too small")
 
-    monkeypatch.setattr("benchmarks.workloads.Upcoming", fails)
+    monkeypatch.setattr("benchmarks.workloads._Trainer.enter", fails)
     with pytest.raises(ConfigError, match="too small"):
         JftLoop(TINY, 2, tmp_path)
     monkeypatch.undo()

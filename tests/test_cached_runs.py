@@ -1,0 +1,104 @@
+"""Runs that train from the cached outputs of a frozen prefix: equal to those that do not."""
+
+import json
+
+import fault_run
+import numpy as np
+import pytest
+
+from jft import fit, setup
+from jft.config import load_config
+from jft.errors import ConfigError
+from jft.report.writers import RunWriter
+from jft.train import loop
+
+PHASES = "head@8 | block[-1:] + final + head@12 | all"
+LINE = [
+    f"freeze.phases={PHASES}",
+    "train.steps=16",
+    "augment.crop=random_resized",
+    "optim.name=sgd",
+    "parallel.devices=1",
+    "checkpoint.every_steps=3",
+    "eval.every_steps=8",
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+    with fault_run.quick_compiles(tmp_path_factory.mktemp("compiled")):
+        yield
+
+
+@pytest.fixture
+def messages(monkeypatch):
+    said = []
+    monkeypatch.setattr(RunWriter, "message", lambda _, text: said.append(text))
+    return said
+
+
+def run_of(workdir, *overrides):
+    return setup(load_config("configs/digits_vit.py:tiny", [*LINE, *overrides]), workdir)
+
+
+def leaves(outcome):
+    return {path: np.asarray(leaf) for path, leaf in outcome.params.items()}
+
+
+@pytest.fixture(scope="module")
+def uncached(tmp_path_factory):
+    return leaves(fit(run_of(tmp_path_factory.mktemp("uncached"), "freeze.views=2")))
+
+
+@pytest.mark.parametrize("tier", ["device", "host", "disk"])
+def test_a_cached_run_equals_the_one_that_takes_the_same_views(
+    tier, uncached, tmp_path, monkeypatch, messages
+):
+    monkeypatch.setattr("jft.freeze.entry_store.Room.tier", lambda *_: tier)
+    found = leaves(fit(run_of(tmp_path, "freeze.views=2", "freeze.cache=on")))
+    assert sum("cache filled" in text for text in messages) == 2
+    assert not [text for text in messages if "warning" in text]
+    for path, leaf in uncached.items():
+        scale = max(float(np.max(np.abs(leaf))), 1e-3)
+        assert np.max(np.abs(found[path] - leaf)) <= 1e-5 * scale, path
+
+
+@pytest.mark.parametrize("step", [5, 10])
+def test_a_killed_cached_run_ends_bitwise_equal(step, tmp_path, monkeypatch):
+    line = ("freeze.views=2", "freeze.cache=on")
+    straight = leaves(fit(run_of(tmp_path / "straight", *line)))
+
+    class Stop(Exception):
+        pass
+
+    plain = loop._Trainer.update
+
+    def update(trainer):
+        if trainer.step == step:
+            raise Stop
+        plain(trainer)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(loop._Trainer, "update", update)
+        fit(run_of(tmp_path / "killed", *line))
+    fault_run.assert_same_leaves(leaves(fit(run_of(tmp_path / "killed", *line))), straight)
+    rows = [fault_run.logged_rows(tmp_path / name) for name in ("killed", "straight")]
+    assert rows[0] == rows[1]
+
+
+def test_auto_says_why_it_does_not(tmp_path, messages):
+    fit(run_of(tmp_path, "freeze.cache=auto", "train.steps=16"))
+    said = [text for text in messages if text.startswith("cache of phase")]
+    assert said and all("freeze.views=K allows it" in text for text in said)
+
+
+def test_on_without_fixed_views_is_refused_with_what_to_write(tmp_path):
+    with pytest.raises(ConfigError, match="set freeze.views=K or switch augmentation off"):
+        fit(run_of(tmp_path, "freeze.cache=on"))
+
+
+def test_the_choice_is_saved_and_kept(tmp_path):
+    fit(run_of(tmp_path, "freeze.views=2", "freeze.cache=on"))
+    info = fault_run.last_step(tmp_path).info
+    assert info["caches"] == {"0:6": "device", "1:4": "device"}
+    assert json.dumps(info["caches"])

@@ -1,0 +1,82 @@
+"""Every freezing method by its name alone, end to end: what it saves, what moves and what does not.
+
+The trainer itself compares each compiled step with its plan, hashes what is frozen, and names what
+was to train and did not move; here its word is asked for, and checked against the files.
+"""
+
+import os
+
+import fault_run
+import numpy as np
+import pytest
+
+from jft import fit, setup
+from jft.config import load_config
+from jft.errors import ConfigError
+from jft.freeze.methods import METHODS
+from jft.report.writers import RunWriter
+
+pytestmark = pytest.mark.slow
+
+SHORT = os.environ.get("JFT_FAULTS") == "short"
+CONFIGS = {"vit": "configs/digits_vit.py:tiny", "efficientnet": "configs/quickstart.py:tiny"}
+# EfficientNet has no attention; everything else fits it.
+LEFT_OUT = {("efficientnet", "attention_only")}
+ELEMENTWISE = ("child_tuning", "fish", "saft")
+CASES = [
+    (model, name)
+    for model in CONFIGS
+    for name in METHODS
+    if not SHORT or model == "vit" or name in ("lp_ft", "bitfit", "attention_only")
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+    with fault_run.quick_compiles(tmp_path_factory.mktemp("compiled")):
+        yield
+
+
+@pytest.fixture
+def messages(monkeypatch):
+    said = []
+    monkeypatch.setattr(RunWriter, "message", lambda _, text: said.append(text))
+    return said
+
+
+def config_of(model, name):
+    overrides = ["freeze.phases=None", f"freeze.name={name}", "parallel.devices=1"]
+    return load_config(CONFIGS[model], overrides)
+
+
+@pytest.mark.parametrize(("model", "name"), CASES, ids=[f"{m}-{n}" for m, n in CASES])
+def test_a_method_runs_by_its_name_and_saves_what_its_plan_says(model, name, tmp_path, messages):
+    config = config_of(model, name)
+    if (model, name) in LEFT_OUT:
+        with pytest.raises(ConfigError, match=f"freeze.name: {name} needs") as error:
+            setup(config, tmp_path)
+        assert error.value.exit_code == 2 and "\n" not in str(error.value)
+        return
+    run = setup(config, tmp_path)
+    start = run.start()[0]
+    outcome = fit(run)
+    assert outcome.exit_code == 0 and outcome.step == run.total_steps
+    compared = [text for text in messages if text.startswith("step of phase")]
+    assert compared and all(" planned (" in text for text in compared)
+    assert not [text for text in messages if "warning" in text]
+    info = fault_run.last_step(tmp_path).info
+    phases = run.freeze.phases(info["decisions"])
+    trained = {path for phase in phases for path in phase.entered}
+    moved = {p for p in start if np.asarray(outcome.params[p]).tobytes() != start[p].tobytes()}
+    assert moved <= trained
+    assert len(compared) == len({phase.key for phase in phases})
+    if name in ELEMENTWISE:
+        assert all(phase.elements is not None for phase in phases)
+
+
+def test_a_head_that_trains_alone_costs_the_backbone_no_gradient(tmp_path, messages):
+    """The saving is that of the plan: forward through the backbone, and no more."""
+    run = setup(config_of("vit", "linear_probe"), tmp_path)
+    fit(run)
+    plan = run.plan(run.phases[0], run.inputs.choose(run.phases[0], run.phases, {}))
+    assert plan.bound > 2.9
