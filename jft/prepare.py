@@ -209,6 +209,7 @@ def _make_run(
         save_every_steps=config.checkpoint.every_steps,
         stop_step=steps,
         summary=summary(task, splits, parallel, phases, optim, plans, conversion),
+        scanned=task.scanned,
     )
 
 

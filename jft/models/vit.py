@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,9 @@ from jft.models.layers import (
     gelu,
     matmul,
 )
+from jft.models.scan import draws_of, scan_blocks
 from jft.models.table import Entry, Table
+from jft.stack_names import Range, stack_range
 
 
 class PatchEmbed(nn.Module):
@@ -153,7 +155,11 @@ class VisionTransformer(nn.Module):
       dropout_rate: after the embedding, attention and MLP.
       drop_path_rate: of the last block; it grows linearly from 0.
       dtype: of activations and products; params are float32.
+      scanned: stages "blocks_0", "blocks_1", ... may be given as stacks, see `jft.stack_names`;
+        `start`, `stop` and `training.cut` must not fall within one.
     """
+
+    scanned: ClassVar[str] = "blocks"
 
     num_classes: int
     patch: int = 16
@@ -187,11 +193,42 @@ class VisionTransformer(nn.Module):
 
         The stage "norm" normalises and pools, [B, N, D] -> [B, D]; "head" gives float32 logits.
         """
-        for index, name in list(enumerate(self.stages))[start:stop]:
-            x = self._stage(
-                index, name, x, training if training and index >= training.cut else None
-            )
+        stacks = self._stacks()
+        index, end = range(len(self.stages))[start:stop].start, range(len(self.stages))[:stop].stop
+        while index < end:
+            live = training if training and index >= training.cut else None
+            if held := stacks.get(self.stages[index]):
+                x = self._stack(held, x, live)
+                index += len(held.stages)
+            else:
+                x = self._stage(index, self.stages[index], x, live)
+                index += 1
         return x
+
+    def _stacks(self) -> dict[str, Range]:
+        """The stacks among the given params, by the name of their first block."""
+        found = [stack_range(name) for name in self.variables.get("params", {})]
+        return {held.stages[0]: held for held in found if held}
+
+    def _stack(self, held: Range, x: jax.Array, training: Training | None) -> jax.Array:
+        """Runs the blocks of a stack as a loop."""
+        assert self.scope is not None
+        draws = None
+        if training:
+            sites = ("attn/dropout", "mlp/dropout") if self.dropout_rate else ()
+            sites += ("drop_path1", "drop_path2") if self.drop_path_rate else ()
+            rates = [self._drop_path_rate(at) for at in range(held.first, held.last + 1)]
+            draws = draws_of(self.scope, held.stages, sites, rates)
+        block = self._block(self.drop_path_rate, parent=None)
+        return scan_blocks(block, self.variables["params"][held.name], x, training, draws)
+
+    def _drop_path_rate(self, block: int) -> float:
+        return self.drop_path_rate * block / max(self.depth - 1, 1)
+
+    def _block(self, drop_path_rate: float, **named: Any) -> Block:
+        heads, mlp, bias, epsilon = self.heads, self.mlp_features, self.qkv_bias, self.epsilon
+        rates = (self.dropout_rate, drop_path_rate)
+        return Block(heads, mlp, bias, epsilon, self.gelu, *rates, self.dtype, **named)
 
     def _stage(self, index: int, name: str, x: jax.Array, training: Training | None) -> jax.Array:
         rate, dtype = self.dropout_rate, self.dtype
@@ -205,11 +242,7 @@ class VisionTransformer(nn.Module):
             return jnp.mean(norm(x[:, int(self.class_token) :]), axis=1)
         if name == "head":
             return Dense(self.num_classes, True, dtype, name=name)(x).astype(jnp.float32)
-        drop_path_rate = self.drop_path_rate * (index - 1) / max(self.depth - 1, 1)
-        heads, mlp, bias, epsilon = self.heads, self.mlp_features, self.qkv_bias, self.epsilon
-        rates = (rate, drop_path_rate)
-        block = Block(heads, mlp, bias, epsilon, self.gelu, *rates, dtype, name=name)
-        return block(x, training)
+        return self._block(self._drop_path_rate(index - 1), name=name)(x, training)
 
 
 def _dense_entries(path: str, source: str) -> tuple[Entry, Entry]:

@@ -21,6 +21,7 @@ from jft.train.lock import Lock
 from jft.train.parallel import check_replicas
 from jft.train.run import Outcome, Run, from_checkpoint, pack, phase_of
 from jft.train.signals import StopSignals
+from jft.train.stacks import Apart, unstack
 from jft.train.state import WINDOW_SUMS, Frozen, leaves_by_path, make_state, switch_phase
 from jft.train.step import make_eval_step
 from jft.tree import Flat
@@ -74,6 +75,7 @@ class _Trainer:
     def __init__(self, run: Run, writer: RunWriter, restored: Restored | None):
         self.run, self.writer = run, writer
         self.steps = CompiledSteps(run, writer.message)
+        self.apart = Apart()
         self.parked: Flat = {}
         beside: dict[str, Flat] = {}
         self.eval_step: Any = None
@@ -129,7 +131,7 @@ class _Trainer:
 
     def leaves(self) -> tuple[Flat, Flat]:
         """Returns all parameters and all statistics of the model."""
-        params = {**self.state.params, **self.frozen.params}
+        params = unstack({**self.state.params, **self.frozen.params})
         return params, {**self.state.model_state, **self.frozen.model_state}
 
     def decide(self, batches: Upcoming) -> None:
@@ -155,6 +157,8 @@ class _Trainer:
         run, old = self.run, self.phase
         going_on = phase.index == old.index and self.entered
         future = self.steps.start(phase)
+        if not going_on:
+            self.state, self.frozen = unstack((self.state, self.frozen))
         elements = self.decisions.elements(phase, self.frozen.elements)
         # A decision before the first step changes the set of the phase that is there already.
         if phase.index != old.index or phase.entered != old.entered:
@@ -167,7 +171,8 @@ class _Trainer:
             self.frozen = dataclasses.replace(
                 self.frozen, rates=run.optim.rates(phase), elements=elements
             )
-            self.state, self.frozen = run.parallel.place((self.state, self.frozen))
+            stacked = run.stacks(phase).stack((self.state, self.frozen))
+            self.state, self.frozen = run.parallel.place(stacked)
             self.current, compile_seconds = future.result()
             self.show_phase(phase, compile_seconds, time.monotonic() - began)
             self.clock, self.clock_step, self.wait_seconds = time.monotonic(), self.step, 0.0
@@ -299,7 +304,7 @@ class _Trainer:
         self.check_last()
         self.writer.flush()
         beside = {"parked": self.parked, **self.decisions.beside}
-        state, frozen = pack(self.state, self.frozen, beside)
+        state, frozen = pack(*self.apart(self.state, self.frozen), beside)
         info = {**self.run.info, "phase": self.phase.index, "batches": self.step}
         info |= {"results": self.results, "decisions": list(self.decisions.log)}
         # A checkpoint is ranked by an evaluation of this very step, never by an older one.

@@ -17,6 +17,7 @@ from jft.report.writers import RunWriter
 from jft.train.checkpoint import Checkpoints, Restored
 from jft.train.optim import OptimSection
 from jft.train.parallel import Parallel
+from jft.train.stacks import Stacks, make_stacks
 from jft.train.state import (
     Frozen,
     TrainState,
@@ -58,6 +59,7 @@ class Run:
       save_every_steps: None saves at the end and on signals only.
       stop_step: ends the run before its phases do, for a dry run.
       summary: the tables to show before the first step.
+      scanned: prefix of the stages that run as loops, or None.
     """
 
     workdir: Path
@@ -82,6 +84,12 @@ class Run:
     save_every_steps: int | None = None
     stop_step: int | None = None
     summary: str = ""
+    scanned: str | None = None
+
+    def stacks(self, phase: Phase) -> Stacks:
+        """Returns how the leaves are laid out while `phase` runs."""
+        decays = self.optim.decay_mask
+        return make_stacks(phase, self.shapes[0], self.stages, self.scanned, decays)
 
     @property
     def total_steps(self) -> int:
@@ -116,11 +124,13 @@ class Outcome:
 def compile_phase(run: Run, phase: Phase) -> tuple[Any, float]:
     """Returns the compiled step of `phase`, and the seconds it took; needs no arrays."""
     began = time.monotonic()
-    state, frozen = abstract_state(run, phase)
+    stacks = run.stacks(phase)
+    placed = stacks.phase(phase)
+    state, frozen = jax.eval_shape(stacks.stack, abstract_state(run, phase))
     step = make_train_step(
         run.parts,
-        run.optim.tx(phase, run.enforce),
-        phase.mask,
+        run.optim.tx(placed, run.enforce),
+        placed.mask,
         run.optim.schedule,
         cut=first_trainable_stage(phase.mask, run.stages),
         frozen_norms=frozen_norms(phase.mask, run.shapes[1]),
