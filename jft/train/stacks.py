@@ -189,6 +189,18 @@ def make_stacks(
         decays = decay_mask[path] if path in cohort else None
         found = (tuple(leaf.shape), np.dtype(leaf.dtype).name, cohort.get(path), decays)
         patterns.setdefault(stage, {})[rest] = found
+    ranges = _alike(patterns, stages, prefix)
+    paths = {
+        path: f"{held.name}/{rest}"
+        for held in ranges
+        for rest in patterns[held.stages[0]]
+        for path in members(f"{held.name}/{rest}")
+    }
+    return Stacks(ranges, paths)
+
+
+def _alike(patterns: Mapping[str, Any], stages: Sequence[str], prefix: str) -> tuple[Range, ...]:
+    """The longest runs of two or more stages, numbered one after the other, of one pattern."""
     runs: list[list[str]] = [[]]
     for stage in stages:
         number = numbered(stage)
@@ -202,11 +214,4 @@ def make_stacks(
             runs.append([])
         runs[-1].append(stage)
     ends = [(numbered(run[0]), numbered(run[-1])) for run in runs if len(run) > 1]
-    ranges = tuple(Range(prefix, first[1], last[1]) for first, last in ends if first and last)
-    paths = {
-        path: f"{held.name}/{rest}"
-        for held in ranges
-        for rest in patterns[held.stages[0]]
-        for path in members(f"{held.name}/{rest}")
-    }
-    return Stacks(ranges, paths)
+    return tuple(Range(prefix, first[1], last[1]) for first, last in ends if first and last)
