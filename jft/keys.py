@@ -144,6 +144,9 @@ KEYS: dict[str, Key] = {
     "train.dtype": Key(
         "float32", str, "compute type; parameters stay float32", choices=("float32", "bfloat16")
     ),
+    "train.scan_blocks": Key(
+        False, bool, "run equal blocks as a loop: the step compiles one of them for many"
+    ),
     "train.nonfinite": Key(
         "stop",
         str,

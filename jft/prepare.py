@@ -217,6 +217,7 @@ def _make_run(
         plan=functools.partial(plan_phase, task, parallel, optim, parts, costs, inputs),
         inputs=inputs,
         summary=summary(task, splits, parallel, phases, optim, plans, conversion),
+        scanned=task.scanned,
     )
 
 

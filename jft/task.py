@@ -53,6 +53,21 @@ class Task:
         """Stages from input to output; for a module without any, its top-level names."""
         return self.model.stages or tuple(dict.fromkeys(p.split("/")[0] for p in self.shapes[0]))
 
+    @property
+    def scanned(self) -> str | None:
+        """Prefix of the stages that are to run as loops, "blocks"; None runs each by itself.
+
+        Raises:
+          ConfigError: the model cannot.
+        """
+        if not self.config.train.scan_blocks:
+            return None
+        prefix = getattr(self.model.module, "scanned", None)
+        if prefix is None:
+            name = self.model.variant or "the model"
+            raise ConfigError(f"train.scan_blocks: {name} cannot run its blocks as a loop")
+        return prefix
+
     def groups(self) -> Groups:
         """Groups of the model, with the config's own."""
         family = self.model.family

@@ -7,11 +7,25 @@ import math
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 Dtype = jnp.dtype | type
 # Of dense kernels and embeddings (Hugging Face's initializer_range).
 INIT = nn.initializers.truncated_normal(0.02)
+
+
+@flax.struct.dataclass
+class BlockDraws:
+    """What a block draws with in a loop over blocks; alone it has its name and fields for that.
+
+    Attributes:
+      keys: {module path within the block: key}.
+      keep: [] float32, the share of examples that keep a branch.
+    """
+
+    keys: dict[str, jax.Array]
+    keep: jax.Array | np.ndarray
 
 
 @flax.struct.dataclass
@@ -24,6 +38,7 @@ class Training:
       axis_name: axis over which BatchNorm moments are summed; None on one device and under jit.
       cut: stages [0, cut) run as in evaluation.
       frozen_norms: module paths ("blocks_3/bn1") of BatchNorms that use and keep their statistics.
+      draws: of the block that runs, within a loop over blocks.
     """
 
     weight: jax.Array
@@ -31,6 +46,7 @@ class Training:
     axis_name: str | None = flax.struct.field(pytree_node=False, default=None)
     cut: int = flax.struct.field(pytree_node=False, default=0)
     frozen_norms: frozenset[str] = flax.struct.field(pytree_node=False, default=frozenset())
+    draws: BlockDraws | None = None
 
 
 class BatchNorm(nn.Module):
@@ -105,9 +121,11 @@ def _normalise(
     return x.astype(dtype)
 
 
-def _example_keys(key: jax.Array, index: jax.Array) -> jax.Array:
+def _example_keys(module: nn.Module, training: Training) -> jax.Array:
     """One key an example [B], from its row in the global batch: no device count enters."""
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
+    own = training.draws and training.draws.keys["/".join(module.path)]
+    key = module.make_rng("dropout") if own is None else own
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, training.index)
 
 
 class Dropout(nn.Module):
@@ -120,7 +138,7 @@ class Dropout(nn.Module):
         """Drops entries of x [B, ...] with probability `rate` and scales the rest."""
         if training is None or self.rate == 0.0:
             return x
-        keys = _example_keys(self.make_rng("dropout"), training.index)
+        keys = _example_keys(self, training)
         keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - self.rate, x.shape[1:]))(keys)
         return jnp.where(keep, x / (1.0 - self.rate), jnp.zeros_like(x))
 
@@ -135,10 +153,11 @@ class DropPath(nn.Module):
         """Drops examples of the branch x [B, ...] with probability `rate`, scales the rest."""
         if training is None or self.rate == 0.0:
             return x
-        keys = _example_keys(self.make_rng("dropout"), training.index)
-        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - self.rate))(keys)
+        keys = _example_keys(self, training)
+        share = 1.0 - self.rate if training.draws is None else training.draws.keep
+        keep = jax.vmap(lambda key: jax.random.bernoulli(key, share))(keys)
         keep = keep.reshape((-1,) + (1,) * (x.ndim - 1))
-        return jnp.where(keep, x / (1.0 - self.rate), jnp.zeros_like(x))
+        return jnp.where(keep, x / jnp.asarray(share, x.dtype), jnp.zeros_like(x))
 
 
 @jax.custom_jvp

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jft.errors import WeightsError
 from jft.models.family import Family, Preprocess, range_faults
 from jft.models.layers import (
     INIT,
@@ -23,7 +21,9 @@ from jft.models.layers import (
     gelu,
     matmul,
 )
-from jft.models.table import Entry, Table
+from jft.models.scan import draws_of, scan_blocks
+from jft.models.vit_files import HF_TABLE, source_config, variant_from_config
+from jft.stack_names import Range, stack_range
 
 
 class PatchEmbed(nn.Module):
@@ -153,7 +153,11 @@ class VisionTransformer(nn.Module):
       dropout_rate: after the embedding, attention and MLP.
       drop_path_rate: of the last block; it grows linearly from 0.
       dtype: of activations and products; params are float32.
+      scanned: stages "blocks_0", "blocks_1", ... may be given as stacks, see `jft.stack_names`;
+        `start`, `stop` and `training.cut` must not fall within one.
     """
+
+    scanned: ClassVar[str] = "blocks"
 
     num_classes: int
     patch: int = 16
@@ -187,11 +191,47 @@ class VisionTransformer(nn.Module):
 
         The stage "norm" normalises and pools, [B, N, D] -> [B, D]; "head" gives float32 logits.
         """
-        for index, name in list(enumerate(self.stages))[start:stop]:
-            x = self._stage(
-                index, name, x, training if training and index >= training.cut else None
-            )
+        stacks = self._stacks()
+        first, end, _ = slice(start, stop).indices(len(self.stages))
+        borders = {"start": first, "stop": end, "cut": training.cut if training else 0}
+        for index, name in list(enumerate(self.stages))[first:end]:
+            live = training if training and index >= training.cut else None
+            held = stacks.get(name)
+            if held is None:
+                x = self._stage(index, name, x, live)
+                continue
+            where = self.stages.index(held.stages[0]), self.stages.index(held.stages[-1])
+            for what, border in borders.items():
+                if where[0] < border <= where[1]:
+                    raise ValueError(f"{what} {border} falls within the stack {held.name}")
+            if index == where[0]:
+                x = self._stack(held, x, live)
         return x
+
+    def _stacks(self) -> dict[str, Range]:
+        """{block: the stack among the given params that holds it}."""
+        found = [stack_range(name) for name in self.variables.get("params", {})]
+        return {stage: held for held in found if held for stage in held.stages}
+
+    def _stack(self, held: Range, x: jax.Array, training: Training | None) -> jax.Array:
+        """Runs the blocks of a stack as a loop."""
+        assert self.scope is not None
+        draws = None
+        if training:
+            sites = ("attn/dropout", "mlp/dropout") if self.dropout_rate else ()
+            sites += ("drop_path1", "drop_path2") if self.drop_path_rate else ()
+            rates = [self._drop_path_rate(at) for at in range(held.first, held.last + 1)]
+            draws = draws_of(self.scope, held.stages, sites, rates)
+        block = self._block(self.drop_path_rate, parent=None)
+        return scan_blocks(block, self.variables["params"][held.name], x, training, draws)
+
+    def _drop_path_rate(self, block: int) -> float:
+        return self.drop_path_rate * block / max(self.depth - 1, 1)
+
+    def _block(self, drop_path_rate: float, **named: Any) -> Block:
+        heads, mlp, bias, epsilon = self.heads, self.mlp_features, self.qkv_bias, self.epsilon
+        rates = (self.dropout_rate, drop_path_rate)
+        return Block(heads, mlp, bias, epsilon, self.gelu, *rates, self.dtype, **named)
 
     def _stage(self, index: int, name: str, x: jax.Array, training: Training | None) -> jax.Array:
         rate, dtype = self.dropout_rate, self.dtype
@@ -205,46 +245,8 @@ class VisionTransformer(nn.Module):
             return jnp.mean(norm(x[:, int(self.class_token) :]), axis=1)
         if name == "head":
             return Dense(self.num_classes, True, dtype, name=name)(x).astype(jnp.float32)
-        drop_path_rate = self.drop_path_rate * (index - 1) / max(self.depth - 1, 1)
-        heads, mlp, bias, epsilon = self.heads, self.mlp_features, self.qkv_bias, self.epsilon
-        rates = (rate, drop_path_rate)
-        block = Block(heads, mlp, bias, epsilon, self.gelu, *rates, dtype, name=name)
-        return block(x, training)
+        return self._block(self._drop_path_rate(index - 1), name=name)(x, training)
 
-
-def _dense_entries(path: str, source: str) -> tuple[Entry, Entry]:
-    return (
-        Entry(f"{path}/kernel", f"{source}.weight", "transpose"),
-        Entry(f"{path}/bias", f"{source}.bias"),
-    )
-
-
-def _norm_entries(path: str, source: str) -> tuple[Entry, Entry]:
-    return Entry(f"{path}/scale", f"{source}.weight"), Entry(f"{path}/bias", f"{source}.bias")
-
-
-_LAYER = "{p}encoder.layer.{i}"
-# Names in the files that Hugging Face's ViT saves; the pooler has no use in a classifier.
-HF_TABLE = Table(
-    entries=(
-        Entry("embed/cls_token", "{p}embeddings.cls_token"),
-        Entry("embed/pos_embedding", "{p}embeddings.position_embeddings"),
-        Entry("embed/patch/kernel", "{p}embeddings.patch_embeddings.projection.weight", "conv"),
-        Entry("embed/patch/bias", "{p}embeddings.patch_embeddings.projection.bias"),
-        *_norm_entries("blocks_{i}/norm1", f"{_LAYER}.layernorm_before"),
-        *_dense_entries("blocks_{i}/attn/query", f"{_LAYER}.attention.attention.query"),
-        *_dense_entries("blocks_{i}/attn/key", f"{_LAYER}.attention.attention.key"),
-        *_dense_entries("blocks_{i}/attn/value", f"{_LAYER}.attention.attention.value"),
-        *_dense_entries("blocks_{i}/attn/out", f"{_LAYER}.attention.output.dense"),
-        *_norm_entries("blocks_{i}/norm2", f"{_LAYER}.layernorm_after"),
-        *_dense_entries("blocks_{i}/mlp/fc1", f"{_LAYER}.intermediate.dense"),
-        *_dense_entries("blocks_{i}/mlp/fc2", f"{_LAYER}.output.dense"),
-        *_norm_entries("norm", "{p}layernorm"),
-        *_dense_entries("head", "classifier"),
-    ),
-    ignore=(r"(vit\.)?pooler\..*", r"(vit\.)?embeddings\.mask_token"),
-    prefixes=("vit.", ""),
-)
 
 # features, depth, heads
 _SIZES = {"ti": (192, 12, 3), "s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16)}
@@ -259,47 +261,6 @@ def _variant(size: str, patch: int) -> dict[str, int]:
 def _preprocess(variant: str) -> Preprocess:
     """Mean and std 0.5, as the ImageNet-21k checkpoints; a source's own file overrides it."""
     return Preprocess((127.5,) * 3, (127.5,) * 3, 32 if variant == "vit_tiny" else 224)
-
-
-_HF_FIELDS = {
-    "patch_size": "patch",
-    "hidden_size": "features",
-    "num_hidden_layers": "depth",
-    "num_attention_heads": "heads",
-    "intermediate_size": "mlp_features",
-    "layer_norm_eps": "epsilon",
-    "qkv_bias": "qkv_bias",
-}
-_HF_GELU = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
-
-
-def _source_config(model: Any) -> dict[str, Any]:
-    """The content of config.json for transformers' ViTForImageClassification."""
-    module = model.module
-    fields = {theirs: getattr(module, ours) for theirs, ours in _HF_FIELDS.items()}
-    return {
-        "architectures": ["ViTForImageClassification"],
-        "model_type": "vit",
-        "image_size": model.preprocess.image_size,
-        "num_channels": len(model.preprocess.mean),
-        "hidden_act": {"exact": "gelu", "tanh": "gelu_new"}[module.gelu],
-        "hidden_dropout_prob": module.dropout_rate,
-        "attention_probs_dropout_prob": 0.0,
-        **fields,
-    }
-
-
-def _variant_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The module fields that a Hugging Face config.json fixes.
-
-    Raises:
-      WeightsError: the activation is none that this family has.
-    """
-    fields = {ours: config[theirs] for theirs, ours in _HF_FIELDS.items() if theirs in config}
-    form = config.get("hidden_act", "gelu")
-    if form not in _HF_GELU:
-        raise WeightsError(f"hidden_act {form!r} of the source is none of {', '.join(_HF_GELU)}")
-    return fields | {"gelu": _HF_GELU[form]}
 
 
 def _faults(module: VisionTransformer, image_size: int) -> dict[str, str]:
@@ -343,7 +304,7 @@ FAMILY = Family(
         ("position", r"embed/pos_embedding"),
     ),
     preprocess=_preprocess,
-    source_config=_source_config,
-    variant_from_config=_variant_from_config,
+    source_config=source_config,
+    variant_from_config=variant_from_config,
     faults=_faults,
 )

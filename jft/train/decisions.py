@@ -14,6 +14,7 @@ from jft.train.feed import Feed
 from jft.train.plasticity import make_plasticity, make_reference
 from jft.train.probe import Probe, make_probe
 from jft.train.run import Run
+from jft.train.stacks import unstack
 from jft.tree import Flat
 
 
@@ -60,7 +61,7 @@ class Decisions:
             return
         due = self.run.freeze.next_due(step, self.log)
         if due is not None and due[0] == step + 1 and due[1].signal == "rel_update":
-            self._before = {path: jax.numpy.copy(leaf) for path, leaf in params.items()}
+            self._before = unstack({path: jax.numpy.copy(leaf) for path, leaf in params.items()})
 
     def decide(self, due: Due, params: Flat, stats: Flat, feed: Feed) -> str:
         """Measures, decides and notes what is due; returns one line about it."""

@@ -24,7 +24,8 @@ from jft.train.lock import Lock
 from jft.train.parallel import check_replicas
 from jft.train.run import Outcome, Run, batch_shape, from_checkpoint, pack, phase_of
 from jft.train.signals import StopSignals
-from jft.train.state import WINDOW_SUMS, Frozen, leaves_by_path, make_state, switch_phase
+from jft.train.stacks import Apart, unstack
+from jft.train.state import WINDOW_SUMS, make_state, switch_phase
 from jft.train.step import make_eval_step
 from jft.tree import Flat
 
@@ -42,7 +43,7 @@ def fit(run: Run) -> Outcome:
       DivergedError: a loss or gradient was not finite and train.nonfinite forbids going on.
     """
     with Lock(run.workdir), StopSignals() as stop, run.checkpoints:
-        restored = run.checkpoints.restore(rebuild=lambda paths: _rebuild(run, paths))
+        restored = run.checkpoints.restore(rebuild=run.rebuild)
         if restored is not None:  # what does not fit must not touch the run's files
             from_checkpoint(run, phase_of(run, restored), restored)
         run.begin()
@@ -68,11 +69,6 @@ def _fit(run: Run, writer: RunWriter, restored: Restored | None, stop: StopSigna
             trainer.feed.close()
 
 
-def _rebuild(run: Run, paths: list[str]) -> Flat:
-    leaves = leaves_by_path(Frozen(*run.start()))
-    return {path: leaves[path] for path in paths if path in leaves}
-
-
 class _Trainer:
     """The moving parts of one `fit`: state, compiled steps, and rows not yet fetched."""
 
@@ -80,6 +76,7 @@ class _Trainer:
         self.run, self.writer = run, writer
         self.steps = CompiledSteps(run, self.choose, writer.message)
         self.guard = Guard(writer.message)
+        self.apart = Apart()
         self.parked: Flat = {}
         beside: dict[str, Flat] = {}
         self.eval_step: Any = None
@@ -140,7 +137,7 @@ class _Trainer:
 
     def leaves(self) -> tuple[Flat, Flat]:
         """Returns all parameters and all statistics of the model."""
-        params = {**self.state.params, **self.frozen.params}
+        params = unstack({**self.state.params, **self.frozen.params})
         return params, {**self.state.model_state, **self.frozen.model_state}
 
     def choose(self, phase: Phase) -> Input:
@@ -170,6 +167,8 @@ class _Trainer:
         run, old = self.run, self.phase
         going_on = phase.index == old.index and self.entered
         self.steps.start(phase)
+        if not going_on:
+            self.state, self.frozen = unstack((self.state, self.frozen))
         elements = self.decisions.elements(phase, self.frozen.elements)
         # A decision before the first step changes the set of the phase that is there already.
         if phase.index != old.index or phase.entered != old.entered:
@@ -186,7 +185,8 @@ class _Trainer:
             self.frozen = dataclasses.replace(
                 self.frozen, rates=rates, elements=elements, cache=cache
             )
-            self.state, self.frozen = run.parallel.place((self.state, self.frozen))
+            stacked = run.stacks(phase).stack((self.state, self.frozen))
+            self.state, self.frozen = run.parallel.place(stacked)
             self.current, compile_seconds = self.steps.get(phase)
             trains = [p for p in phase.entered if p not in elements or elements[p].any()]
             self.guard.freeze(self.frozen.params | self.frozen.model_state, trains)
@@ -320,7 +320,7 @@ class _Trainer:
         self.check_last()
         self.writer.flush()
         beside = {"parked": self.parked, **self.decisions.beside}
-        state, frozen = pack(self.state, self.frozen, beside)
+        state, frozen = pack(*self.apart(self.state, self.frozen), beside)
         info = {**self.run.info, "phase": self.phase.index, "batches": self.step}
         info |= {"results": self.results, "decisions": list(self.decisions.log)}
         info["caches"] = dict(self.feed.chosen)

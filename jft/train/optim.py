@@ -5,10 +5,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jft.errors import ConfigError, nearest
 from jft.freeze.phases import Phase
+from jft.stack_names import members
 from jft.train.rates import Schedule, leaf_factors, make_multipliers, make_rates, make_schedule
 from jft.tree import Flat, match
 
@@ -80,13 +82,13 @@ def make_tx(
 
     def of(values: Mapping[str, Any]) -> Callable[[Any], Any]:
         # Callables see the tree they are given: flat paths, or MaskedNodes under "optax".
-        return lambda tree: {path: values[path] if path in labels else False for path in tree}
+        return lambda tree: {p: values[members(p)[0]] if p in labels else False for p in tree}
 
     chain = [] if grad_clip_norm is None else [clip_by_norm(grad_clip_norm)]
     chain.append(optax.partition(parts, lambda tree: {p: labels.get(p, min(parts)) for p in tree}))
     if weight_decay:
         chain.append(optax.add_decayed_weights(weight_decay, mask=of(decay_mask)))
-    chain.append(scale_by_rate(schedule, sorted(phase.entered)))
+    chain.append(scale_by_rate(schedule, sorted(m for p in phase.entered for m in members(p))))
     tx = optax.chain(*chain)
     if enforce == "optax":
         rest = {TRAINABLE: tx, FROZEN: optax.set_to_zero()}
@@ -122,18 +124,26 @@ def scale_by_rate(
 
     Args:
       schedule: of the run.
-      paths: trainable leaves in the order of the vectors of `rates`.
+      paths: trainable leaves in the order of the vectors of `rates`; those of single blocks, where
+        the updates are of stacks.
     """
     place = {path: at for at, path in enumerate(paths)}
+
+    def scaled(path: str, leaf: jax.Array, factors: jax.Array) -> jax.Array:
+        held = members(path)
+        if held == (path,):
+            return leaf * factors[place[path]]
+        own = factors[np.asarray([place[member] for member in held])]
+        return leaf * own.reshape(-1, *(1,) * (leaf.ndim - 1))
 
     def update(updates, state, params=None, *, step, rates, **_):
         del params
         factors = -(schedule(step) * rates["phase"]) * leaf_factors(step, rates)
-        scaled = {
-            path: jax.tree.map(lambda u, path=path: u * factors[place[path]], leaf)
+        moves = {
+            path: jax.tree.map(lambda u, path=path: scaled(path, u, factors), leaf)
             for path, leaf in updates.items()
         }
-        return scaled, state
+        return moves, state
 
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 

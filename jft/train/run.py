@@ -19,6 +19,7 @@ from jft.train.checkpoint import Checkpoints, Restored
 from jft.train.inputs import Input, Inputs
 from jft.train.optim import OptimSection
 from jft.train.parallel import Parallel
+from jft.train.stacks import Stacks, make_stacks
 from jft.train.state import (
     Frozen,
     TrainState,
@@ -63,6 +64,7 @@ class Run:
       plan: (phase, what it reads) -> what its compiled step is compared with; None compares
         nothing.
       inputs: what each phase reads; None reads images from `batches` throughout.
+      scanned: prefix of the stages that run as loops, or None.
     """
 
     workdir: Path
@@ -89,6 +91,17 @@ class Run:
     summary: str = ""
     plan: Callable[[Phase, Input], PhasePlan] | None = None
     inputs: Inputs | None = None
+    scanned: str | None = None
+
+    def rebuild(self, paths: list[str]) -> Flat:
+        """Returns frozen leaves of a checkpoint anew from what the run started from."""
+        leaves = leaves_by_path(Frozen(*self.start()))
+        return {path: leaves[path] for path in paths if path in leaves}
+
+    def stacks(self, phase: Phase) -> Stacks:
+        """Returns how the leaves are laid out while `phase` runs."""
+        decays = self.optim.decay_mask
+        return make_stacks(phase, self.shapes[0], self.stages, self.scanned, decays)
 
     @property
     def total_steps(self) -> int:
@@ -126,14 +139,16 @@ def compile_phase(run: Run, phase: Phase, chosen: Input | None = None) -> tuple[
     `chosen` is what the phase reads; None stands for images.
     """
     began = time.monotonic()
-    state, frozen = abstract_state(run, phase)
     chosen = chosen or Input()
+    stacks = run.stacks(phase)
+    placed = stacks.phase(phase)
+    state, frozen = jax.eval_shape(stacks.stack, abstract_state(run, phase))
     if run.inputs is not None:
         frozen = dataclasses.replace(frozen, cache=run.inputs.table_shape(chosen))
     step = make_train_step(
         run.parts,
-        run.optim.tx(phase, run.enforce),
-        phase.mask,
+        run.optim.tx(placed, run.enforce),
+        placed.mask,
         run.optim.schedule,
         cut=first_trainable_stage(phase.mask, run.stages),
         frozen_norms=frozen_norms(phase.mask, run.shapes[1]),

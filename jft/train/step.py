@@ -14,6 +14,7 @@ from jft.freeze.phases import Elements
 from jft.losses import Loss
 from jft.metrics import classification_sums
 from jft.models.layers import Training
+from jft.stack_names import members
 from jft.train.state import WINDOW_SUMS, Frozen, TrainState
 from jft.tree import Flat, flatten, merge
 
@@ -245,8 +246,13 @@ def _choose_elements(elements: Elements, means: Flat, fixed: Flat, key: jax.Arra
     key = jax.random.fold_in(key, _ELEMENT_FOLD)
     drawn: Flat = {}
     for path, mean in means.items():
-        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        keep = jax.random.bernoulli(own, elements.share, mean.shape)
+        held = members(path)
+        own = [jax.random.fold_in(key, zlib.crc32(member.encode())) for member in held]
+        if held == (path,):
+            keep = jax.random.bernoulli(own[0], elements.share, mean.shape)
+        else:
+            shape = mean.shape[1:]
+            keep = jnp.stack([jax.random.bernoulli(k, elements.share, shape) for k in own])
         drawn[path] = jnp.where(keep, mean / elements.share, 0.0).astype(mean.dtype)
     return drawn
 
