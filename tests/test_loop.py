@@ -37,10 +37,10 @@ def killed_at(monkeypatch, run, step):
     """Runs until `step` updates are done and then fails without saving."""
     plain = loop._Trainer.update
 
-    def update(trainer, batches):
+    def update(trainer):
         if trainer.step == step:
             raise Stop
-        plain(trainer, batches)
+        plain(trainer)
 
     monkeypatch.setattr(loop._Trainer, "update", update)
     with pytest.raises(Stop):
@@ -121,9 +121,9 @@ def test_every_trainable_set_compiles_once_and_in_order(tmp_path, monkeypatch):
     compiled = []
     plain = compiled_steps.compile_phase
 
-    def counted(run, phase):
+    def counted(run, phase, chosen):
         compiled.append(phase.index)
-        return plain(run, phase)
+        return plain(run, phase, chosen)
 
     monkeypatch.setattr(compiled_steps, "compile_phase", counted)
     fit(make_run(tmp_path))

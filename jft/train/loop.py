@@ -29,8 +29,7 @@ from jft.train.state import WINDOW_SUMS, make_state, switch_phase
 from jft.train.step import make_eval_step
 from jft.tree import Flat
 
-# Phases that are announced; a method with hundreds of them is summed up in the plan.
-SHOWN_PHASES = 12
+SHOWN_PHASES = 12  # of hundreds the plan gives the sum
 
 # Steps the host may run ahead of the device: enough to hide its work, few enough batches to hold.
 IN_FLIGHT_STEPS = 8
