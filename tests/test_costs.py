@@ -1,5 +1,6 @@
 """What a compiled step costs: nothing beyond its phase, with everything that a step can do on."""
 
+import dataclasses
 import functools
 import itertools
 from concurrent.futures import ThreadPoolExecutor
@@ -319,6 +320,8 @@ def test_clipping_over_all_leaves_fails_the_flop_bar(model):
     phase, (params, stats) = phase_of(run, "head"), run.shapes
     tx = optax.chain(optax.clip_by_global_norm(0.1), run.optim.tx(phase, "optax"))
     state, frozen = jax.eval_shape(lambda p, s: make_state(phase, tx, p, s, "optax"), params, stats)
+    rates = jax.eval_shape(lambda: run.optim.rates(phase))
+    frozen = dataclasses.replace(frozen, rates=rates)
     step = make_train_step(
         run.parts,
         tx,
