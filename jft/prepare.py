@@ -3,7 +3,7 @@
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from jft.baselines import check as check_baselines
 from jft.caching import make_inputs, plan_phase, view_transform
-from jft.config import METRICS, diff, from_json, to_json
+from jft.config import METRICS, diff, from_json
 from jft.data.images import make_eval_transform, make_train_transform
 from jft.data.loader import make_eval_loader, make_train_loader
 from jft.data.protocol import Source
@@ -24,9 +24,9 @@ from jft.freeze.methods import make_freeze
 from jft.freeze.schedule import FreezeSchedule
 from jft.losses import make_loss
 from jft.overview import describe_plan, loss_costs, plan_phases, summary, tables
-from jft.provenance import describe_run
-from jft.report.rundir import read_json, write_atomic, write_json
+from jft.report.rundir import read_json
 from jft.report.writers import RunWriter
+from jft.run_files import write_decisions, write_run_files
 from jft.task import Task, batch_shapes, initial_leaves, make_data, make_task, with_preprocess
 from jft.train.checkpoint import Checkpoints
 from jft.train.optim import OptimSection, make_optim
@@ -190,6 +190,11 @@ def _make_run(
         primary, events = jax.process_index() == 0, config.log.tensorboard
         return RunWriter(workdir, step, total_steps=steps, primary=primary, tensorboard=events)
 
+    def record(log: Sequence[Mapping[str, Any]]) -> None:
+        taken = schedule.phases(log)
+        plans = plan_phases(task, parallel, taken, optim, parts, costs)
+        write_decisions(workdir, log, describe_plan(task, plans, taken, optim))
+
     return Run(
         workdir=workdir,
         freeze=schedule,
@@ -208,6 +213,7 @@ def _make_run(
         begin=lambda: write_run_files(
             task, splits, workdir, describe_plan(task, plans, phases, optim), conversion
         ),
+        record=record,
         info={"source": config.init.source, "label_names": task.label_names},
         enforce=config.freeze.enforce,
         eval_batch_shape=batch_shapes(task, eval_batch_size(config, parallel)),
@@ -296,26 +302,6 @@ def evaluate_split(
         example_id=source.id,
     )
     return scalars
-
-
-def write_run_files(
-    task: Task,
-    splits: Splits,
-    workdir: Path,
-    plan: dict[str, Any],
-    conversion: Mapping[str, Any] | None,
-) -> None:
-    """Writes config.json, run.json, data.json, plan.json and conversion.json."""
-    if jax.process_index() != 0:
-        return
-    write_atomic(workdir / "config.json", to_json(task.config))
-    write_json(workdir / "run.json", describe_run(task.config.seed))
-    data = {"label_names": task.label_names, "image_shape": task.native_shape}
-    sizes = {name: len(source) for name, source in splits.items()}
-    write_json(workdir / "data.json", {**data, "examples": sizes})
-    write_json(workdir / "plan.json", plan)
-    if conversion is not None:
-        write_json(workdir / "conversion.json", conversion)
 
 
 def plan_text(config: ConfigDict, every_leaf: bool = False) -> str:

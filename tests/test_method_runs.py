@@ -4,6 +4,7 @@ The trainer itself compares each compiled step with its plan, hashes what is fro
 was to train and did not move; here its word is asked for, and checked against the files.
 """
 
+import json
 import os
 
 import fault_run
@@ -70,6 +71,10 @@ def test_a_method_runs_by_its_name_and_saves_what_its_plan_says(model, name, tmp
     moved = {p for p in start if np.asarray(outcome.params[p]).tobytes() != start[p].tobytes()}
     assert moved <= trained
     assert len(compared) == len({phase.key for phase in phases})
+    recorded = json.loads((tmp_path / "plan.json").read_text())["phases"]
+    spans = [(phase["start_step"], phase["stop_step"]) for phase in recorded]
+    assert spans == [(phase.start_step, phase.stop_step) for phase in phases]
+    assert (tmp_path / "decisions.json").exists() == bool(info["decisions"])
     if name in ELEMENTWISE:
         assert all(phase.elements is not None for phase in phases)
 

@@ -164,6 +164,46 @@ ALL_SECTIONS = [
 ]  # fmt: skip
 
 
+def many_phases(workdir, count):
+    """A run whose phases train the head and, every other time, one of five blocks."""
+    write_run(workdir)
+    plan = json.loads((workdir / "plan.json").read_text())
+    length = 240 / count
+    plan["phases"] = [
+        {**plan["phases"][0], "index": at, "name": f"draw {at}", "start_step": at * length,
+         "stop_step": (at + 1) * length, "train": f"block[{at % 10 // 2}]" if at % 2 else "head"}
+        for at in range(count)
+    ]  # fmt: skip
+    for group in plan["groups"]:
+        head = group["group"] == "head"
+        group["trainable"] = [head == (at % 2 == 0) for at in range(count)]
+        group["learning_rate"] = [1e-3] * count
+    (workdir / "plan.json").write_text(json.dumps(plan))
+    return Page(render(workdir))
+
+
+def test_a_run_of_hundreds_of_phases_is_told_by_its_trainable_sets(tmp_path):
+    page = many_phases(tmp_path, 480)
+    words = " ".join(page.words)
+    assert "480 phases of 6 trainable sets" in words
+    assert "240 phases" in words and "120 in all" in words and "draw 3" not in words
+    strips = [each for each in page.all("svg") if each.get("class") == "strip"]
+    assert len(strips) == 5
+    assert {each["aria-label"] for each in strips} == {"trained in 50 % of the steps"}
+    assert not [each for each in page.all("span") if each.get("title", "").startswith("draw")]
+
+
+def test_a_strip_shows_when_a_group_trained(tmp_path):
+    page = many_phases(tmp_path, 6)
+    assert [each["title"] for each in page.all("span") if "title" in each][:2] == [
+        "draw 0",
+        "draw 1",
+    ]
+    lit = [(rect["x"], rect["width"]) for rect in page.all("rect") if rect["height"] == "1"]
+    assert lit[:3] == [("40", "40"), ("120", "40"), ("200", "40")]
+    assert lit[-3:] == [("0", "40"), ("80", "40"), ("160", "40")]
+
+
 def test_a_full_run_has_every_section_in_well_formed_html(tmp_path):
     path = write_report(write_run(tmp_path / "quickstart"))
     page = Page(path.read_text())

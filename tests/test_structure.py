@@ -66,6 +66,7 @@ RANKS: dict[str, float] = {
     "jft.overview": 7.7,
     "jft.provenance": 2,
     "jft.caching": 7.8,
+    "jft.run_files": 7.8,
     "jft.baselines": 8,
     "jft.prepare": 8,
     "jft.trained": 8.2,

@@ -38,8 +38,9 @@ def gradual_unfreezing(
 
     The top unit trains first, and one more from the top each epoch until all train. Discriminative
     rates: each unit at 1 / 2.6 of the one above. The slanted triangle is the schedule of the whole
-    run. The rule is from summaries of the paper; its text, the factor 2.6 and the authors' code are
-    unverified. A run too short for all units at that pace thaws them evenly over its length.
+    run. The rule is from summaries of the paper, the factor 2.6 from fastai's course, where a slice
+    of four groups spans 2.6 ** 4; the paper's text is unverified. A run too short for all units at
+    that pace thaws them evenly over its length.
 
     Args:
       outline: of the run.

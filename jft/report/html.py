@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from jft.report import results, setting
+from jft.report import phases, results, setting
 from jft.report.markup import (
     big,
     count,
@@ -23,7 +23,6 @@ from jft.report.markup import (
     share_of,
     text,
 )
-from jft.report.plots import Band
 from jft.report.progress import format_seconds
 from jft.report.rundir import read_json, read_rows, write_atomic
 from jft.report.style import CSS
@@ -63,13 +62,13 @@ def render(workdir: Path, baselines: Sequence[Mapping[str, Any]] | None = None) 
     body = "".join(
         (
             _header(name, rows, plan, status, report, evaluations, baselines),
-            results.curves(rows, _bands(plan, rows)),
+            results.curves(rows, phases.bands(plan, rows)),
             results.comparison(name, share_of(best.get("accuracy")), baselines),
             results.confusion(best),
             results.class_table(best),
             results.gallery(workdir, best),
-            setting.phases(plan, rows),
-            setting.groups(plan),
+            phases.phases(plan, rows),
+            phases.groups(plan),
             setting.conversion(report),
             setting.environment(
                 read_json(workdir / "run.json"), read_json(workdir / "config.json")
@@ -175,10 +174,10 @@ def _run_tiles(
     steps = status.get("step", rows[-1]["step"] if rows else None)
     if float_of(steps) is not None:
         total = status.get("total_steps")
-        phases = len(listed(plan.get("phases")))
+        known = len(listed(plan.get("phases")))
         note = f"of {count(total)}" if float_of(total) is not None and total != steps else ""
-        if phases:
-            note = f"{note} in {phases} phase{'s' if phases > 1 else ''}".strip()
+        if known:
+            note = f"{note} in {known} phase{'s' if known > 1 else ''}".strip()
         tiles.append(("steps", count(steps), note))
     params = [float_of(row.get("params")) for row in listed(plan.get("groups")) if _is_map(row)]
     if params and None not in params:
@@ -192,30 +191,6 @@ def _run_tiles(
         note = f"{spent} of it compiling" if compiled else ""
         tiles.append(("time", format_seconds(max(value for _, value in elapsed)), note))
     return tiles
-
-
-def _bands(plan: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[Band]:
-    """Phases from the plan, cut where the run stands; else from the rows' own "phase"."""
-    last = max((float(row["step"]) for row in rows), default=math.inf)
-    bands = []
-    for order, phase in enumerate(listed(plan.get("phases"))):
-        start, stop = (
-            (float_of(phase.get(key)) if _is_map(phase) else None)
-            for key in ("start_step", "stop_step")
-        )
-        if start is not None and stop is not None and start < min(stop, last):
-            bands.append(Band(text(phase.get("name", order)), start, min(stop, last)))
-    if bands or plan:
-        return bands
-    for row in rows:
-        if "phase" not in row:
-            continue
-        name, step = f"phase {text(row['phase'])}", float(row["step"])
-        if bands and bands[-1].name == name:
-            bands[-1] = Band(name, bands[-1].start, step)
-        else:
-            bands.append(Band(name, bands[-1].stop if bands else step, step))
-    return [band for band in bands if band.stop > band.start]
 
 
 def _evaluations(workdir: Path) -> list[dict[str, Any]]:

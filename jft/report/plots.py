@@ -227,6 +227,7 @@ def _drawing(
 
 
 def _band_names(bands: Sequence[Band], x_range: tuple[float, float]) -> str:
+    bands = [band for band in bands if band.name]
     if not bands:
         return ""
     parts = ['<div class="bands">']

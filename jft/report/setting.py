@@ -1,95 +1,20 @@
-"""The sections of report.html that show what was trained, from what, and how."""
+"""The sections of report.html that show what a run started from, and with what."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
-from statistics import median
 from typing import Any
 
 from jft.report.markup import (
-    NONE,
-    big,
-    count,
     flat_pairs,
-    float_of,
     listed,
-    number,
     percent,
     scroll,
     section,
     share_of,
-    table_head,
     text,
 )
-
-
-def phases(plan: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    """What each phase trained, what that can save at most, and what a step took."""
-    known = [phase for phase in listed(plan.get("phases")) if isinstance(phase, Mapping)]
-    if not known:
-        return ""
-    seconds = [_step_seconds(rows, phase, order) for order, phase in enumerate(known)]
-    body = []
-    for phase, took in zip(known, seconds, strict=True):
-        bound = float_of(phase.get("bound"))
-        steps = "\u00a0to\u00a0".join(count(phase.get(key)) for key in ("start_step", "stop_step"))
-        cells = [
-            f"<code>{escape(text(phase.get('train')))}</code>",
-            steps,
-            escape(text(phase.get("class"))),
-            escape(text(phase.get("cut"))),
-            big(phase.get("trainable_params")),
-            big(phase.get("flops")),
-            f"≤ {bound:.2f}×" if bound is not None else escape(text(phase.get("bound"))),
-        ]
-        if any(took is not None for took in seconds):
-            cells.append(NONE if took is None else f"{1000 * took:,.1f} ms")
-        name = escape(text(phase.get("name", phase.get("index"))))
-        numeric = "".join(f'<td class="n">{cell}</td>' for cell in cells[4:])
-        plain = "".join(f"<td>{cell}</td>" for cell in cells[:4])
-        body.append(f'<tr><th scope="row" class="name">{name}</th>{plain}{numeric}</tr>')
-    titles = ["phase", "trains", "steps", "class", "cut", "trainable", "FLOPs", "speed bound"]
-    if any(took is not None for took in seconds):
-        titles.append("measured step")
-    table = f"<table>{table_head(titles, first_number=5)}<tbody>{''.join(body)}</tbody></table>"
-    about = (
-        "FLOPs are those of one step. The speed bound is the most that freezing can save over "
-        "training everything."
-    )
-    return section("Phases", about, scroll(table, "phases"))
-
-
-def groups(plan: Mapping[str, Any]) -> str:
-    """Which groups of parameters were trained in which phase."""
-    rows = [row for row in listed(plan.get("groups")) if isinstance(row, Mapping)]
-    if not rows:
-        return ""
-    names = [
-        text(phase.get("name", order))
-        for order, phase in enumerate(listed(plan.get("phases")))
-        if isinstance(phase, Mapping)
-    ]
-    body = []
-    for row in rows:
-        marks = "".join(
-            f'<td><span class="{"on" if on else "off"}">{"trains" if on else "frozen"}</span></td>'
-            for on in listed(row.get("trainable"))[: len(names)]
-        )
-        marks += "<td></td>" * (len(names) - min(len(names), len(listed(row.get("trainable")))))
-        rates = row.get("learning_rate")
-        rate = ", ".join(number(float_of(item)) for item in (listed(rates) or [rates]))
-        body.append(
-            f'<tr><th scope="row" class="name"><code>{escape(text(row.get("group")))}</code></th>'
-            f'{marks}<td class="n">{count(row.get("leaves"))}</td>'
-            f'<td class="n">{big(row.get("params"))}</td>'
-            f'<td class="n">{big(row.get("bytes"), "B")}</td><td class="n">{rate}</td></tr>'
-        )
-    head = table_head(
-        ["group", *names, "leaves", "params", "bytes", "learning rate"], 1 + len(names)
-    )
-    table = f"<table>{head}<tbody>{''.join(body)}</tbody></table>"
-    return section("Groups", "", scroll(table, "groups of parameters"))
 
 
 def conversion(report: Mapping[str, Any]) -> str:
@@ -143,16 +68,6 @@ def environment(run: Any, config: Any) -> str:
                 f"<details{opened}><summary>{title}</summary>{scroll(table, title)}</details>"
             )
     return section("How it was run", "", "".join(parts)) if parts else ""
-
-
-def _step_seconds(
-    rows: Sequence[Mapping[str, Any]], phase: Mapping[str, Any], order: int
-) -> float | None:
-    """Median measured seconds of a step in a phase; rows name it by its index or its name."""
-    names = [name for name in (phase.get("index", order), phase.get("name")) if name is not None]
-    found = [float_of(row.get("time/step_seconds")) for row in rows if row.get("phase") in names]
-    found = [seconds for seconds in found if seconds is not None]
-    return median(found) if found else None
 
 
 def _conversion_row(row: Any) -> tuple[str, str] | None:

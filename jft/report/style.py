@@ -107,6 +107,8 @@ td.name, th.name { max-width: 260px; min-width: 110px; overflow-wrap: anywhere; 
   background: var(--track); overflow: hidden; vertical-align: middle; }
 .mini i { display: block; height: 100%; background: var(--accent); }
 .on, .off { display: inline-block; padding: 0 9px; border-radius: 99px; font-size: 12.5px;
+.strip { display: block; width: 100%; min-width: 180px; height: 12px; border-radius: 3px;
+  background: var(--track); }
   white-space: nowrap; }
 .on { background: var(--accent); color: var(--on-accent); }
 .off { color: var(--faint); border: 1px solid var(--line); }

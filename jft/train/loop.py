@@ -332,11 +332,11 @@ class _Trainer:
     def outcome(self, exit_code: int) -> Outcome:
         """Waits for the last save and says how the run ended."""
         self.run.checkpoints.wait()
-        names = {0: "done", 75: "preempted", 130: "interrupted"}
+        if self.decisions.log:
+            self.run.record(self.decisions.log)
+        state = {0: "done", 75: "preempted", 130: "interrupted"}[exit_code]
         reason = None if exit_code == 0 else f"stopped by a signal at step {self.step}, saved"
-        self.writer.status(
-            state=names[exit_code], step=self.step, eta_seconds=None, exit_reason=reason
-        )
+        self.writer.status(state=state, step=self.step, eta_seconds=None, exit_reason=reason)
         return Outcome(exit_code, self.step, dict(self.results), *self.leaves())
 
 

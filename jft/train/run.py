@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ class Run:
       checkpoints: of the run directory.
       make_writer: takes the resumed step or None, returns the writer.
       begin: called once the run directory is locked; writes config.json and its like.
+      record: called with the decision log where a run ends; writes what the decisions made of it.
       info: JSON that goes into every checkpoint (config, label names, ...).
       enforce: "split" or "optax".
       eval_batch_shape: like `batch_shape`, for evaluation.
@@ -82,6 +83,7 @@ class Run:
     checkpoints: Checkpoints
     make_writer: Callable[[int | None], RunWriter]
     begin: Callable[[], None] = lambda: None
+    record: Callable[[Sequence[Mapping[str, Any]]], None] = lambda _: None
     info: dict[str, Any] = field(default_factory=dict)
     enforce: str = "split"
     eval_batch_shape: dict[str, Any] = field(default_factory=dict)
