@@ -93,8 +93,13 @@ class Key:
             value = ast.literal_eval(text.strip())
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             value = text
-        if isinstance(value, str) and value != text and str not in self.kinds:
-            value = text  # quotes around a number or a list are a mistake, not a value
+        if (
+            isinstance(value, str)
+            and value != text
+            and (str not in self.kinds or list in self.kinds)
+        ):
+            # Quotes around a number or a list are a mistake; in a set expression they mean a regex.
+            value = text
         if (
             value is text
             and str not in self.kinds

@@ -180,6 +180,25 @@ WRONG = {
     "micro-batches": (["--config.train.accum_steps=3"], "train.accum_steps=3"),
     "devices": (["--config.parallel.devices=99"], "99 asked for"),
     "rows a device": (["--config.parallel.devices=3"], "the nearest that does is 9"),
+    "a method": (["--config.freeze.name=autofreze"], "did you mean 'autofreeze'?"),
+    "a generator's argument": (
+        ["--config.freeze.phases=head@50% | freeze(every=1ep)"],
+        "freeze.phases[1]: unknown key 'every'; known:",
+    ),
+    "phases that overlap": (
+        ["--config.freeze.phases=head@60% | block[0]@50% | all"],
+        "freeze.phases[1]: until='50%'",
+    ),
+    "a phase that trains nothing": (
+        ["--config.freeze.phases=head@50% | norm & head"],
+        "freeze.phases[1]: 'norm & head' leaves nothing to train",
+    ),
+    "a pattern of a phase": (["--config.freeze.phases='hed/.*'"], "'hed/.*' matches no leaf"),
+    "an event": (["--config.freeze.phases=head@plateu(3) | all"], "plateau(5)"),
+    "an event's metric": (
+        ["--config.freeze.phases=head@eval/acc>=0.9 | all"],
+        "did you mean 'eval/accuracy'?",
+    ),
     "a phase's end": (["--config.freeze.phases=head@150% | all"], "must be after step 0"),
     "heads that do not divide": (["--config.model.args.heads=5"], "model.args.heads"),
     "an image smaller than a patch": (["--config.data.image_size=8"], "patch"),
@@ -198,6 +217,36 @@ def test_a_mistake_in_the_config_is_one_line_exit_2_and_leaves_nothing(
     line, code, out = error_of(capsys, *train_line(photos, tmp_path / "run", *overrides))
     assert words in line and code == 2 and out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+SCHEDULE = """from configs.folder import get_config as folder
+
+
+def get_config():
+    config = folder("tiny")
+    config.freeze.phases = [
+        {"train": "head", "until": 0.25},
+        {"train": "block[-1] + final + head", "until": "50%", "state": "reset"},
+        {"train": "all", "lr_scale": {"name": "depth_decay", "rate": 0.75}, "warm_steps": 1},
+    ]
+    return config
+"""
+
+
+def test_three_lines_in_a_config_are_a_schedule(photos, tmp_path, monkeypatch):
+    file, workdir = tmp_path / "mine.py", tmp_path / "run"
+    file.write_text(SCHEDULE)
+    monkeypatch.syspath_prepend(fault_run.ROOT)
+    keys = [key for key in TINY[1:] if "phases" not in key]
+    line = ["train", f"--config={file}", *keys, f"--config.data.path={photos}"]
+    assert main([*line, f"--workdir={workdir}"]) == 0
+    phases = json.loads((workdir / "plan.json").read_text())["phases"]
+    assert [(phase["start_step"], phase["stop_step"]) for phase in phases] == [
+        (0, 1),
+        (1, 2),
+        (2, 4),
+    ]
+    assert [phase["class"] for phase in phases] == ["cut", "cut", "full"]
 
 
 def test_a_mistake_in_a_config_file_names_file_and_line(tmp_path, capsys):

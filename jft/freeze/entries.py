@@ -78,7 +78,8 @@ def check_entry(entry: Any, where: str, generators: Mapping[str, Callable[..., A
         known = ("generator", *own, *HANDED_ON)
     for key in entry:
         if key not in known:
-            raise ConfigError(f"{where}: unknown key {key!r}{nearest(str(key), known)}")
+            hint = nearest(str(key), known) or f"; known: {', '.join(known)}"
+            raise ConfigError(f"{where}: unknown key {key!r}{hint}")
         if key in own and key != "every":  # a period is read where it is needed
             check_argument(f"{where}.{key}", entry[key], own[key])
     if "generator" not in entry and not entry.get("train"):
