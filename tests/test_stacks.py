@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import fault_run
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,15 +30,14 @@ DROPS = {"dropout_rate": 0.2, "drop_path_rate": 0.3}
 SGD = {"name": "sgd", "learning_rate": 0.05, "weight_decay": 1e-4, "grad_clip_norm": 1.0}
 ADAMW = {"name": "adamw", "learning_rate": 3e-3, "weight_decay": 0.1, "grad_clip_norm": 1.0}
 HALF = "block[-3:] + final + head"
+SLOW = pytest.mark.slow
 SWITCHED = f"head@3 | {HALF}@6 | block[1:4] + attn + head@8 | all"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Compiles with few optimizations: what is compared here does not depend on them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def quick(tmp_path_factory):
+    with fault_run.quick_compiles(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 @functools.cache
@@ -210,7 +210,15 @@ def test_parts_of_the_stages_run_up_to_the_borders_of_stacks():
 
 
 @pytest.mark.parametrize(
-    "phases", ["all", HALF, "attn + head", "block[1:3] + head", SWITCHED, "embed + head"]
+    "phases",
+    [
+        HALF,
+        "block[1:3] + head",
+        *(
+            pytest.param(text, marks=SLOW)
+            for text in ("all", "attn + head", "embed + head", SWITCHED)
+        ),
+    ],
 )
 def test_a_run_comes_out_the_same(tmp_path, data, phases):
     kw = dict(args=DROPS, train_accum_steps=2)
@@ -221,6 +229,7 @@ def test_a_run_comes_out_the_same(tmp_path, data, phases):
         assert loop.metrics[name] == pytest.approx(value, rel=1e-4), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "devices"), [("pmap", 8), ("auto", 8)])
 def test_devices_and_modes_change_nothing(tmp_path, data, mode, devices):
     kw = dict(args=DROPS, mode=mode, devices=devices)
@@ -230,6 +239,7 @@ def test_devices_and_modes_change_nothing(tmp_path, data, mode, devices):
     assert_close(loop.params, plain.params)
 
 
+@pytest.mark.slow
 def test_rates_decay_and_the_optax_reference_hold_leaf_by_leaf(tmp_path, data):
     rules = [["blocks_2/.*", 3.0], ["blocks_4/mlp/.*", 0.5]]
     more = dict(layer_decay=0.7, lr_rules=rules, decay_rules=[["blocks_1/.*", False], [".*", True]])
@@ -241,6 +251,7 @@ def test_rates_decay_and_the_optax_reference_hold_leaf_by_leaf(tmp_path, data):
         assert_close(loop.params, plain.params)
 
 
+@pytest.mark.slow
 def test_drawn_element_masks_are_those_of_the_blocks(tmp_path, data):
     entries = [{"train": "all", "elements": {"kind": "bernoulli", "share": 0.5}}]
     loop = trained(tmp_path / "loop", data, entries, scan=True, steps=4)
@@ -248,12 +259,17 @@ def test_drawn_element_masks_are_those_of_the_blocks(tmp_path, data):
     assert_close(loop.params, plain.params)
 
 
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("stop", [4, 7])
-def test_checkpoints_go_on_in_either_form(tmp_path, data, first, stop):
+@pytest.mark.parametrize(
+    ("phases", "stop", "first"),
+    [
+        (f"{HALF}@5 | all", 5, True),
+        *(pytest.param(SWITCHED, at, scan, marks=SLOW) for at in (4, 7) for scan in (True, False)),
+    ],
+)
+def test_checkpoints_go_on_in_either_form(tmp_path, data, phases, stop, first):
     def start(scan):
         kw = dict(optim=ADAMW, args=DROPS, checkpoint_every_steps=1, checkpoint_keep=20)
-        config = config_of(data, SWITCHED, scan=scan, **kw)
+        config = config_of(data, phases, scan=scan, **kw)
         return setup(config, tmp_path / "run", resume="force")
 
     fit(dataclasses.replace(start(first), stop_step=stop))
@@ -267,7 +283,7 @@ def test_checkpoints_go_on_in_either_form(tmp_path, data, first, stop):
     assert_equal(leaves_by_path(unstack(again)), leaves_by_path((state, frozen)))
     assert_equal({k: saved.state[k] for k in leaves_by_path(state)}, leaves_by_path(state))
     resumed = fit(other)
-    whole = trained(tmp_path / "whole", data, SWITCHED, scan=first, optim=ADAMW, args=DROPS)
+    whole = trained(tmp_path / "whole", data, phases, scan=first, optim=ADAMW, args=DROPS)
     assert resumed.step == whole.step == 10
     assert_close(resumed.params, whole.params, bar=2e-3)  # Adam divides rounding by itself
 
