@@ -50,7 +50,7 @@ class Presets:
         np.savez(self._data, image=workload.images(), label=workload.labels())
         config = self.config("full")
         splits = make_data(config)
-        self._examples = len(splits.train)
+        self._splits = splits
         task = make_task(config, splits.label_names, splits.train.image_shape)
         self._parallel = make_parallel(mode="pmap", devices=1)
         self._parts = make_parts(task)
@@ -84,12 +84,13 @@ class Presets:
         Raises:
           ConfigError: the method does not fit this model or this many steps.
         """
-        return self.row(method, self.schedule(method).phases())
+        schedule = self.schedule(method)
+        return self.row(method, schedule.phases()) | {"approximation": schedule.approximation}
 
     def schedule(self, method: str) -> FreezeSchedule:
         """Returns the method's phases before anything was measured; errors as of `plan`."""
         task = dataclasses.replace(self._task, config=self.config(method))
-        return make_schedule(task, self._examples, self._parallel, self._parts)[0]
+        return make_schedule(task, self._splits, self._parallel, self._parts)[0]
 
     def row(self, method: str, phases: Sequence[Phase]) -> dict[str, Any]:
         """Returns what the phases of a run cost in FLOPs."""
@@ -146,6 +147,7 @@ class Presets:
             "compile_seconds": rows[-1]["time/compile_seconds"],
             "stall_seconds": rows[-1]["time/stall_seconds"],
             "decisions": len(log),
+            "approximation": run.freeze.approximation,
         }
 
 

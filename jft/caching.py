@@ -1,27 +1,32 @@
 """From a config to the inputs of its phases: views and the frozen-prefix cache."""
 
+import functools
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jft.data.images import is_random, make_view_transform
 from jft.data.protocol import Source
+from jft.flops import analytic_flops
 from jft.freeze.phases import Phase
 from jft.freeze.prefix import Prefix, split_identity
 from jft.overview import loss_costs, plan_phases
 from jft.plan import Costs, PhasePlan
+from jft.provenance import package_versions
 from jft.task import Task, batch_shapes
 from jft.train.inputs import Input, Inputs
 from jft.train.optim import OptimSection
 from jft.train.parallel import Parallel
-from jft.train.state import first_trainable_stage
 from jft.train.step import StepParts
+from jft.tree import Flat
 
 
 def view_transform(task: Task) -> Callable[..., jax.Array]:
@@ -42,6 +47,7 @@ def make_inputs(
     task: Task,
     source: Source,
     parallel: Parallel,
+    optim: OptimSection,
     parts: StepParts,
     costs: Costs,
     workdir: Path,
@@ -53,6 +59,7 @@ def make_inputs(
       task: the model of the config.
       source: the training split.
       parallel: the devices.
+      optim: of the run.
       parts: what the steps are built from.
       costs: of a step that reads images.
       workdir: the run directory.
@@ -61,16 +68,13 @@ def make_inputs(
     config = task.config
     random = is_random(flip=config.augment.flip, crop=config.augment.crop)
     views = config.freeze.views if random else 1
-    prefix = Prefix(
-        apply=task.model.apply,
-        transform=view_transform(task),
-        stages=task.model.stages,
-        cuts=(),
-        image_shape=task.image_shape,
-        views=views or 1,
-        chunk=config.train.batch_size,
-        described=describe(task, source) if config.freeze.cache != "off" else {},
-    )
+    prefix = _prefix(task, source, views or 1)
+    rows = config.train.batch_size // parallel.num_devices
+
+    def step_bytes(phase: Phase) -> int:
+        plan = plan_phases(task, parallel, (phase,), optim, parts, costs)[0]
+        return plan.argument_bytes + costs.residual_bytes(phase.mask)
+
     return Inputs(
         mode=config.freeze.cache,
         views=views,
@@ -84,12 +88,28 @@ def make_inputs(
         images=images,
         image_shape=batch_shapes(task, config.train.batch_size),
         shapes=task.shapes,
-        flops=lambda phase: phase_flops(task, parallel, parts, costs, prefix, phase),
+        step_flops=lambda phase: costs.flops(phase.mask).total / rows,
+        prefix_flops=functools.cache(functools.partial(prefix_flops, task, prefix)),
+        step_bytes=step_bytes,
         loader={
             "workers": config.data.workers,
             "bad_image_quota": config.data.bad_image_quota,
             "interpolation": task.preprocess.interpolation,
         },
+    )
+
+
+def _prefix(task: Task, source: Source, views: int) -> Prefix:
+    config = task.config
+    return Prefix(
+        apply=task.model.apply,
+        transform=view_transform(task),
+        stages=task.model.stages,
+        cuts=(),
+        image_shape=task.image_shape,
+        views=views,
+        chunk=config.train.batch_size,
+        described=describe(task, source) if config.freeze.cache != "off" else {},
     )
 
 
@@ -101,6 +121,9 @@ def describe(task: Task, source: Source) -> dict[str, Any]:
         "config": {section: json.loads(config[section].to_json()) for section in sections},
         "seed": config.seed,
         "dtype": config.train.dtype,
+        "versions": package_versions(),
+        # Of a user's own module the config says nothing; addresses differ from process to process.
+        "module": re.sub(r" at 0x[0-9a-f]+", "", repr(task.model.module)),
         "preprocess": task.preprocess.to_dict(),
         "split": split_identity(source),
     }
@@ -117,16 +140,15 @@ def suffix_costs(
     return loss_costs(task, parallel, parts, batch)
 
 
-def phase_flops(
-    task: Task, parallel: Parallel, parts: StepParts, costs: Costs, prefix: Prefix, phase: Phase
-) -> tuple[float, float, float]:
-    """Returns FLOPs an example of (a step, a step from cached entries, the prefix forward)."""
-    rows = task.config.train.batch_size // parallel.num_devices
-    cut = first_trainable_stage(phase.mask, task.model.stages)
-    whole = costs.flops(phase.mask)
-    suffix = suffix_costs(task, parallel, parts, prefix, cut).flops(phase.mask)
-    prefix_flops = whole.forward - suffix.forward
-    return whole.total / rows, suffix.total / rows, prefix_flops / rows
+def prefix_flops(task: Task, prefix: Prefix, cut: int) -> float:
+    """Returns the FLOPs of stages [0, cut) forward on one example."""
+
+    def run(_: Flat, variables: Any, image: jax.Array) -> jax.Array:
+        index = jnp.zeros(1, jnp.int32)
+        return prefix.apply(variables, prefix.transform(image, index, index), stop=cut).sum()
+
+    image = jax.ShapeDtypeStruct((1, *task.image_shape), np.uint8)
+    return analytic_flops(run, {}, prefix.variables(*task.shapes, 0, cut), image).forward
 
 
 def plan_phase(

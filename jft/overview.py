@@ -12,6 +12,7 @@ from jft.data.sources import Splits
 from jft.errors import ConfigError
 from jft.freeze.explain import explain
 from jft.freeze.phases import Phase
+from jft.freeze.schedule import FreezeSchedule
 from jft.plan import Costs, PhaseParts, PhasePlan, make_plan
 from jft.plan import to_dict as plan_dict
 from jft.plan_text import plan_table
@@ -98,7 +99,11 @@ def loss_costs(
 
 
 def describe_plan(
-    task: Task, plans: list[PhasePlan], phases: tuple[Phase, ...], optim: OptimSection
+    task: Task,
+    schedule: FreezeSchedule,
+    optim: OptimSection,
+    phases: tuple[Phase, ...],
+    plans: list[PhasePlan],
 ) -> dict[str, Any]:
     """Returns the content of plan.json."""
     groups = {path: group for path, (group, _) in task.groups().patterns.items()}
@@ -111,12 +116,13 @@ def describe_plan(
         for group, found in factors.items()
     }
     masks = [phase.mask for phase in phases]
-    return plan_dict(plans, task.shapes[0], masks, groups, rates)
+    found = plan_dict(plans, task.shapes[0], masks, groups, rates)
+    return {**found, "approximation": schedule.approximation}
 
 
 def tables(
     task: Task,
-    phases: tuple[Phase, ...],
+    schedule: FreezeSchedule,
     optim: OptimSection,
     plans: list[PhasePlan],
     every_leaf: bool = False,
@@ -125,15 +131,17 @@ def tables(
     params, section = task.shapes[0], task.config.optim
     rates = {path: section.learning_rate * optim.multipliers[path] for path in params}
     decays = {path: section.weight_decay * optim.decay_mask[path] for path in params}
-    table = explain(task.groups(), phases, params, rates, decays, every_leaf=every_leaf)
-    return f"{table}\n\n{plan_table(plans)}"
+    table = explain(task.groups(), schedule.phases(), params, rates, decays, every_leaf=every_leaf)
+    bounded = schedule.approximation
+    note = f"\napproximates its method: {bounded}" if bounded else ""
+    return f"{table}\n\n{plan_table(plans)}{note}"
 
 
 def summary(
     task: Task,
     splits: Splits,
     parallel: Parallel,
-    phases: tuple[Phase, ...],
+    schedule: FreezeSchedule,
     optim: OptimSection,
     plans: list[PhasePlan],
     conversion: Mapping[str, Any] | None,
@@ -142,7 +150,7 @@ def summary(
     sizes = ", ".join(f"{name} {len(source):,}" for name, source in splits.items())
     kinds = ", ".join(sorted({device.device_kind for device in parallel.mesh.devices.flat}))
     parts = [conversion["text"]] if conversion else ["weights   random, no source"]
-    parts.append(tables(task, phases, optim, plans))
+    parts.append(tables(task, schedule, optim, plans))
     parts.append(f"data      {sizes}; {len(task.label_names)} classes")
     parts.append(f"devices   {parallel.num_devices} x {kinds}, {parallel.mode}")
     return "\n\n".join(parts)

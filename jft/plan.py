@@ -202,6 +202,15 @@ class Costs:
             self._spoilers[key] = _spoilers(mask, self.params, self.order, self.flops)
         return self._spoilers[key]
 
+    def residual_bytes(self, mask: Mask) -> int:
+        """Returns the bytes that a step keeps for its backward pass, as if nothing were fused."""
+        loss = self._make_loss(mask)
+
+        def kept(trainable: Flat, frozen: Flat, data: Sequence[Any]) -> Any:
+            return jax.vjp(lambda leaves: loss(leaves, frozen, *data), trainable)[1]
+
+        return _tree_bytes(jax.eval_shape(kept, *split(self.params, mask), self._data))
+
     def _key(self, mask: Mask) -> frozenset[str]:
         return frozenset(path for path in self.params if mask[path])
 

@@ -51,10 +51,10 @@ def total_steps(config: ConfigDict, train_examples: int) -> int:
 
 
 def make_schedule(
-    task: Task, train_examples: int, parallel: Parallel, parts: StepParts
+    task: Task, splits: Splits, parallel: Parallel, parts: StepParts
 ) -> tuple[FreezeSchedule, OptimSection]:
-    """Returns freezing schedule and optimizer of a config, for that many examples."""
-    config = task.config
+    """Returns freezing schedule and optimizer of a config on its data."""
+    config, train_examples = task.config, len(splits.train)
     freeze, train = config.freeze, config.train
     schedule = make_freeze(
         task.groups(),
@@ -73,6 +73,11 @@ def make_schedule(
             raise ConfigError(f"freeze.phases: no metric {metric!r}{nearest(metric, METRICS)}")
         if config.eval.every_steps is None:
             raise ConfigError(f"freeze.phases: an event on {metric} needs eval.every_steps")
+        if "val" not in evaluated_splits(config, splits):
+            raise ConfigError(
+                f"freeze.phases: an event on {metric} needs the split 'val': data.val_fraction,"
+                " and 'val' in eval.splits"
+            )
     prescribed = schedule.recipe_schedule
     optim = make_optim(
         schedule.phases(),
@@ -83,6 +88,11 @@ def make_schedule(
     )
     check_batch_size(train.batch_size, train.accum_steps, parallel)
     return schedule, optim
+
+
+def evaluated_splits(config: ConfigDict, splits: Splits) -> tuple[str, ...]:
+    """Returns the names of the splits that a run evaluates."""
+    return tuple(name for name in config.eval.splits if name in splits)
 
 
 def without_spoilers(task: Task, parallel: Parallel, parts: StepParts) -> Callable[[Mask], Mask]:
@@ -177,14 +187,15 @@ def _make_run(
     config = task.config
     parallel = make_parallel(mode=config.parallel.mode, devices=config.parallel.devices)
     parts = make_parts(task)
-    schedule, optim = make_schedule(task, len(splits.train), parallel, parts)
+    schedule, optim = make_schedule(task, splits, parallel, parts)
     phases = schedule.phases()
     costs = loss_costs(task, parallel, parts)
     plans = plan_phases(task, parallel, phases, optim, parts, costs)
+    describe = functools.partial(describe_plan, task, schedule, optim)
     steps = 1 if dry_run else phases[-1].stop_step
 
     images = functools.partial(train_batches, task, splits.train)
-    inputs = make_inputs(task, splits.train, parallel, parts, costs, workdir, images)
+    inputs = make_inputs(task, splits.train, parallel, optim, parts, costs, workdir, images)
 
     def make_writer(step: int | None) -> RunWriter:
         primary, events = jax.process_index() == 0, config.log.tensorboard
@@ -193,7 +204,7 @@ def _make_run(
     def record(log: Sequence[Mapping[str, Any]]) -> None:
         taken = schedule.phases(log)
         plans = plan_phases(task, parallel, taken, optim, parts, costs)
-        write_decisions(workdir, log, describe_plan(task, plans, taken, optim))
+        write_decisions(workdir, log, describe(taken, plans))
 
     return Run(
         workdir=workdir,
@@ -207,12 +218,10 @@ def _make_run(
         batches=images,
         batch_shape=batch_shapes(task, config.train.batch_size),
         evaluate=functools.partial(evaluate_split, task, splits, workdir, parallel),
-        splits=tuple(name for name in config.eval.splits if name in splits),
+        splits=evaluated_splits(config, splits),
         checkpoints=checkpoints,
         make_writer=make_writer,
-        begin=lambda: write_run_files(
-            task, splits, workdir, describe_plan(task, plans, phases, optim), conversion
-        ),
+        begin=lambda: write_run_files(task, splits, workdir, describe(phases, plans), conversion),
         record=record,
         info={"source": config.init.source, "label_names": task.label_names},
         enforce=config.freeze.enforce,
@@ -222,7 +231,7 @@ def _make_run(
         stop_step=steps,
         plan=functools.partial(plan_phase, task, parallel, optim, parts, costs, inputs),
         inputs=inputs,
-        summary=summary(task, splits, parallel, phases, optim, plans, conversion),
+        summary=summary(task, splits, parallel, schedule, optim, plans, conversion),
         scanned=task.scanned,
     )
 
@@ -316,7 +325,6 @@ def plan_text(config: ConfigDict, every_leaf: bool = False) -> str:
     task = make_task(config, splits.label_names, splits.train.image_shape)
     parallel = make_parallel(mode=config.parallel.mode, devices=config.parallel.devices)
     parts = make_parts(task)
-    schedule, optim = make_schedule(task, len(splits.train), parallel, parts)
-    phases = schedule.phases()
-    plans = plan_phases(task, parallel, phases, optim, parts)
-    return tables(task, phases, optim, plans, every_leaf)
+    schedule, optim = make_schedule(task, splits, parallel, parts)
+    plans = plan_phases(task, parallel, schedule.phases(), optim, parts)
+    return tables(task, schedule, optim, plans, every_leaf)

@@ -10,19 +10,24 @@ from typing import Any
 import jax
 
 
-def describe_run(seed: int) -> dict[str, Any]:
-    """Returns what a run depended on: arguments, versions, devices, code state, seed."""
+def package_versions() -> dict[str, str]:
+    """Returns {package: version} of jft and of what its numbers depend on."""
     packages = {}
     for name in ("jft", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"):
         try:
             packages[name] = version(name)
         except PackageNotFoundError:
             continue
+    return packages
+
+
+def describe_run(seed: int) -> dict[str, Any]:
+    """Returns what a run depended on: arguments, versions, devices, code state, seed."""
     return {
         "argv": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": packages,
+        "versions": package_versions(),
         "devices": [f"{device.platform}: {device.device_kind}" for device in jax.devices()],
         "processes": jax.process_count(),
         "git": _git_state(),

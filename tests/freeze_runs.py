@@ -91,10 +91,9 @@ def random_signals(schedule: FreezeSchedule, seed: int = 0) -> Measure:
     random = np.random.default_rng(seed)
 
     def measure(due: Due) -> dict[str, float]:
-        units = schedule.outline.block_units
         if due.rule.signal == "plasticity":
             view = View({}, schedule.groups, schedule.outline, due.phase.mask, frozenset())
-            return {units[min(view.cut, len(units) - 1)]: float(random.uniform(0.1, 1))}
+            return {schedule.outline.front(view.cut): float(random.uniform(0.1, 1))}
         if due.rule.signal == "weight_snr":
             kernels = [p for p in schedule.groups.paths if p.endswith("kernel")]
             return {path: float(random.uniform(0.1, 2)) for path in kernels}

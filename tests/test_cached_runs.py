@@ -8,7 +8,7 @@ import pytest
 
 from jft import fit, setup
 from jft.config import load_config
-from jft.errors import ConfigError
+from jft.errors import ConfigError, DataError
 from jft.report.writers import RunWriter
 from jft.train import loop
 
@@ -58,6 +58,7 @@ def test_a_cached_run_equals_the_one_that_takes_the_same_views(
     found = leaves(fit(run_of(tmp_path, "freeze.views=2", "freeze.cache=on")))
     assert sum("cache filled" in text for text in messages) == 2
     assert not [text for text in messages if "warning" in text]
+    assert not list(tmp_path.rglob("*.entries")), "a finished run has no use for them"
     for path, leaf in uncached.items():
         scale = max(float(np.max(np.abs(leaf))), 1e-3)
         assert np.max(np.abs(found[path] - leaf)) <= 1e-5 * scale, path
@@ -88,7 +89,7 @@ def test_a_killed_cached_run_ends_bitwise_equal(step, tmp_path, monkeypatch):
 
 def test_auto_says_why_it_does_not(tmp_path, messages):
     fit(run_of(tmp_path, "freeze.cache=auto", "train.steps=16"))
-    said = [text for text in messages if text.startswith("cache of phase")]
+    said = [text for text in messages if text.startswith("cache below")]
     assert said and all("freeze.views=K allows it" in text for text in said)
 
 
@@ -102,3 +103,47 @@ def test_the_choice_is_saved_and_kept(tmp_path):
     info = fault_run.last_step(tmp_path).info
     assert info["caches"] == {"0:6": "device", "1:4": "device"}
     assert json.dumps(info["caches"])
+
+
+def test_phases_with_one_cut_share_their_entries_and_the_decision(tmp_path, messages):
+    phases = "head@4 | head@8 | block[-1:] + final + head@12 | all"
+    fit(run_of(tmp_path, "freeze.views=1", "freeze.cache=auto", f"freeze.phases={phases}"))
+    said = [text for text in messages if text.startswith("cache below")]
+    assert len(said) == 2 and ": yes, " in said[0] and "8 steps save" in said[0]
+    filled = [text for text in messages if text.startswith("cache filled")]
+    assert len(filled) == sum(": yes, " in text for text in said)
+
+
+def test_what_lies_on_the_disk_for_a_shallower_cut_goes_once_the_deeper_is_filled(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("jft.freeze.entry_store.Room.tier", lambda *_: "disk")
+    counts = []
+    plain = loop._Trainer.update
+
+    def update(trainer):
+        counts.append(len(list(tmp_path.rglob("*.entries"))))
+        plain(trainer)
+
+    monkeypatch.setattr(loop._Trainer, "update", update)
+    fit(run_of(tmp_path, "freeze.views=2", "freeze.cache=on"))
+    assert counts == [1] * 12 + [0] * 4
+
+
+@pytest.mark.parametrize("mode", ["auto", "on"])
+def test_a_cache_that_cannot_be_filled_is_given_up_under_auto(
+    mode, tmp_path, monkeypatch, messages
+):
+    def full(*_, **__):
+        raise DataError("no space left; or freeze.cache=off with --resume=force")
+
+    monkeypatch.setattr("jft.train.inputs.fill_cache", full)
+    run = run_of(tmp_path / mode, "freeze.views=1", f"freeze.cache={mode}")
+    if mode == "on":
+        with pytest.raises(DataError, match="no space left"):
+            fit(run)
+        return
+    found = leaves(fit(run))
+    assert [text for text in messages if text.startswith("warning: no cache: no space left")]
+    assert set(fault_run.last_step(tmp_path / mode).info["caches"].values()) == {""}
+    fault_run.assert_same_leaves(found, leaves(fit(run_of(tmp_path / "off", "freeze.views=1"))))

@@ -1,5 +1,8 @@
 """The guarantee: a step that costs too much is told with its culprit, a moved leaf is caught."""
 
+import dataclasses
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 from jft import hlo
 from jft.freeze.groups import make_groups
 from jft.plan import Costs, PhaseParts, make_plan
+from jft.train import guarantee
 from jft.train.guarantee import Guard, check_cost, consumers, digest
 
 WIDTH, ROWS = 32, 16
@@ -102,6 +106,45 @@ def test_a_unit_that_was_to_train_and_did_not_move_is_named():
     found.end(end, {"blocks_0/dense/kernel": start["blocks_0/dense/kernel"]}, GROUPS, STAGES)
     assert messages == ["warning: blocks_1 was to train, but not one of its leaves changed"]
     found.close()
+
+
+def test_a_leaf_that_thaws_may_be_donated_while_its_check_is_due(monkeypatch):
+    found, _ = guard()
+    plain = guarantee.digest
+    monkeypatch.setattr(guarantee, "digest", lambda leaf: time.sleep(0.05) or plain(leaf))
+    frozen = {path: jnp.full((2, 2), at) for at, path in enumerate(SHAPES)}
+    found.freeze(frozen, [])
+    found.check(frozen)
+    thawed = frozen.pop("head/dense/kernel")
+    found.freeze(frozen, ["head/dense/kernel"])
+    thawed.delete()  # as the next step does
+    found.check(frozen)
+    found.poll(wait=True)
+    found.close()
+
+
+def test_a_frozen_leaf_that_a_switch_changed_is_caught():
+    found, _ = guard()
+    frozen = leaves()
+    found.freeze(frozen, [])
+    found.freeze({path: leaf + 1 for path, leaf in frozen.items()}, [])
+    with pytest.raises(RuntimeError, match="changed"):
+        found.poll(wait=True)
+    found.close()
+
+
+def test_what_cannot_be_counted_does_not_hide_what_costs_too_much(plan):
+    cost = dataclasses.replace(compiled(list(SHAPES)), uncounted=("mystery",))
+    text = check_cost(cost, plan, MASK, STAGES)
+    assert text.startswith("warning") and "not counted: mystery" in text
+    calm = dataclasses.replace(compiled(["head/dense/kernel"]), uncounted=("mystery",))
+    assert not check_cost(calm, plan, MASK, STAGES).startswith("warning")
+
+
+def test_a_step_that_holds_more_than_its_phase_is_told(plan):
+    cost = compiled(["head/dense/kernel"])
+    more = dataclasses.replace(cost, argument_bytes=2 * plan.argument_bytes)
+    assert check_cost(more, plan, MASK, STAGES).startswith("warning: the step holds more")
 
 
 def test_the_digest_tells_values_that_print_alike():

@@ -447,6 +447,30 @@ def test_egeria_freezes_a_flat_front_and_thaws_when_the_rate_has_dropped():
     assert phases[3].entered["head/bias"] == "0", "the state of what trained on is kept"
 
 
+def test_egeria_freezes_as_many_blocks_at_a_time_as_the_quantum_says():
+    groups = vit(6)
+    schedule = plan(groups, "egeria", total=100, cut_quantum=2)
+    seen = []
+
+    def measure(due):
+        cut = next(n for n in range(6) if block(groups, n) & trained(due.phase))
+        seen.append(schedule.outline.front(cut))
+        return {seen[-1]: 1.0}
+
+    log = run_rules(schedule, measure)
+    assert list(dict.fromkeys(seen)) == ["block[1]", "block[3]", "block[5]"]
+    cuts = [trained(phase) for phase in schedule.phases(log)]
+    assert cuts == [set(groups.paths), above(groups, 2), above(groups, 4)]
+
+
+def test_autofreeze_decides_nineteen_times_however_long_the_run():
+    for total in (39, 40, 59):
+        schedule = plan(vit(4), "autofreeze", total=total)
+        log = run_rules(schedule, lambda due: dict.fromkeys(trained(due.phase), 1.0))
+        assert len(log) == 19
+        assert all(abs(r["step"] - n * total / 20) < 0.51 for n, r in enumerate(log, 1))
+
+
 def test_egeria_begins_anew_after_it_has_thawed():
     groups = vit(4)
     schedule = plan(groups, "egeria", total=100)

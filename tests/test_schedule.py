@@ -47,6 +47,15 @@ def test_arguments_may_be_given_by_place_and_by_name():
     assert parse_phases("thaw(random, 1ep)")[0]["every"] == "1ep"
 
 
+def test_marks_within_quotes_and_brackets_belong_to_the_expression():
+    groups = vit(4)
+    first, last = expand("'blocks_(0|1)/.*' + head@50% | all")
+    assert trained(first) == block(groups, 0, 1) | leaves(groups, "head")
+    assert (first.stop_step, last.name) == (100, "all")
+    text = "rule(signal=fisher, decide=top_elements, args={'share': 0.1, 'always': 'head'})"
+    assert parse_phases(f"head@50% | {text}")[1]["args"] == {"share": 0.1, "always": "head"}
+
+
 def test_a_set_in_brackets_is_not_a_generator():
     (phase,) = expand("bias & (block[0] + head)")
     assert trained(phase) == {p for p in block(vit(4), 0) | {"head/bias"} if p.endswith("/bias")}
@@ -89,6 +98,8 @@ def test_factors_and_curves_are_given_by_set_or_by_leaf():
         ("cycle(parts=halves)", r"parts='halves' should be 'units' or 'blocks'"),
         ("cycle(size=0)", r"size=0 should be 1 or more"),
         ("freeze(keep=6)", r"keep=6: the model has 6 units"),
+        ("freeze(keep=0)", r"keep=0 would freeze everything; give 1 or more"),
+        ([{"generator": "sample", "always": 3}], r"always=3 should be a set expression"),
         ("freeze(begin=early)", r"begin: 'early' should be a number"),
         ("head@40 | thaw(every=5)@30 | all", r"\[1\]: until='30' is step 30; it must be after"),
         ("thaw()@150", r"\[0\]: ends at step 150 but the run has 200 steps"),
@@ -197,7 +208,9 @@ def test_a_menu_that_cannot_hold_every_block_is_refused():
         expand("sample(2)", depth=12, max_sets=5)
     made = schedule("sample(2)", depth=12, max_sets=6, total=4000)
     assert len({frozenset(trained(p)) for p in made.phases()}) == 6
-    assert made.approximation == "6 of 66 sets of 2 blocks (freeze.max_sets)"
+    said, _, menu = made.approximation.partition(": ")
+    assert said == "6 of 66 sets of 2 blocks (freeze.max_sets)"
+    assert set(menu.split(" | ")) == {phase.name for phase in made.phases()}
     assert schedule("sample(1)", max_sets=4).approximation == ""
 
 
@@ -205,7 +218,9 @@ def test_the_sets_that_are_kept_are_spread_and_the_nearest_stands_in():
     groups = vit(4)
     made = schedule("thaw()", total=60, max_sets=3)  # of cuts 4 3 2 1 0 -1: first, third, last
     phases = made.phases()
-    assert made.approximation == "3 of 6 trainable sets (freeze.max_sets)"
+    said, _, menu = made.approximation.partition(": ")
+    assert said == "3 of 6 trainable sets (freeze.max_sets)"
+    assert menu == "final + head | block[2:] + final + head | all"
     assert [trained(p) for p in phases] == [above(groups, 4), above(groups, 2), above(groups, -1)]
     # Cut 3 differs from 4 and from 2 in one block: the earlier; cut 1 is nearer to 2 than to all.
     assert spans(phases) == [(0, 20), (20, 40), (40, 60)]
@@ -284,8 +299,8 @@ def test_each_phase_counts_its_own_evaluations():
         ("head@plateau(x) | all", r"\[0\]: until='plateau\(x\)' should be"),
         ("head@eval/loss >= low | all", r"\[0\]: until="),
         ("head@plateau(2) or never | all", r"\[0\]: until='never' should be"),
-        ("head@plateau(2)", "the last phase lasts to the end of the run"),
-        ("head@plateau(2) or 50%", "the last phase lasts to the end of the run"),
+        ("head@plateau(2)", "the last phase lasts to the run's end"),
+        ("head@plateau(2) or 50%", "the last phase lasts to the run's end"),
     ],
 )
 def test_a_wrong_event_is_named(phases, message):
@@ -327,6 +342,38 @@ def test_a_decision_that_changes_nothing_makes_no_phase():
     phases = made.phases(log)
     assert spans(phases) == [(n, n + 10) for n in range(0, 200, 10)], "but with a reset it does"
     assert len({phase.key for phase in phases}) == 1
+
+
+def test_another_choice_of_elements_begins_a_phase_though_the_leaves_are_the_same():
+    entry = {**RULE, "signal": "fisher", "decide": "top_elements", "every": 20}
+    made = schedule([{**entry, "args": {"share": 0.1}}], total=60)
+    log = run_rules(made, lambda due: {})
+    assert spans(made.phases(log)) == [(0, 20), (20, 40), (40, 60)]
+    assert len({phase.key for phase in made.phases(log)[1:]}) == 1
+
+
+def test_a_rule_trains_nothing_that_it_may_not_choose_from():
+    groups = vit(4)
+    entry = {**RULE, "signal": "grad_change", "decide": "percentile_cut", "train": "all - norm"}
+    made = schedule([entry], total=60)
+    blocks = [block(groups, n) for n in range(4)]
+
+    def measure(due):  # the first block never changes, the others ever more
+        return {p: 1.0 + due.step * at for at, paths in enumerate(blocks) for p in paths}
+
+    log = run_rules(made, measure)
+    norms = {path for path in groups.paths if "/norm" in path or path.startswith("norm/")}
+    chosen = [trained(phase) for phase in made.phases(log)]
+    assert len(chosen) > 1 and not any(norms & leaves for leaves in chosen)
+
+
+def test_periods_that_are_no_whole_number_of_steps_do_not_drift():
+    made = schedule([{**RULE, "every": "1ep"}], total=25, epoch=2.5)
+    log = run_rules(made, lambda due: dict.fromkeys(vit(4).paths, 1.0))
+    assert [record["step"] for record in log] == [3, 5, 8, 10, 13, 15, 18, 20, 23]
+    phases = expand("sample(1, every=1ep)", total=25, epoch=2.5)
+    assert {phase.stop_step for phase in phases} <= {3, 5, 8, 10, 13, 15, 18, 20, 23, 25}
+    assert [p.stop_step for p in expand("cycle(every=1ep)", total=10, epoch=2.5)] == [3, 5, 8, 10]
 
 
 def test_at_least_one_leaf_trains_whatever_is_measured():

@@ -199,6 +199,10 @@ WRONG = {
         ["--config.freeze.phases=head@eval/acc>=0.9 | all"],
         "did you mean 'eval/accuracy'?",
     ),
+    "an event without a validation split": (
+        ["--config.freeze.phases=head@plateau | all", "--config.data.val_fraction=0"],
+        "needs the split 'val'",
+    ),
     "a phase's end": (["--config.freeze.phases=head@150% | all"], "must be after step 0"),
     "heads that do not divide": (["--config.model.args.heads=5"], "model.args.heads"),
     "an image smaller than a patch": (["--config.data.image_size=8"], "patch"),

@@ -10,6 +10,8 @@ from jft.freeze.masks import Mask, make_mask
 from jft.freeze.outline import Outline
 from jft.freeze.phases import Stretch
 
+_NAMED = 12
+
 
 def bound_sets(
     stretches: Sequence[Stretch], max_sets: int, *, grows: bool
@@ -55,15 +57,22 @@ def menu_note(outline: Outline, entries: Sequence[Mapping[str, Any]]) -> str:
     return ""
 
 
+def menu_text(stretches: Sequence[Stretch]) -> str:
+    """Returns the names of the trainable sets, of many the first ones."""
+    menu = list(dict.fromkeys(stretch.name for stretch in stretches))
+    return " | ".join(menu[:_NAMED]) + (" | ..." if len(menu) > _NAMED else "")
+
+
 def _leaves(mask: Mask) -> frozenset[str]:
     return frozenset(path for path, trains in mask.items() if trains)
 
 
-def quantise_cut(mask: Mask, groups: Groups, outline: Outline, quantum: int) -> Mask:
-    """Returns the mask with its cut lowered to a multiple of `quantum` blocks.
+def quantise_cut(mask: Mask, groups: Groups, outline: Outline) -> Mask:
+    """Returns the mask with its cut lowered to a multiple of `outline.cut_quantum` blocks.
 
     Only a pure cut moves, with all trained above it and nothing below.
     """
+    quantum = outline.cut_quantum
     if quantum <= 1 or not outline.blocks:
         return mask
     for block in range(outline.blocks):

@@ -25,7 +25,7 @@ class CacheCosts:
     """What a decision about a cache rests on.
 
     Attributes:
-      steps: of the phase, or of all phases in a row that use the same entries.
+      steps: of all phases in a row that use the same entries.
       batch_size: global.
       examples: in the split.
       views: K; None if every visit draws a new augmentation.

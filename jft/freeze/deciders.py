@@ -29,7 +29,7 @@ class View:
       mask: what trains at the moment.
       base: leaves that the rule chooses from.
       history: this rule's records so far, oldest first.
-      rate: learning rate of the next update over the peak.
+      rate: learning rate of the next update.
     """
 
     values: Mapping[str, float]
@@ -91,11 +91,12 @@ def flat_cut(
     The plasticity of the front block, smoothed by a moving average over `window` decisions, is flat
     when it changes by at most `tolerance` of its first value over `window` decisions in a row.
     Everything trains again once the learning rate has fallen to `rate_drop` of what it was when the
-    first block froze. The slope and the drop are unverified: the paper gives them in words.
+    first block froze. The slope and the drop are unverified: the paper gives them in words. With
+    freeze.cut_quantum so many blocks are one, and the last of them is measured.
     """
-    units = view.outline.block_units
-    cut = view.cut
-    outcome: Outcome = {"values": {units[cut]: view.values.get(units[cut], 0.0)}, "rate": view.rate}
+    units, cut = view.outline.block_units, view.cut
+    front, size = view.outline.front(cut), view.outline.cut_quantum
+    outcome: Outcome = {"values": {front: view.values.get(front, 0.0)}, "rate": view.rate}
     frozen_at = [record for record in view.history if record.get("train")]
     if cut and frozen_at:
         first = next(r for r in frozen_at if r["train"] != "all")
@@ -108,13 +109,13 @@ def flat_cut(
             return outcome | {"train": "all"}
     since = frozen_at[-1]["step"] if frozen_at else -1
     series = [
-        record["values"][units[cut]]
+        record["values"][front]
         for record in view.history
-        if record["step"] > since and units[cut] in record.get("values", {})
+        if record["step"] > since and front in record.get("values", {})
     ]
-    series.append(outcome["values"][units[cut]])
-    if cut < len(units) - 1 and flat(series, window, tolerance):
-        outcome["train"] = above_block(view.outline, cut + 1)
+    series.append(outcome["values"][front])
+    if cut + size < len(units) and flat(series, window, tolerance):
+        outcome["train"] = above_block(view.outline, cut + size)
     return outcome
 
 

@@ -30,10 +30,12 @@ def parse_entries(
       generators: by name; "thaw(...)" in a string, {"generator": "thaw", ...} in a list.
     """
     if isinstance(phases, str):
-        parts = [
-            part.rpartition("@") if "@" in part else (part, "", "") for part in phases.split("|")
-        ]
-        entries = [_from_text(t.strip(), u.strip(), generators) for t, _, u in parts]
+        entries = []
+        for part in split_outside(phases, "|"):
+            *text, until = split_outside(part, "@") if "@" in part else (part, "")
+            if not text:  # the only "@" is within a quoted pattern
+                text, until = [until], ""
+            entries.append(_from_text("@".join(text).strip(), until.strip(), generators))
     else:
         entries = [{"train": p} if isinstance(p, str) else p for p in phases]
     if not entries:
@@ -43,6 +45,25 @@ def parse_entries(
     return [dict(entry) for entry in entries]
 
 
+def split_outside(text: str, mark: str) -> list[str]:
+    """Returns the parts of a text between the marks that lie outside quotes and brackets."""
+    parts, quote, depth = [""], "", 0
+    for char in text:
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "'\"":
+            quote = char
+        elif char in "([{":
+            depth += 1
+        elif char in ")]}":
+            depth -= 1
+        elif char == mark and depth <= 0:
+            parts.append("")
+            continue
+        parts[-1] += char
+    return parts
+
+
 def _from_text(text: str, until: str, generators: Mapping[str, Callable[..., Any]]) -> Entry:
     """One part of the string form: a set expression, or a generator with its arguments."""
     entry: Entry = {"until": until or None}
@@ -50,7 +71,8 @@ def _from_text(text: str, until: str, generators: Mapping[str, Callable[..., Any
     if found is None or found[1] not in generators:
         return {"train": text, **entry}
     names = [n for n in inspect.signature(generators[found[1]]).parameters if n != "outline"]
-    for at, part in enumerate(filter(None, (p.strip() for p in found[2].split(",")))):
+    given = (part.strip() for part in split_outside(found[2], ","))
+    for at, part in enumerate(filter(None, given)):
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals:
             if at >= len(names):

@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,20 +55,23 @@ class Room:
         return next((tier for tier in TIERS if entries_bytes <= getattr(self, tier)), None)
 
 
-def measure_room(parallel: Parallel, workdir: Path, *, step_bytes: int = 0) -> Room:
+def measure_room(
+    parallel: Parallel, workdir: Path, *, step_bytes: Callable[[], int] = lambda: 0
+) -> Room:
     """Returns what a cache may take now: 80 % of a device's free memory, half of the host's.
 
     Args:
       parallel: the devices.
       workdir: the run directory; it need not exist.
-      step_bytes: of each device, what the run has yet to allocate: leaves, activations.
+      step_bytes: returns what a step takes of each device: leaves, batch, activations; asked where
+        a device has memory of its own.
     """
     free = host_free_bytes()
     local = [device for device in parallel.mesh.devices.flat if device.process_index == _rank()]
     stats = [device.memory_stats() or {} for device in local]
     if all("bytes_limit" in each for each in stats):
         device = min(each["bytes_limit"] - each.get("bytes_in_use", 0) for each in stats)
-        device = int(0.8 * (device - step_bytes))
+        device = int(0.8 * (device - step_bytes()))
     else:  # the devices of a CPU share the host's memory, and each holds a copy
         device = free // 4 // len(local)
     folder = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
@@ -227,9 +230,17 @@ def writing(path: Path, layout: Layout) -> Iterator[FileWriter]:
                 yield FileWriter(layout, file)
             sync_folder(path.parent)
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; or set freeze.cache=off") from None
+        raise DataError(
+            f"{path}: {error.strerror or error}; or freeze.cache=off with --resume=force"
+        ) from None
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"jft-cache-{path.name}")
+
+
+def discard_entries(workdir: Path, key: str) -> None:
+    """Removes a file of entries, if there is one; maps of it stay valid."""
+    if _rank() == 0:
+        entries_path(workdir, key).unlink(missing_ok=True)
 
 
 def open_entries(path: Path, key: str, layout: Layout) -> tuple[HostStore, dict[str, Any]] | None:

@@ -61,6 +61,8 @@ def freeze(
     Unit i of n (in `order`) freezes at the share (begin + (end - begin) * i / n) ** power of the
     stretch, with n units in all, those kept among them.
     """
+    if keep < 1:
+        raise ConfigError(f"freeze.phases: keep={keep} would freeze everything; give 1 or more")
     units = ordered(outline, outline.units, order, keep)
     count = len(units)
     times = [(begin + (end - begin) * i / count) ** power for i in range(count - keep)]
@@ -105,7 +107,9 @@ def sample(
       replace: False draws every block once a sweep, in a new order each time.
       always: set expression that trains throughout; None is all that is in no block, "" nothing.
     """
-    blocks, steps = outline.block_units, outline.period(every, "freeze.phases: every")
+    blocks, spans = outline.block_units, outline.spans(every, "freeze.phases: every")
+    if not isinstance(always, str | None):
+        raise ConfigError(f"freeze.phases: always={always!r} should be a set expression")
     if not 1 <= count <= len(blocks):
         raise ConfigError(f"freeze.phases: count={count}: give 1 to {len(blocks)} blocks")
     random = np.random.Generator(np.random.PCG64([outline.seed, outline.start]))
@@ -113,7 +117,7 @@ def sample(
     base = outline.always if always is None else always
     entries: list[Entry] = []
     bag: list[int] = []
-    for begin in range(outline.start, outline.stop, steps):
+    for stop in spans:
         if menu is not None:
             chosen = menu[int(random.integers(len(menu)))]
         elif replace:
@@ -125,7 +129,7 @@ def sample(
                 bag += sorted(sweep, key=bag.__contains__)
             chosen, bag = sorted(bag[:count]), bag[count:]
         train = " + ".join([blocks[b] for b in chosen] + ([base] if base else []))
-        entries.append({"train": train, "until": min(begin + steps, outline.stop)})
+        entries.append({"train": train, "until": stop})
     return entries
 
 
@@ -183,12 +187,8 @@ def cycle(
             {"train": train, "until": stop} for train, stop in zip(trains, stops, strict=True)
         ]
         return _clipped(entries, outline)
-    steps = outline.period(every, "freeze.phases: every")
-    begins = range(outline.start, outline.stop, steps)
-    return [
-        {"train": trains[i % count], "until": min(begin + steps, outline.stop)}
-        for i, begin in enumerate(begins)
-    ]
+    spans = outline.spans(every, "freeze.phases: every")
+    return [{"train": trains[i % count], "until": stop} for i, stop in enumerate(spans)]
 
 
 GENERATORS: dict[str, Callable[..., list[Entry]]] = {

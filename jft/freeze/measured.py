@@ -29,7 +29,7 @@ def autofreeze(
     outline.require("autofreeze", blocks=True)
     if isinstance(intervals, bool) or not isinstance(intervals, int) or intervals < 1:
         raise ConfigError(f"freeze.args.intervals: {intervals!r} should be 1 or more")
-    every = max(1, outline.steps // intervals)
+    every = f"{100 / intervals}%"
     args = {"q": percentile}
     return _rule("grad_change", "percentile_cut", args, every=every, batches=batches, state="reset")
 

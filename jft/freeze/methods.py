@@ -82,6 +82,7 @@ def make_freeze(
         steps_per_epoch=steps_per_epoch,
         seed=seed,
         max_sets=max_sets,
+        cut_quantum=cut_quantum,
     )
     method = name or "full"
     recipe = Recipe(phases) if phases is not None else _recipe(outline, method, args or {})
@@ -91,7 +92,6 @@ def make_freeze(
             outline,
             parse_phases(recipe.entries),
             recipe_schedule=recipe.schedule,
-            cut_quantum=cut_quantum,
             adjust=adjust,
         )
     except ConfigError as error:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from jft.errors import ConfigError
 from jft.freeze.groups import Groups
-from jft.freeze.until import period_length, period_steps
+from jft.freeze.until import period_length
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Outline:
       steps_per_epoch: updates per pass over the training split.
       seed: of the run.
       max_sets: most distinct trainable sets, or None.
+      cut_quantum: blocks that freeze together.
       sets: names that set expressions may use: groups without a number, and cross-cutting sets.
     """
 
@@ -38,6 +39,7 @@ class Outline:
     seed: int = 0
     max_sets: int | None = None
     sets: frozenset[str] = frozenset()
+    cut_quantum: int = 1
 
     @property
     def steps(self) -> int:
@@ -50,6 +52,10 @@ class Outline:
         if not self.blocks:
             return self.units[:-1]
         return self.units[self.first_block : self.first_block + self.blocks]
+
+    def front(self, cut: int) -> str:
+        """The block whose outputs tell of the blocks that freeze next, above `cut` frozen ones."""
+        return self.block_units[min(cut + self.cut_quantum, len(self.block_units)) - 1]
 
     @property
     def always(self) -> str:
@@ -87,9 +93,10 @@ class Outline:
         """The step at that share of the stretch; rounds half up."""
         return self.start + int(share * self.steps + 0.5)
 
-    def period(self, every: object, what: str) -> int:
-        """A period such as 20, "1ep" or "5%" (of the whole run) in steps, at least 1."""
-        return period_steps(every, self.total_steps, self.steps_per_epoch, what)
+    def period(self, every: object, what: str, count: int = 1) -> int:
+        """So many periods such as 20, "1ep" or "5%" (of the whole run) in steps."""
+        length = period_length(every, self.total_steps, self.steps_per_epoch, what)
+        return math.floor(count * length + 0.5)
 
     def ticks(self, every: object, what: str) -> list[int]:
         """The steps within the stretch at which a period ends; "1ep" of 2.5 steps: 3, 5, 8, ..."""
@@ -97,6 +104,10 @@ class Outline:
         count = math.ceil(self.steps / length)
         found = (self.start + math.floor(n * length + 0.5) for n in range(1, count + 1))
         return [step for step in found if step < self.stop]
+
+    def spans(self, every: object, what: str) -> list[int]:
+        """The step after the last of each period of the stretch, the last one cut short."""
+        return [*self.ticks(every, what), self.stop]
 
 
 def make_outline(
@@ -106,6 +117,7 @@ def make_outline(
     steps_per_epoch: float,
     seed: int = 0,
     max_sets: int | None = None,
+    cut_quantum: int = 1,
 ) -> Outline:
     """Returns the outline of a whole run."""
     if max_sets is not None and max_sets < 1:
@@ -132,4 +144,5 @@ def make_outline(
         seed,
         max_sets,
         frozenset(name for name in groups.members if "[" not in name),
+        cut_quantum,
     )

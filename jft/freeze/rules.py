@@ -1,9 +1,10 @@
 """Rules: what trains next, decided at stated steps from a measured signal."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jft.errors import ConfigError, nearest
@@ -43,12 +44,12 @@ class Rule:
     batches: int = 8
     train: str = "all"
 
-    def points(self, start: int, stop: int, outline: Outline) -> range:
+    def points(self, start: int, stop: int, outline: Outline) -> Sequence[int]:
         """The steps, counted as updates done, at which a decision falls due."""
         if self.every is None:
-            return range(start, start + 1)
-        period = outline.period(self.every, "freeze.phases: every")
-        return range(start if self.first else start + period, stop, period)
+            return (start,)
+        found = _ticks(replace(outline, start=start, stop=stop), self.every)
+        return (start, *found) if self.first else found
 
     @property
     def expressions(self) -> tuple[str, ...]:
@@ -64,6 +65,11 @@ class Rule:
         """Set expressions that the next decision may choose, the likeliest first."""
         find = DECIDERS[self.decide].likely
         return find(outline, groups, mask) if find else ()
+
+
+@functools.lru_cache(64)  # it is asked for at every step
+def _ticks(outline: Outline, every: float | int | str) -> tuple[int, ...]:
+    return tuple(outline.ticks(every, "freeze.phases: every"))
 
 
 RULE_KEYS = tuple(f.name for f in dataclasses.fields(Rule))

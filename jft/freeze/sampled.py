@@ -77,5 +77,5 @@ def hift(
     """
     parts = -(-len(outline.units) // size) if isinstance(size, int) and size > 0 else 1
     entry: Entry = {"generator": "cycle", "order": order, "size": size, "every": every}
-    hold = parts * outline.period(every, "freeze.args.every")
+    hold = outline.period(every, "freeze.args.every", parts)
     return Recipe([{**entry, "state": "park"}], {"hold_steps": hold})

@@ -5,20 +5,21 @@ decides at stated steps from signals, an event ends a phase when an evaluation s
 holds what was seen and decided, travels in every checkpoint, and makes a resumed run repeat it.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from jft.errors import ConfigError
-from jft.freeze.bounds import bound_sets, menu_note, quantise_cut
+from jft.freeze.bounds import bound_sets, menu_note, menu_text, quantise_cut
 from jft.freeze.entries import HANDED_ON, Entry, parse_entries
 from jft.freeze.generators import GENERATORS
 from jft.freeze.groups import Groups
 from jft.freeze.masks import Mask, make_mask
 from jft.freeze.outline import Outline
 from jft.freeze.phases import Elements, Phase, Stretch, number
-from jft.freeze.rules import RULE_KEYS, Rule, make_rule
+from jft.freeze.rules import Rule, make_rule
 from jft.freeze.until import observed_values, parse_until, until_step
 
 Log = Sequence[Mapping[str, Any]]
@@ -47,7 +48,12 @@ class Due:
 
 
 class FreezeSchedule:
-    """Phases of a run; see `make_freeze`."""
+    """Phases of a run; see `make_freeze`.
+
+    Attributes:
+      approximation: what `max_sets` made of the method, with its menu of sets; "" for the method.
+      watched: metrics that events wait for.
+    """
 
     def __init__(
         self,
@@ -56,7 +62,6 @@ class FreezeSchedule:
         entries: Sequence[Entry],
         *,
         recipe_schedule: Mapping[str, Any] | None = None,
-        cut_quantum: int = 1,
         adjust: Callable[[Mask], Mask] | None = None,
     ):
         """Expands the entries once, so that a mistake is found before anything runs.
@@ -66,12 +71,11 @@ class FreezeSchedule:
           outline: of the whole run.
           entries: from `parse_phases`.
           recipe_schedule: what the method prescribes for the learning rate; see `Recipe`.
-          cut_quantum: cuts are lowered to a multiple of so many blocks.
           adjust: last word on each mask; None leaves them.
         """
         self.groups, self.outline, self.entries = groups, outline, list(entries)
         self.recipe_schedule = dict(recipe_schedule or {})
-        self.cut_quantum, self.adjust = cut_quantum, adjust
+        self.adjust = adjust
         self._masks: dict[str, Mask] = {}
         self._known: tuple[int, tuple[Phase, ...]] | None = None
         self.watched = sorted({e.metric for e in map(self._event, range(len(entries))) if e})
@@ -98,7 +102,7 @@ class FreezeSchedule:
                 follows = stretches and stretches[-1].same(stretch) and stretch.state != "reset"
                 events = stretch.event or (stretches and stretches[-1].event)
                 # Phases as written stay apart, unless coarser cuts have made them equal.
-                written = "generator" not in self.entries[index] and self.cut_quantum <= 1
+                written = "generator" not in self.entries[index] and self.outline.cut_quantum <= 1
                 if follows and not events and not written:
                     stretches[-1] = replace(stretches[-1], stop=stretch.stop)
                 else:
@@ -107,7 +111,8 @@ class FreezeSchedule:
         limit = self.outline.max_sets
         if limit is not None:
             stretches, bound = bound_sets(stretches, limit, grows=self.triggered)
-            self.approximation = bound or menu_note(self.outline, self.entries)
+            bound = bound or menu_note(self.outline, self.entries)
+            self.approximation = f"{bound}: {menu_text(stretches)}" if bound else ""
         phases = number(stretches)
         self._known = (len(log), phases)
         return phases
@@ -136,10 +141,10 @@ class FreezeSchedule:
     def next_due(self, step: int, log: Log = ()) -> tuple[int, Rule] | None:
         """Returns (step, rule) of the first decision that falls due after more than `step`."""
         found: list[tuple[int, Rule]] = []
-        for index, (start, stop) in enumerate(self._spans(log)):
-            if self.entries[index].get("generator") == "rule":
-                rule = make_rule(self.entries[index])
-                points = rule.points(start, stop, self.outline)
+        for entry, span in zip(self.entries, self._spans(log), strict=True):
+            if entry.get("generator") == "rule":
+                rule = make_rule(entry)
+                points = rule.points(*span, self.outline)
                 found += [(point, rule) for point in points if point > step]
         return min(found, key=lambda pair: pair[0], default=None)
 
@@ -164,13 +169,9 @@ class FreezeSchedule:
         return tuple(following)
 
     def _fresh(self) -> "FreezeSchedule":
-        return FreezeSchedule(
-            self.groups,
-            self.outline,
-            self.entries,
-            cut_quantum=self.cut_quantum,
-            adjust=self.adjust,
-        )
+        other = copy.copy(self)
+        other._known = None
+        return other
 
     def _event(self, index: int) -> Any:
         return parse_until(self.entries[index].get("until"), f"freeze.phases[{index}]")[0]
@@ -189,7 +190,7 @@ class FreezeSchedule:
         total = self.outline.total_steps
         until = self.entries[index].get("until")
         event, static = parse_until(until, where)
-        if event is not None and static is None:
+        if event and static is None:
             # At the latest after an equal share of what is left, so that every phase has its turn.
             left = len(self.entries) - index
             stop = total if last else start + max(1, (total - start) // left)
@@ -202,9 +203,7 @@ class FreezeSchedule:
         else:
             stop = until_step(static, total, self.outline.steps_per_epoch, where, start)
         if last and event is not None:
-            raise ConfigError(
-                f"{where}: the last phase lasts to the end of the run; until={until!r}"
-            )
+            raise ConfigError(f"{where}: the last phase lasts to the run's end; until={until!r}")
         if last and stop < total:
             raise ConfigError(f"{where}: ends at step {stop} but the run has {total} steps")
         stop = min(stop, total) if last else stop
@@ -255,6 +254,8 @@ class FreezeSchedule:
         for at, record in enumerate(records):
             if at:
                 chosen = {k: record[k] for k in ("train", "scales", "elements") if k in record}
+                if "train" in chosen:
+                    chosen["train"] = self._within(chosen["train"], rule.train, where)
                 current = {**current, **chosen, "state": shared.get("state", "keep")}
                 if "name" in record:
                     current["name"] = record["name"]
@@ -262,16 +263,26 @@ class FreezeSchedule:
             if end > record["step"]:
                 found = self._stretch(current, where, record["step"], end)
                 found = replace(found, event=rule.signal if rule.every is not None else "")
-                resets = found.state == "reset" and "train" in record
+                # Other elements of the same leaves are a new choice too.
+                resets = found.state == "reset" and "train" in record or "elements" in record
                 if stretches and stretches[-1].same(found) and not resets:
                     stretches[-1] = replace(stretches[-1], stop=end)
                 else:
                     stretches.append(found)
         return stretches
 
+    def _within(self, chosen: Any, base: str, where: str) -> Any:
+        """What a rule chose, without the leaves that it must not choose; `base` if none is left."""
+        if base == "all" or not isinstance(chosen, str):
+            return chosen
+        known, mask = self._mask(base, where), self._mask(chosen, where)
+        leaves = [path for path, trains in mask.items() if trains and known[path]]
+        return {"leaves": leaves} if leaves else base
+
     def _stretch(self, entry: Entry, where: str, start: int, stop: int) -> Stretch:
         train = entry["train"]
         label = train.strip() if isinstance(train, str) else f"rules for {where[-2:-1]}"
+        label = f"{len(train['leaves'])} leaves" if isinstance(train, Mapping) else label
         scale, scales = entry.get("lr_scale", 1.0), self._by_leaf(entry.get("scales") or {}, where)
         if isinstance(scale, Mapping):
             decay = self._depth_decay(float(scale["rate"]))
@@ -299,7 +310,7 @@ class FreezeSchedule:
                 mask = {path: path in leaves for path in self.groups.paths}
             else:
                 mask = make_mask(train, self.groups, where)
-            mask = quantise_cut(mask, self.groups, self.outline, self.cut_quantum)
+            mask = quantise_cut(mask, self.groups, self.outline)
             self._masks[text] = self.adjust(mask) if self.adjust else mask
         return self._masks[text]
 
@@ -336,6 +347,3 @@ def parse_phases(phases: str | Sequence[Any]) -> list[Entry]:
         if entry.get("generator") == "rule":
             make_rule({k: v for k, v in entry.items()}, f"freeze.phases[{index}]")
     return entries
-
-
-__all__ = ["Due", "FreezeSchedule", "parse_phases", "RULE_KEYS"]

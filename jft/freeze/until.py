@@ -112,11 +112,6 @@ def period_length(every: Any, total_steps: int, steps_per_epoch: float, where: s
     return max(1.0, found[0])
 
 
-def period_steps(every: Any, total_steps: int, steps_per_epoch: float, where: str) -> int:
-    """Returns a period as a whole number of steps, rounded half up."""
-    return math.floor(period_length(every, total_steps, steps_per_epoch, where) + 0.5)
-
-
 def observed_values(
     log: Sequence[Mapping[str, Any]], metric: str, start: int, stop: int
 ) -> list[tuple[int, float]]:

@@ -44,6 +44,8 @@ def phases(plan: Mapping[str, Any], rows: Rows) -> str:
         "FLOPs are those of one step. The speed bound is the most that freezing can save over "
         "training everything."
     )
+    if plan.get("approximation"):
+        about += f" The run approximates its method: {escape(text(plan['approximation']))}."
     if len(known) > _ROWS:
         taken = _by_set(known)
         more = f", the first {_ROWS} of them" if len(taken) > _ROWS else ""

@@ -49,7 +49,8 @@ class CompiledSteps:
         except ValueError as error:  # a backend that does not show its programs
             return compiled, seconds, f"not compared with the plan: {error}"
         plan = self.run.plan(phase, chosen)
-        text = check_cost(cost, plan, phase.mask, self.run.stages)
+        devices = self.run.parallel.num_devices
+        text = check_cost(cost, plan, phase.mask, self.run.stages, devices)
         return compiled, seconds, text
 
     def _count(self, future: Future) -> None:

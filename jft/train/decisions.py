@@ -35,6 +35,7 @@ class Decisions:
         self.reference: Flat = dict(beside.get("reference", {}))
         self._before: Flat = {}
         self._probes: dict[Any, Probe] = {}
+        self._distances: dict[int, Any] = {}
 
     @property
     def beside(self) -> dict[str, Flat]:
@@ -120,11 +121,12 @@ class Decisions:
         """{unit: distance after its last stage} of the first block that trains."""
         run, outline = self.run, self.run.freeze.outline
         view = View({}, run.freeze.groups, outline, due.phase.mask, frozenset())
-        unit = outline.block_units[min(view.cut, len(outline.block_units) - 1)]
+        unit = outline.front(view.cut)
         own = {path.split("/")[0] for path in view.leaves(unit)}
         stop = 1 + max(at for at, stage in enumerate(run.stages) if stage in own)
-        measure = make_plasticity(run.parts, run.parallel, [stop])
-        return {unit: measure(params, stats, self.reference, batches)[stop]}
+        if stop not in self._distances:
+            self._distances[stop] = make_plasticity(run.parts, run.parallel, [stop])
+        return {unit: self._distances[stop](params, stats, self.reference, batches)[stop]}
 
     def _choose(
         self, view: View, chosen: Mapping[str, Any], values: Flat, params: Flat

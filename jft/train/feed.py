@@ -5,8 +5,10 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
+from jft.errors import DataError
 from jft.freeze.cut import PrefixCache
 from jft.freeze.phases import Phase
 from jft.train.inputs import Input
@@ -35,39 +37,56 @@ class Feed:
         self._step = step
         self._stream: Any = None
         self._seen: deque[Batch] = deque()
-        self._told: set[str] = set()
 
     def choose(self, phase: Phase, phases: tuple[Phase, ...]) -> Input:
         """Returns what a phase reads."""
         if self.run.inputs is None or self.run.enforce != "split":
             return Input()
         found = self.run.inputs.choose(phase, phases, self.chosen)
-        if found.text and found.text not in self._told:
-            self._told.add(found.text)
+        if found.text:
             self.say(found.text)
         return found
 
-    def enter(self, chosen: Input, params: Flat, stats: Flat) -> Flat:
-        """Makes a phase's input the current one; returns what the step takes as `Frozen.cache`."""
-        inputs = self.run.inputs
-        if inputs is not None and chosen.kind == "cache":
-            if self.input != chosen or self.cache is None:
-                began = time.monotonic()
-                shallower = [self.cache] if self.cache is not None else []
-                self.cache = inputs.fill(chosen, params, stats, shallower)
-                seconds = time.monotonic() - began
-                self.fill_seconds += seconds
-                self.say(
-                    f"cache filled in {seconds:.1f} s:"
-                    f" {len(self.cache.replaced):,} examples x {self.cache.views} views"
-                )
-        else:
-            self.cache = None
+    def enter(self, phase: Phase, chosen: Input, params: Flat, stats: Flat) -> Flat:
+        """Makes a phase's input the current one; returns what the step takes as `Frozen.cache`.
+
+        Under freeze.cache=auto a cache that cannot be filled is given up: see `input`.
+        """
+        last, cache = self.cache, None
+        if self.run.inputs is not None and chosen.kind == "cache":
+            cache = last if self.input == chosen else None
+            try:
+                cache = cache or self._fill(chosen, params, stats)
+            except (DataError, MemoryError, jax.errors.JaxRuntimeError) as error:
+                if self.run.inputs.mode != "auto":
+                    raise
+                self.say(f"warning: no cache: {error}".splitlines()[0])
+                chosen = self.run.inputs.drop(phase, self.chosen)
+        if self.run.inputs is not None and last is not None and last is not cache:
+            self.run.inputs.discard(last)
         if chosen.key != self.input.key or chosen.kind == "cache":
             self.close()
-        self.input = chosen
-        table = self.cache.table if self.cache is not None else None
+        self.input, self.cache = chosen, cache
+        table = cache.table if cache is not None else None
         return {} if table is None else {"table": table}
+
+    def _fill(self, chosen: Input, params: Flat, stats: Flat) -> PrefixCache:
+        assert self.run.inputs is not None
+        began = time.monotonic()
+        shallower = [self.cache] if self.cache is not None else []
+        cache = self.run.inputs.fill(chosen, params, stats, shallower)
+        seconds = time.monotonic() - began
+        self.fill_seconds += seconds
+        self.say(
+            f"cache filled in {seconds:.1f} s: {len(cache.replaced):,} examples x"
+            f" {cache.views} views"
+        )
+        return cache
+
+    def end(self) -> None:
+        """Removes what the caches of a finished run left behind."""
+        if self.run.inputs is not None and self.cache is not None:
+            self.run.inputs.discard(self.cache)
 
     def _opened(self) -> Any:
         """The stream of the current input, begun where the run is."""

@@ -5,8 +5,9 @@ save and at the end, and a part of the model that was to train but never moved i
 """
 
 import hashlib
+import os
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -21,15 +22,27 @@ from jft.tree import Flat
 
 # A compiled step may differ from its plan by so much.
 FLOPS_BAR = 0.05
+BYTES_BAR = 0.01
 _MOST_NAMES = 3
 _WRAPPED = re.compile(r"^.*\(|\)+$")  # "transpose(jvp(blocks_0))" is of blocks_0
 
 
-def check_cost(cost: hlo.Cost, plan: PhasePlan, mask: Mask, stages: Sequence[str]) -> str:
+def check_cost(
+    cost: hlo.Cost, plan: PhasePlan, mask: Mask, stages: Sequence[str], devices: int = 1
+) -> str:
     """Returns one line that compares a compiled step with its plan.
 
     It begins with "warning" if the step costs more than planned, and then names the modules whose
-    frozen leaves, or whose inputs below the cut, something asked a gradient of.
+    frozen leaves, or whose inputs below the cut, something asked a gradient of. Temporaries are
+    told, not compared: how many a compiler keeps no plan can say. All-reduces are told too: beside
+    the gradients they sum the moments of batch normalisation.
+
+    Args:
+      cost: of the compiled step.
+      plan: of its phase, on one of the devices.
+      mask: {path: True where trainable}.
+      stages: of the model, from input to output.
+      devices: of the run; one alone reduces nothing.
     """
     off = cost.flops / plan.flops - 1 if plan.flops else 0.0
     text = (
@@ -37,12 +50,16 @@ def check_cost(cost: hlo.Cost, plan: PhasePlan, mask: Mask, stages: Sequence[str
         f" ({off:+.1%}), temporaries {cost.temp_bytes / 1e6:.4g} MB,"
         f" arguments {cost.argument_bytes / 1e6:.4g} MB"
     )
-    if cost.argument_bytes > plan.argument_bytes:
-        text += f" where {plan.argument_bytes / 1e6:.4g} are planned"
-    if cost.uncounted:
-        return f"{text}; not counted: {', '.join(cost.uncounted)}"
+    if devices > 1:
+        reduced, planned = (each.all_reduce_bytes / 1e6 for each in (cost, plan))
+        text += f", all-reduces {reduced:.4g} MB for {planned:.4g} of gradients"
+    if cost.uncounted:  # what is counted is then too little, never too much
+        text += f"; not counted: {', '.join(cost.uncounted)}"
     if off <= FLOPS_BAR:
-        return text
+        if cost.argument_bytes <= (1 + BYTES_BAR) * plan.argument_bytes:
+            return text
+        more = f"{plan.argument_bytes / 1e6:.4g} MB of arguments are planned"
+        return f"warning: the step holds more than its phase: {text}; {more}"
     names = consumers(cost.scopes, mask, stages)
     if not names and cost.flops - plan.flops <= _strided(cost.scopes):
         return f"{text}: on this backend gradients of strided convolutions multiply zeros"
@@ -98,9 +115,10 @@ class Guard:
     def __init__(self, message: Callable[[str], None]):
         """Knows no leaf yet."""
         self.message = message
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="jft-guard")
+        threads = min(4, os.cpu_count() or 1)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="jft-guard")
         self._known: dict[str, tuple[Any, Future]] = {}
-        self._checks: list[Future] = []
+        self._checks: deque[tuple[str, Future]] = deque()
         self._first: dict[str, Future] = {}
         self._scheduled: set[str] = set()
 
@@ -111,28 +129,41 @@ class Guard:
         self._first = {p: self._pool.submit(digest, leaf) for p, leaf in copies.items()}
 
     def freeze(self, frozen: Flat, trains: Sequence[str]) -> None:
-        """Notes the leaves that a phase freezes, by hash, and those that it trains."""
+        """Notes the leaves that a phase freezes, by hash, and those that it trains.
+
+        A leaf that was frozen before keeps its hash, and one that was copied to another place is
+        compared with it. Waits for the hashes of leaves that thaw: the next step donates them.
+        """
         self._scheduled |= set(trains)
+        if not self._known.keys() <= frozen.keys():
+            for _, known in (self._known[path] for path in self._known.keys() - frozen.keys()):
+                known.result()
+            self.poll(wait=True)
         kept = {}
         for path, leaf in frozen.items():
             known = self._known.get(path)
-            same = known is not None and known[0] is leaf
-            kept[path] = known if same else (leaf, self._pool.submit(digest, leaf))
+            if known is None:
+                kept[path] = leaf, self._pool.submit(digest, leaf)
+            else:
+                kept[path] = leaf, known[1]
+                if known[0] is not leaf:
+                    self._checks.append((path, self._pool.submit(_same, leaf, known[1])))
         self._known = kept
 
     def check(self, frozen: Flat) -> None:
-        """Starts hashing the frozen leaves again; `poll` or `close` tells of one that moved."""
+        """Starts hashing the frozen leaves again; `poll` or `end` tells of one that moved."""
         self.poll()
-        known = self._known
-        pairs = [(path, leaf, known[path][1]) for path, leaf in frozen.items() if path in known]
-        self._checks.append(self._pool.submit(_compare, pairs))
+        for path, leaf in frozen.items():
+            if path in self._known:
+                job = self._pool.submit(_same, leaf, self._known[path][1])
+                self._checks.append((path, job))
 
     def poll(self, wait: bool = False) -> None:
         """Raises RuntimeError if a frozen leaf was found changed."""
-        while self._checks and (wait or self._checks[0].done()):
-            moved = self._checks.pop(0).result()
-            if moved:
-                raise RuntimeError(f"frozen leaf {moved[0]!r} changed ({len(moved)} in all)")
+        while self._checks and (wait or self._checks[0][1].done()):
+            path, job = self._checks.popleft()
+            if not job.result():
+                raise RuntimeError(f"frozen leaf {path!r} changed")
 
     def end(self, params: Flat, frozen: Flat, groups: Groups, units: Sequence[str]) -> None:
         """Checks all frozen leaves, and names the units that were to train and did not move."""
@@ -156,8 +187,9 @@ class Guard:
 
 def digest(leaf: Any) -> str:
     """Returns the hash of a leaf's bytes."""
-    return hashlib.blake2b(np.ascontiguousarray(leaf).tobytes(), digest_size=16).hexdigest()
+    data = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
+    return hashlib.blake2b(data.data, digest_size=16).hexdigest()
 
 
-def _compare(pairs: Sequence[tuple[str, Any, Future]]) -> list[str]:
-    return [path for path, leaf, was in pairs if digest(leaf) != was.result()]
+def _same(leaf: Any, known: Future) -> bool:
+    return digest(leaf) == known.result()

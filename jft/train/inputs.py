@@ -1,7 +1,9 @@
 """What the steps of a phase read: images, fixed views of images, or cached outputs of a prefix."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from jft.data.order import make_index_loader
 from jft.data.protocol import Source
 from jft.freeze.cache_choice import CacheCosts, decide_cache, runs_in_parts
 from jft.freeze.cut import PrefixCache, cached_batch_shape, fill_cache, table_shape
-from jft.freeze.entry_store import measure_room
+from jft.freeze.entry_store import discard_entries, measure_room
 from jft.freeze.phases import Phase
 from jft.freeze.prefix import Prefix
 from jft.train.parallel import Parallel
@@ -36,7 +38,7 @@ class Input:
     kind: str = "images"
     cuts: tuple[int, ...] = ()
     tier: str = ""
-    text: str = ""
+    text: str = field(default="", compare=False)
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -61,7 +63,9 @@ class Inputs:
       images: (first batch, views or None) -> the stream of image batches.
       image_shape: {name: shape and dtype} of an image batch.
       shapes: of all params and all statistics.
-      flops: phase -> FLOPs an example of (a step, a step from cached entries, the prefix).
+      step_flops: phase -> FLOPs of a step an example, prefix included.
+      prefix_flops: cut -> FLOPs of the stages below it, forward, an example.
+      step_bytes: phase -> what a step takes of a device: leaves, batch, activations.
       loader: options of the image loader: workers, bad_image_quota, interpolation.
     """
 
@@ -77,8 +81,11 @@ class Inputs:
     images: Callable[[int, int | None], Iterator[Mapping[str, np.ndarray]]]
     image_shape: Shapes
     shapes: tuple[Flat, Flat]
-    flops: Callable[[Phase], tuple[float, float, float]]
+    step_flops: Callable[[Phase], float]
+    prefix_flops: Callable[[int], float]
+    step_bytes: Callable[[Phase], int]
     loader: Mapping[str, Any]
+    _memo: _Memo = field(default_factory=lambda: _Memo(), repr=False, compare=False)
 
     def choose(
         self, phase: Phase, phases: Sequence[Phase], chosen: MutableMapping[str, str]
@@ -86,46 +93,113 @@ class Inputs:
         """Returns what a phase reads.
 
         Args:
-          phase: the phase.
+          phase: the phase; it may be one that is only likely to follow those before it.
           phases: all of them; those before it may have left a shallower cache.
           chosen: {phase and cut: tier, "" for no cache}; what is in it stays as it is, so that a
             resumed run does as the interrupted one, and what is decided is added.
         """
-        cut = first_trainable_stage(phase.mask, self.prefix.stages)
+        cut = self._cut(phase)
         if cut == 0 or self.mode == "off" or not runs_in_parts(self.prefix.apply):
             return self._uncached(cut)
         name = _name(phase, cut)
-        before = [first_trainable_stage(p.mask, self.prefix.stages) for p in phases[: phase.index]]
-        pairs = zip(phases[: phase.index], before, strict=True)
-        cached = {c for p, c in pairs if chosen.get(_name(p, c)) and c < cut}
-        cuts = (*sorted(cached), cut)
-        if name not in chosen:
-            costs = self._costs(phase, cuts)
-            use, text = decide_cache(self.mode, costs, f"cache of phase {phase.index}")
-            tier = costs.room.tier(costs.examples * (costs.views or 1) * costs.entry_bytes)
-            chosen[name] = (tier or "") if use else ""
-        else:
-            text = ""
-        if not chosen[name]:
-            return replace(self._uncached(cut), text=text)
-        return Input("cache", cuts, chosen[name], text)
+        if name not in self._memo.inputs:
+            cuts = (*sorted(c for c in self._before(phase, phases, chosen) if c < cut), cut)
+            text = "" if name in chosen else self._decide(phase, phases, cuts, chosen)
+            made = Input("cache", cuts, chosen[name]) if chosen[name] else self._uncached(cut)
+            self._memo.inputs[name] = made
+            return replace(made, text=text)
+        return self._memo.inputs[name]
+
+    def drop(self, phase: Phase, chosen: MutableMapping[str, str]) -> Input:
+        """Gives up the cache of a phase, whose entries could not be made; returns what it reads."""
+        cut = self._cut(phase)
+        name = _name(phase, cut)
+        chosen[name], self._memo.inputs[name] = "", self._uncached(cut)
+        return self._memo.inputs[name]
 
     def _uncached(self, cut: int) -> Input:
         return Input("views" if cut and self.random and self.views is not None else "images")
 
-    def _costs(self, phase: Phase, cuts: tuple[int, ...]) -> CacheCosts:
-        step, _, prefix = self.flops(phase)
-        entry = self._prefix(cuts).entry(*self.shapes)
+    def _cut(self, phase: Phase) -> int:
+        """The first stage that trains; phases of one set share their mask."""
+        known = self._memo.cuts.get(id(phase.mask))
+        if known is None:
+            # The mask is kept with its cut, so that no other object gets its id.
+            known = phase.mask, first_trainable_stage(phase.mask, self.prefix.stages)
+            self._memo.cuts[id(phase.mask)] = known
+        return known[1]
+
+    def _before(
+        self, phase: Phase, phases: Sequence[Phase], chosen: Mapping[str, str]
+    ) -> frozenset[int]:
+        """The cuts of the caches of all phases before one."""
+        known = self._memo.before
+        start = next((at for at in range(phase.index, 0, -1) if at in known), 0)
+        found = known.get(start, frozenset())
+        for earlier in phases[start : phase.index]:
+            cut = self._cut(earlier)
+            found = found | {cut} if chosen.get(_name(earlier, cut)) else found
+            known[earlier.index + 1] = found
+        return found
+
+    def _decide(
+        self,
+        phase: Phase,
+        phases: Sequence[Phase],
+        cuts: tuple[int, ...],
+        chosen: MutableMapping[str, str],
+    ) -> str:
+        """Decides about the cache of a phase; returns why, if no phase like it was told of."""
+        cut, name = cuts[-1], _name(phase, cuts[-1])
+        last = phases[phase.index - 1] if phase.index else None
+        if last is not None and self._cut(last) == cut and _name(last, cut) in chosen:
+            chosen[name] = chosen[_name(last, cut)]  # its entries are there already
+            return ""
+        steps = phase.stop_step - phase.start_step
+        if phase.index < len(phases) and phases[phase.index] is phase:
+            for later in phases[phase.index + 1 :]:
+                if self._cut(later) != cut:
+                    break
+                steps += later.stop_step - later.start_step
+        costs = self._costs(phase, cuts, steps, chosen)
+        use, text = decide_cache(self.mode, costs, f"cache below {self.prefix.stages[cut]}")
+        tier = costs.room.tier(costs.examples * (costs.views or 1) * costs.entry_bytes)
+        chosen[name] = (tier or "") if use else ""
+        told = (cut, use)
+        fresh = told not in self._memo.told
+        self._memo.told.add(told)
+        return text if fresh else ""
+
+    def _costs(
+        self, phase: Phase, cuts: tuple[int, ...], steps: int, chosen: Mapping[str, str]
+    ) -> CacheCosts:
+        prefix = self.prefix_flops(cuts[-1])
+        room = measure_room(self.parallel, self.workdir, step_bytes=lambda: self.step_bytes(phase))
+        fill = prefix
+        if cuts[:-1]:  # the shallower entries are its input, and lie beside it while it is filled
+            fill -= self.prefix_flops(cuts[-2])
+            tiers = {tier for name, tier in chosen.items() if name.endswith(f":{cuts[-2]}")}
+            size = self._entry_bytes(cuts[:-1]) * len(self.source) * (self.views or 1)
+            for tier in tiers - {""}:
+                room = replace(room, **{tier: max(0, getattr(room, tier) - size)})
         return CacheCosts(
-            steps=phase.stop_step - phase.start_step,
+            steps=steps,
             batch_size=self.batch_size,
             examples=len(self.source),
             views=self.views,
             prefix_flops=prefix,
-            step_flops=step,
-            entry_bytes=int(np.prod(entry.shape)) * np.dtype(entry.dtype).itemsize,
-            room=measure_room(self.parallel, self.workdir),
+            step_flops=self.step_flops(phase),
+            entry_bytes=self._entry_bytes(cuts),
+            room=room,
+            fill_flops=fill,
         )
+
+    def _entry_bytes(self, cuts: tuple[int, ...]) -> int:
+        known = self._memo.entry_bytes
+        if cuts[-1] not in known:
+            entry = self._prefix(cuts).entry(*self.shapes)
+            known[cuts[-1]] = int(np.prod(entry.shape)) * np.dtype(entry.dtype).itemsize
+        return known[cuts[-1]]
 
     def _prefix(self, cuts: tuple[int, ...]) -> Prefix:
         return replace(self.prefix, cuts=cuts, views=self.views or 1)
@@ -168,6 +242,11 @@ class Inputs:
             **self.loader,
         )
 
+    def discard(self, cache: PrefixCache) -> None:
+        """Removes what a cache left in the run directory; it can be computed again."""
+        if cache.tier == "disk":
+            discard_entries(self.workdir, cache.key)
+
     def stream(
         self, chosen: Input, step: int, cache: PrefixCache | None
     ) -> Iterator[Mapping[str, np.ndarray]]:
@@ -185,6 +264,25 @@ class Inputs:
             replaced=cache.replaced,
         )
         return cache.batches(indexed)
+
+
+@dataclass
+class _Memo:
+    """What is asked for at every step, found once.
+
+    Attributes:
+      inputs: {phase and cut: what the phase reads}.
+      cuts: {id of a mask: (mask, cut)}.
+      before: {index of a phase: cuts of the caches before it}.
+      entry_bytes: by cut.
+      told: (cut, whether cached) of the lines that were shown.
+    """
+
+    inputs: dict[str, Input] = field(default_factory=dict)
+    cuts: dict[int, tuple[Mapping[str, bool], int]] = field(default_factory=dict)
+    before: dict[int, frozenset[int]] = field(default_factory=dict)
+    entry_bytes: dict[int, int] = field(default_factory=dict)
+    told: set[tuple[int, bool]] = field(default_factory=set)
 
 
 def _name(phase: Phase, cut: int) -> str:

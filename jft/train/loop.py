@@ -83,11 +83,10 @@ class _Trainer:
         self.rows: deque[_Row] = deque()
         self.last: dict[str, Any] = {}
         self.results: dict[str, float] = {}
-        self.step, self.evaluated_step = 0, -1
-        self.wait_seconds = 0.0
+        self.step, self.evaluated_step, self.wait_seconds = 0, -1, 0.0
         self.began = self.clock = time.monotonic()
-        self.clock_step, self.stall_seconds = 0, 0.0
-        self.entered = False
+        self.clock_step, self.stall_seconds, self.entered = 0, 0.0, False
+        self.compared: set[Any] = set()
         self.batch_names: tuple[str, ...] = ()
         if restored is None:
             self.phase = run.freeze.at(0)
@@ -120,18 +119,20 @@ class _Trainer:
         while self.step < run.total_steps:
             phase = run.freeze.at(self.step, self.decisions.log)
             self.enter(phase)
-            first, decided = self.step, len(self.decisions.log)
+            decided = len(self.decisions.log)
             last = min(phase.stop_step, run.total_steps)
             while self.step < last and len(self.decisions.log) == decided:
                 self.update()
-                if self.step == first + 1 and run.parallel.num_devices > 1:
+                if phase.key not in self.compared:
                     check_replicas(self.state)
+                    self.compared.add(phase.key)
                 self.after_update(last=self.step == run.total_steps)
                 if stop.exit_code is not None:
                     self.save()
                     return stop.exit_code
         frozen = self.frozen.params | self.frozen.model_state
         self.guard.end(self.leaves()[0], frozen, run.freeze.groups, run.freeze.outline.units)
+        self.feed.end()
         return 0
 
     def leaves(self) -> tuple[Flat, Flat]:
@@ -177,9 +178,8 @@ class _Trainer:
             )
         self.phase, self.entered = phase, True
         if not going_on:
-            chosen = self.choose(phase)
-            cache = self.feed.enter(chosen, *self.leaves())
-            self.batch_names = tuple(batch_shape(run, chosen))
+            cache = self.feed.enter(phase, self.choose(phase), *self.leaves())
+            self.batch_names = tuple(batch_shape(run, self.feed.input))
             rates = run.optim.rates(phase)
             self.frozen = dataclasses.replace(
                 self.frozen, rates=rates, elements=elements, cache=cache
