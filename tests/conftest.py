@@ -15,6 +15,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _CACHE = tempfile.TemporaryDirectory(prefix="jft-tests-cache-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
-import jax  # noqa: E402  (the flags above must be set before jax starts its backend)
+import fault_run  # noqa: E402  (the flags above must be set before jax starts its backend)
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """Compiles each program of a module once, with little optimisation."""
+    with fault_run.quick_compiles(tmp_path_factory.mktemp("compiled")):
+        yield

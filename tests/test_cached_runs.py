@@ -12,6 +12,8 @@ from jft.errors import ConfigError, DataError
 from jft.report.writers import RunWriter
 from jft.train import loop
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 PHASES = "head@8 | block[-1:] + final + head@12 | all"
 LINE = [
     f"freeze.phases={PHASES}",
@@ -22,12 +24,6 @@ LINE = [
     "checkpoint.every_steps=3",
     "eval.every_steps=8",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    with fault_run.quick_compiles(tmp_path_factory.mktemp("compiled")):
-        yield
 
 
 @pytest.fixture

@@ -9,14 +9,10 @@ from jft.cli import main
 from jft.config import diff, from_json, load_config, to_json
 from jft.keys import KEYS
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 CONFIGS = sorted((fault_run.ROOT / "configs").glob("*.py"))
 NAMES = [file.stem for file in CONFIGS]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with fault_run.quick_compiles(tmp_path_factory.mktemp("compiled")):
-        yield
 
 
 @pytest.fixture(scope="module")

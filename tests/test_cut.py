@@ -27,6 +27,8 @@ from jft.train.parallel import make_parallel
 from jft.train.step import features
 from jft.tree import flatten, merge, split
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 VIEWS = 2
 MODELS = {"vit_tiny": 3, "efficientnet_lite_tiny": 3}  # with a cut in the middle
 TIERS = ("device", "host", "disk")

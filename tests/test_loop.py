@@ -15,6 +15,8 @@ from jft.train import compiled as compiled_steps
 from jft.train import loop
 from jft.train.loop import fit
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 def rows(workdir):
     lines = (workdir / "metrics.jsonl").read_text().splitlines()

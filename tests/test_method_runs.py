@@ -17,7 +17,7 @@ from jft.errors import ConfigError
 from jft.freeze.methods import METHODS
 from jft.report.writers import RunWriter
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick")]
 
 SHORT = os.environ.get("JFT_FAULTS") == "short"
 CONFIGS = {"vit": "configs/digits_vit.py:tiny", "efficientnet": "configs/quickstart.py:tiny"}
@@ -30,12 +30,6 @@ CASES = [
     for name in METHODS
     if not SHORT or model == "vit" or name in ("lp_ft", "bitfit", "attention_only")
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    with fault_run.quick_compiles(tmp_path_factory.mktemp("compiled")):
-        yield
 
 
 @pytest.fixture

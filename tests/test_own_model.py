@@ -14,6 +14,8 @@ import jft
 from jft.errors import ConfigError, WeightsError
 from jft.models.layers import BatchNorm
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 CLASSES = len(fault_run.COLOURS)
 
 
@@ -66,12 +68,6 @@ class Axis(nn.Module):
     def __call__(self, x, train: bool):
         x = nn.BatchNorm(not train, axis_name="batch", name="norm")(x)
         return nn.Dense(CLASSES, name="head")(x.mean((1, 2)))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with fault_run.quick_compiles(tmp_path_factory.mktemp("compiled")):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ from jft.train.plasticity import make_plasticity, make_reference
 from jft.train.probe import ELEMENT_SIGNALS, LEAF_SIGNALS, make_probe
 from jft.train.step import StepParts
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 ALL = (*LEAF_SIGNALS, *ELEMENT_SIGNALS)
 CLASSES, WIDTH = 4, 6
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 
-import fault_run
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +24,8 @@ from jft.train.stacks import Apart, make_stacks, unstack
 from jft.train.state import leaves_by_path, make_state
 from jft.tree import flatten, unflatten
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 MODEL = {"depth": 6, "features": 16, "heads": 2, "mlp_features": 32, "patch": 16}
 DROPS = {"dropout_rate": 0.2, "drop_path_rate": 0.3}
 SGD = {"name": "sgd", "learning_rate": 0.05, "weight_decay": 1e-4, "grad_clip_norm": 1.0}
@@ -32,12 +33,6 @@ ADAMW = {"name": "adamw", "learning_rate": 3e-3, "weight_decay": 0.1, "grad_clip
 HALF = "block[-3:] + final + head"
 SLOW = pytest.mark.slow
 SWITCHED = f"head@3 | {HALF}@6 | block[1:4] + attn + head@8 | all"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with fault_run.quick_compiles(tmp_path_factory.mktemp("compiled")):
-        yield
 
 
 @functools.cache
@@ -262,7 +257,7 @@ def test_drawn_element_masks_are_those_of_the_blocks(tmp_path, data):
 @pytest.mark.parametrize(
     ("phases", "stop", "first"),
     [
-        (f"{HALF}@5 | all", 5, True),
+        pytest.param(f"{HALF}@5 | all", 5, True, marks=SLOW),
         *(pytest.param(SWITCHED, at, scan, marks=SLOW) for at in (4, 7) for scan in (True, False)),
     ],
 )

@@ -24,6 +24,8 @@ from jft.train.state import (
 )
 from jft.train.step import make_train_step
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 STAGES = ("stem", "blocks_0", "head")
 ADAMW = dict(learning_rate=1e-2, weight_decay=0.1, grad_clip_norm=1.0, schedule="constant")
 

@@ -200,7 +200,7 @@ WRONG = {
         "did you mean 'eval/accuracy'?",
     ),
     "an event without a validation split": (
-        ["--config.freeze.phases=head@plateau | all", "--config.data.val_fraction=0"],
+        ["--config.freeze.phases=head@plateau | all", "--config.eval.splits=['test']"],
         "needs the split 'val'",
     ),
     "a phase's end": (["--config.freeze.phases=head@150% | all"], "must be after step 0"),
