@@ -7,7 +7,7 @@ save and at the end, and a part of the model that was to train but never moved i
 import hashlib
 import os
 import re
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -24,6 +24,7 @@ from jft.tree import Flat
 FLOPS_BAR = 0.05
 BYTES_BAR = 0.01
 _MOST_NAMES = 3
+_ZEROS = 4  # the input's gradient of a convolution of stride 2 may take so many forward products
 _WRAPPED = re.compile(r"^.*\(|\)+$")  # "transpose(jvp(blocks_0))" is of blocks_0
 
 
@@ -69,12 +70,13 @@ def check_cost(
 
 def _strided(scopes: Mapping[str, int]) -> int:
     """FLOPs of the gradients of convolutions in jft's own form, which may multiply zeros."""
-    own = ("/depthwise/", "/conv/")
     return sum(
-        flops
-        for name, flops in scopes.items()
-        if "transpose(" in name and any(part in name for part in own)
+        flops for name, flops in scopes.items() if "transpose(" in name and _may_stride(name)
     )
+
+
+def _may_stride(name: str) -> bool:
+    return any(part in name for part in ("/depthwise/", "/conv/"))
 
 
 def consumers(scopes: Mapping[str, int], mask: Mask, stages: Sequence[str]) -> list[str]:
@@ -93,6 +95,7 @@ def consumers(scopes: Mapping[str, int], mask: Mask, stages: Sequence[str]) -> l
     cut = min(live, default=len(stages))
     modules = {path.rpartition("/")[0] for path in mask}
     forward, backward = Counter[str](), Counter[str]()
+    zeros: dict[str, bool] = defaultdict(bool)
     for name, flops in scopes.items():
         parts = [_WRAPPED.sub("", part) for part in name.split("/")]
         at = next((i for i, part in enumerate(parts) if part in order), len(parts))
@@ -100,10 +103,12 @@ def consumers(scopes: Mapping[str, int], mask: Mask, stages: Sequence[str]) -> l
         module = next((prefix for prefix in prefixes if prefix in modules), None)
         if module is not None:
             (backward if "transpose(" in name else forward)[module] += flops
+            zeros[module] = zeros[module] or _may_stride(name)
     wrong = Counter[str]()
     for module, flops in backward.items():
         trains = any(mask[path] for path in mask if path.startswith(f"{module}/"))
-        allowed = 0 if order[module.split("/")[0]] < cut else forward[module]
+        below = order[module.split("/")[0]] < cut
+        allowed = 0 if below else forward[module] * (_ZEROS if zeros[module] else 1)
         if not trains and flops > (1 + FLOPS_BAR) * allowed:
             wrong[module] = flops - allowed
     return [f"{name} ({flops / 1e9:.3g} GFLOP)" for name, flops in wrong.most_common(_MOST_NAMES)]
