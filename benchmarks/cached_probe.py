@@ -101,7 +101,7 @@ def compare(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def measure(config: str, given: Sequence[str], repeats: int) -> dict[str, Any]:
-    """Returns samples and comparison of `repeats` pairs of runs: off on, on off, off on ..."""
+    """Returns {"samples", "comparison"} of `repeats` pairs of runs: off on, on off, off on ..."""
     samples = []
     with tempfile.TemporaryDirectory(prefix="jft-benchmark-") as folder:
         for at in range(repeats):
@@ -109,10 +109,10 @@ def measure(config: str, given: Sequence[str], repeats: int) -> dict[str, Any]:
                 sample = train(config, mode, Path(folder) / f"{mode}-{at}", given)
                 samples.append(sample)
                 print(f"cache {mode}: probe {sample['probe_seconds']:.1f} s", file=sys.stderr)
-        result = compare(samples)
+        comparison = compare(samples)
     for sample in samples:
         del sample["folder"]
-    return result | {"samples": samples}
+    return {"comparison": comparison, "samples": samples}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -142,8 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
-    shown = {key: value for key, value in result.items() if key.split("_")[-1] != "samples"}
-    print(json.dumps({key: shown[key] for key in list(shown)[-6:]}, indent=1))
+    print(json.dumps(result["comparison"], indent=1))
 
 
 if __name__ == "__main__":

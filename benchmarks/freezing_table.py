@@ -113,13 +113,10 @@ def _preset(row: Mapping[str, Any]) -> list[str]:
 
 
 def _number(value: float | None, scale: float = 1.0) -> str:
-    return (
-        ""
-        if value is None
-        else f"{value * scale:.3g}"
-        if value * scale < 1000
-        else (f"{value * scale:.0f}")
-    )
+    if value is None:
+        return ""
+    scaled = value * scale
+    return f"{scaled:.3g}" if scaled < 1000 else f"{scaled:.0f}"
 
 
 def chart(result: Mapping[str, Any], workload: str) -> str:

@@ -29,20 +29,6 @@ from jft.train.step import StepParts
 from jft.tree import Flat
 
 
-def view_transform(task: Task) -> Callable[..., jax.Array]:
-    """Returns the transform that gives each (example, view) the same pixels at every visit."""
-    config = task.config
-    augment = config.augment
-    return make_view_transform(
-        task.preprocess,
-        seed=config.seed,
-        flip=augment.flip,
-        crop=augment.crop,
-        scale=tuple(augment.scale),
-        ratio=tuple(augment.ratio),
-    )
-
-
 def make_inputs(
     task: Task,
     source: Source,
@@ -103,7 +89,7 @@ def _prefix(task: Task, source: Source, views: int) -> Prefix:
     config = task.config
     return Prefix(
         apply=task.model.apply,
-        transform=view_transform(task),
+        transform=make_view_transform(task.preprocess, seed=config.seed, **task.augment()),
         stages=task.model.stages,
         cuts=(),
         image_shape=task.image_shape,

@@ -11,9 +11,9 @@ import jax
 from ml_collections import ConfigDict
 
 from jft.baselines import check as check_baselines
-from jft.caching import make_inputs, plan_phase, view_transform
+from jft.caching import make_inputs, plan_phase
 from jft.config import METRICS, diff, from_json
-from jft.data.images import make_eval_transform, make_train_transform
+from jft.data.images import make_eval_transform, make_train_transform, make_view_transform
 from jft.data.loader import make_eval_loader, make_train_loader
 from jft.data.protocol import Source
 from jft.data.sources import Splits
@@ -109,19 +109,13 @@ def without_spoilers(task: Task, parallel: Parallel, parts: StepParts) -> Callab
 def make_parts(task: Task) -> StepParts:
     """Returns what every step of a config is built from."""
     config = task.config
-    train, augment = config.train, config.augment
+    train = config.train
     return StepParts(
         apply=task.model.apply,
         loss=make_loss(**_plain(config.loss)),
-        transform=make_train_transform(
-            task.preprocess,
-            flip=augment.flip,
-            crop=augment.crop,
-            scale=tuple(augment.scale),
-            ratio=tuple(augment.ratio),
-        ),
+        transform=make_train_transform(task.preprocess, **task.augment()),
         eval_transform=make_eval_transform(task.preprocess),
-        view_transform=view_transform(task),
+        view_transform=make_view_transform(task.preprocess, seed=config.seed, **task.augment()),
         seed=config.seed,
         accum_steps=train.accum_steps,
         nonfinite=train.nonfinite,

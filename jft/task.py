@@ -68,6 +68,19 @@ class Task:
             raise ConfigError(f"train.scan_blocks: {name} cannot run its blocks as a loop")
         return prefix
 
+    def augment(self) -> dict[str, Any]:
+        """The section config.augment, as `make_train_transform` and `make_view_transform` take it.
+
+        Each key is named: one that is added has to be an argument of both.
+        """
+        section = self.config.augment
+        return {
+            "flip": section.flip,
+            "crop": section.crop,
+            "scale": tuple(section.scale),
+            "ratio": tuple(section.ratio),
+        }
+
     def groups(self) -> Groups:
         """Groups of the model, with the config's own."""
         family = self.model.family

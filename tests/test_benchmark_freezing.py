@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import freezing
+from benchmarks import cached_probe, freezing
 from benchmarks.caps import cache_bound, choose_cut, cut_shares, measured_cap, prefix_bound
 from benchmarks.freezing_rows import Measuring, Rows, own_speedups
 from benchmarks.naive import masked_adamw
@@ -174,3 +174,20 @@ def test_the_loop_closes_what_it_opened_when_it_cannot_start(tmp_path, monkeypat
     monkeypatch.undo()
     (tmp_path / "again").mkdir()
     JftLoop(TINY, 2, tmp_path / "again").close()
+
+
+def test_the_cached_probe_compares_neighbours_in_time(monkeypatch):
+    apart = iter([0.0, 0.25])
+    monkeypatch.setattr(cached_probe, "largest_difference", lambda folders: next(apart))
+
+    def sample(cache, probe, step, loss):
+        times = {"probe_seconds": probe, "median_step_seconds": step}
+        return {"cache": cache, "losses": [loss], "test_accuracy": 0.5, "folder": cache, **times}
+
+    samples = [sample("off", 20.0, 0.4, 1.0), sample("on", 10.0, 0.1, 1.0)]
+    samples += [sample("on", 5.0, 0.1, 1.5), sample("off", 20.0, 0.6, 1.0)]
+    found = cached_probe.compare(samples)
+    assert found["speedups"] == [2.0, 4.0] and found["speedup"] == 3.0
+    assert found["step_speedup"] == pytest.approx(5.0)
+    assert found["largest_parameter_difference"] == 0.25
+    assert found["largest_loss_difference"] == 0.5

@@ -7,7 +7,7 @@ save and at the end, and a part of the model that was to train but never moved i
 import hashlib
 import os
 import re
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -95,7 +95,7 @@ def consumers(scopes: Mapping[str, int], mask: Mask, stages: Sequence[str]) -> l
     cut = min(live, default=len(stages))
     modules = {path.rpartition("/")[0] for path in mask}
     forward, backward = Counter[str](), Counter[str]()
-    zeros: dict[str, bool] = defaultdict(bool)
+    strided: set[str] = set()
     for name, flops in scopes.items():
         parts = [_WRAPPED.sub("", part) for part in name.split("/")]
         at = next((i for i, part in enumerate(parts) if part in order), len(parts))
@@ -103,12 +103,13 @@ def consumers(scopes: Mapping[str, int], mask: Mask, stages: Sequence[str]) -> l
         module = next((prefix for prefix in prefixes if prefix in modules), None)
         if module is not None:
             (backward if "transpose(" in name else forward)[module] += flops
-            zeros[module] = zeros[module] or _may_stride(name)
+            if _may_stride(name):
+                strided.add(module)
     wrong = Counter[str]()
     for module, flops in backward.items():
         trains = any(mask[path] for path in mask if path.startswith(f"{module}/"))
         below = order[module.split("/")[0]] < cut
-        allowed = 0 if below else forward[module] * (_ZEROS if zeros[module] else 1)
+        allowed = 0 if below else forward[module] * (_ZEROS if module in strided else 1)
         if not trains and flops > (1 + FLOPS_BAR) * allowed:
             wrong[module] = flops - allowed
     return [f"{name} ({flops / 1e9:.3g} GFLOP)" for name, flops in wrong.most_common(_MOST_NAMES)]
@@ -140,9 +141,10 @@ class Guard:
         compared with it. Waits for the hashes of leaves that thaw: the next step donates them.
         """
         self._scheduled |= set(trains)
-        if not self._known.keys() <= frozen.keys():
-            for _, known in (self._known[path] for path in self._known.keys() - frozen.keys()):
-                known.result()
+        thawed = self._known.keys() - frozen.keys()
+        if thawed:
+            for path in thawed:
+                self._known[path][1].result()
             self.poll(wait=True)
         kept = {}
         for path, leaf in frozen.items():
