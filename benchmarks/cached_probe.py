@@ -4,8 +4,9 @@
 
 Each run is a process of its own: `jft train --config=configs/quickstart.py` with a probe of whole
 epochs and fixed views. The seconds of the probe are all that passed from the start of the loop to
-the last step of the phase: compilation, filling the cache, and the steps. The saved parameters and
-the losses of both are compared.
+the last step of the phase: compilation (the next phase's too, beside it), filling the cache, and
+the steps; but not the evaluations between them, the same work in both, which are told apart. The
+saved parameters and the losses of both are compared.
 """
 
 import argparse
@@ -49,10 +50,13 @@ def train(config: str, mode: str, workdir: Path, given: Sequence[str]) -> dict[s
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     probe = [row for row in rows if row.get("phase") == 0 and "train/loss" in row]
     seconds = [row["time/step_seconds"] for row in probe]
+    last = probe[-1]["step"]
+    evaluations = sum(r.get("time/eval_seconds", 0.0) for r in rows if r.get("step", last) < last)
     return {
         "cache": mode,
         "probe_steps": len(probe),
-        "probe_seconds": probe[-1]["time/elapsed_seconds"],
+        "probe_seconds": probe[-1]["time/elapsed_seconds"] - evaluations,
+        "evaluation_seconds": evaluations,
         "compile_seconds": probe[-1]["time/compile_seconds"],
         "median_step_seconds": statistics.median(seconds),
         "losses": [row["train/loss"] for row in rows if "train/loss" in row],

@@ -26,7 +26,7 @@ LINE = (
 # One more unit each 6 steps; a decision each 4 steps; two blocks drawn each 5 steps.
 METHODS = {
     "gradual_unfreezing": ("--config.freeze.args.every=6",),
-    "autofreeze": ("--config.freeze.args.every=4",),
+    "autofreeze": ("--config.freeze.args.intervals=8",),
     "lisa": ("--config.freeze.args.every=5",),
 }
 MOMENTS = {
