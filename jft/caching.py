@@ -116,11 +116,10 @@ def describe(task: Task, source: Source) -> dict[str, Any]:
 
 
 def suffix_costs(
-    task: Task, parallel: Parallel, parts: StepParts, prefix: Prefix, cut: int
+    task: Task, parallel: Parallel, parts: StepParts, entry: jax.ShapeDtypeStruct
 ) -> Costs:
-    """Returns the costs of a step on one device that reads the outputs of stages [0, cut)."""
+    """Returns the costs of a step on one device that reads entries of a cache."""
     rows = task.config.train.batch_size // parallel.num_devices
-    entry = replace(prefix, cuts=(cut,)).entry(*task.shapes)
     batch = {name: x for name, x in batch_shapes(task, rows).items() if name != "image"}
     batch["features"] = jax.ShapeDtypeStruct((rows, *entry.shape), entry.dtype)
     return loss_costs(task, parallel, parts, batch)
@@ -154,7 +153,7 @@ def plan_phase(
         return replace(plan, argument_bytes=plan.argument_bytes + 8 * rows)
     if chosen.kind != "cache":
         return plan
-    suffix = suffix_costs(task, parallel, parts, inputs.prefix, chosen.cuts[-1])
+    suffix = suffix_costs(task, parallel, parts, inputs.entry(chosen))
     found = suffix.flops(phase.mask)
     table = inputs.table_shape(chosen).get("table")
     more = suffix.data_bytes - costs.data_bytes

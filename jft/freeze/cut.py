@@ -124,6 +124,7 @@ def fill_cache(
     tier: str,
     workdir: Path,
     shallower: Sequence[PrefixCache] = (),
+    entry: jax.ShapeDtypeStruct | None = None,
     workers: int = 0,
     bad_image_quota: float = 0.0,
     interpolation: str = "bilinear",
@@ -139,12 +140,13 @@ def fill_cache(
       tier: of the entries; see `Room.tier`.
       workdir: the run directory, for the tier "disk".
       shallower: caches made before; the deepest with the right key is the input.
+      entry: `prefix.entry`, where it is known already: finding it traces the model.
       workers, bad_image_quota, interpolation: as in `make_train_loader`.
 
     Raises:
       DataError: an image that cannot be read, beyond the quota; a file that cannot be written.
     """
-    key, entry = prefix.key(params, stats, parallel), prefix.entry(params, stats)
+    key, entry = prefix.key(params, stats, parallel), entry or prefix.entry(params, stats)
     layout = Layout(len(source) * prefix.views, entry.shape, np.dtype(entry.dtype))
     path = entries_path(workdir, key)
     if tier == "disk" and (found := open_entries(path, key, layout)):

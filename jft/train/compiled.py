@@ -1,5 +1,6 @@
 """The compiled steps of a run: one for each distinct trainable set, compiled ahead of its use."""
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +14,8 @@ from jft.train.run import Run, compile_phase
 
 # Phases this short, or many that are this short on average, leave no time to compile the next one.
 SHORT_STEPS, SHORT_MEAN_STEPS, MANY = 5, 50, 4
+# Tracing holds the interpreter: at Python's 5 ms a step would wait for it at each of its calls.
+SWITCH_SECONDS = 0.0005
 
 
 class CompiledSteps:
@@ -26,6 +29,8 @@ class CompiledSteps:
         """Takes the run, what each phase reads, and where to say what is compiled when."""
         self.run, self.choose, self.message = run, choose, message
         self.seconds = 0.0
+        self._interval = sys.getswitchinterval()
+        sys.setswitchinterval(min(self._interval, SWITCH_SECONDS))
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="jft-compile")
         self._futures: dict[Any, Future] = {}
         self._shown: set[Any] = set()
@@ -90,3 +95,4 @@ class CompiledSteps:
     def close(self) -> None:
         """Drops what has not begun; does not wait."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        sys.setswitchinterval(self._interval)

@@ -195,10 +195,13 @@ class Inputs:
         )
 
     def _entry_bytes(self, cuts: tuple[int, ...]) -> int:
-        known = self._memo.entry_bytes
+        entry = self._entry(cuts)
+        return int(np.prod(entry.shape)) * np.dtype(entry.dtype).itemsize
+
+    def _entry(self, cuts: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        known = self._memo.entries
         if cuts[-1] not in known:
-            entry = self._prefix(cuts).entry(*self.shapes)
-            known[cuts[-1]] = int(np.prod(entry.shape)) * np.dtype(entry.dtype).itemsize
+            known[cuts[-1]] = self._prefix(cuts).entry(*self.shapes)
         return known[cuts[-1]]
 
     def _prefix(self, cuts: tuple[int, ...]) -> Prefix:
@@ -206,7 +209,7 @@ class Inputs:
 
     def entry(self, chosen: Input) -> jax.ShapeDtypeStruct:
         """Shape and dtype of an entry of the cache."""
-        return self._prefix(chosen.cuts).entry(*self.shapes)
+        return self._entry(chosen.cuts)
 
     def table_shape(self, chosen: Input) -> Shapes:
         """Shape of what the step takes as `Frozen.cache`."""
@@ -239,6 +242,7 @@ class Inputs:
             tier=chosen.tier,
             workdir=self.workdir,
             shallower=caches,
+            entry=self.entry(chosen),
             **self.loader,
         )
 
@@ -274,14 +278,14 @@ class _Memo:
       inputs: {phase and cut: what the phase reads}.
       cuts: {id of a mask: (mask, cut)}.
       before: {index of a phase: cuts of the caches before it}.
-      entry_bytes: by cut.
+      entries: {cut: shape and dtype of an entry}.
       told: (cut, whether cached) of the lines that were shown.
     """
 
     inputs: dict[str, Input] = field(default_factory=dict)
     cuts: dict[int, tuple[Mapping[str, bool], int]] = field(default_factory=dict)
     before: dict[int, frozenset[int]] = field(default_factory=dict)
-    entry_bytes: dict[int, int] = field(default_factory=dict)
+    entries: dict[int, jax.ShapeDtypeStruct] = field(default_factory=dict)
     told: set[tuple[int, bool]] = field(default_factory=set)
 
 
