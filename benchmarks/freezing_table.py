@@ -32,8 +32,12 @@ PRESET_TITLES = (
     "freeze area %",
     "FLOP bound",
     "speed-up",
+    "of it %",
+    "with probes",
+    "planned peak MB",
     "compile s",
     "stall s",
+    "probe s",
 )
 _STEPS = 40  # points of the analytic curves
 
@@ -59,7 +63,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         parts.append(
             "Freeze area: mean over steps of 1 - FLOPs of the step / FLOPs of a full one. FLOP"
             " bound: FLOPs of a full run over those of this one. Speed-up: seconds of as many"
-            " full steps, timed before and after, over those of this run's steps."
+            " full steps, timed before and after, over those of this run's steps; with probes: and"
+            " of its freezing decisions. Planned peak: arguments and what the backward pass keeps."
         )
     failed = [row for row in (*result["rows"], *result["presets"]) if "error" in row]
     parts += [f"failed: {row['workload']}, {row['what']}: {row['error']}" for row in failed]
@@ -107,8 +112,12 @@ def _preset(row: Mapping[str, Any]) -> list[str]:
         _number(row["freeze_area"], 100),
         _number(row["flop_bound"]),
         _number(row["speedup"]),
+        _number(row["bound_efficiency"], 100),
+        _number(row["speedup_with_probes"]),
+        _number(row["planned_peak_bytes"], 1e-6),
         _number(row["compile_seconds"]),
         _number(row["stall_seconds"]),
+        _number(row["probe_seconds"]),
     ]
 
 

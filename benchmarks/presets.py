@@ -22,6 +22,7 @@ from jft.freeze.schedule import FreezeSchedule
 from jft.overview import loss_costs
 from jft.prepare import make_parts, make_schedule
 from jft.task import make_data, make_task
+from jft.train.inputs import Input
 from jft.train.loop import fit
 from jft.train.parallel import make_parallel
 
@@ -112,6 +113,10 @@ class Presets:
             "full_seconds": None,
             "compile_seconds": None,
             "stall_seconds": None,
+            "probe_seconds": None,
+            "bound_efficiency": None,
+            "speedup_with_probes": None,
+            "planned_peak_bytes": None,
         }
 
     def run(self, method: str, full: Callable[[int], float]) -> dict[str, Any]:
@@ -139,9 +144,21 @@ class Presets:
         phases = run.freeze.phases(log)
         rows = [row for row in map(json.loads, lines) if "time/step_seconds" in row]
         seconds, by_set = steady_seconds(rows, phases)
-        return self.row(method, phases) | {
+        full_seconds = (before + after) / 2 * sum(by_set.values())
+        probes, planned = rows[-1]["time/probe_seconds"], self.row(method, phases)
+        assert run.plan is not None  # it has splits and a device
+        peaks = {
+            phase.key: run.plan(phase, Input()).argument_bytes
+            + self._costs.residual_bytes(phase.mask)
+            for phase in {phase.key: phase for phase in phases}.values()
+        }
+        return planned | {
             "ran": True,
-            "speedup": (before + after) / 2 * sum(by_set.values()) / seconds,
+            "speedup": full_seconds / seconds,
+            "bound_efficiency": full_seconds / seconds / planned["flop_bound"],
+            "speedup_with_probes": full_seconds / (seconds + probes),
+            "probe_seconds": probes,
+            "planned_peak_bytes": max(peaks.values()),
             "step_seconds": [row["time/step_seconds"] for row in rows],
             "full_seconds": [before, after],
             "compile_seconds": rows[-1]["time/compile_seconds"],

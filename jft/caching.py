@@ -15,7 +15,9 @@ import numpy as np
 
 from jft.data.images import is_random, make_view_transform
 from jft.data.protocol import Source
+from jft.errors import ConfigError
 from jft.flops import analytic_flops
+from jft.freeze.cache_choice import runs_in_parts
 from jft.freeze.phases import Phase
 from jft.freeze.prefix import Prefix, split_identity
 from jft.overview import loss_costs, plan_phases
@@ -44,14 +46,19 @@ def make_inputs(
     Args:
       task: the model of the config.
       source: the training split.
-      parallel: the devices.
-      optim: of the run.
+      parallel, optim, workdir: of the run.
       parts: what the steps are built from.
       costs: of a step that reads images.
-      workdir: the run directory.
       images: (first batch, views or None) -> stream of image batches.
+
+    Raises:
+      ConfigError: a cache is demanded of a model that does not run in parts.
     """
     config = task.config
+    if config.freeze.cache == "on" and not runs_in_parts(task.model.apply):
+        raise ConfigError(
+            "freeze.cache: 'on' needs a model whose apply takes start and stop; 'auto' does without"
+        )
     random = is_random(flip=config.augment.flip, crop=config.augment.crop)
     views = config.freeze.views if random else 1
     prefix = _prefix(task, source, views or 1)

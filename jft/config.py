@@ -151,6 +151,11 @@ def _resolve(raw: Mapping[str, Any], texts: Mapping[str, str], where: Where) -> 
             values[name] = key.cast(raw[name], where(name))
         else:
             values[name] = plain(key.default)
+    if "freeze.name" in texts:
+        if "freeze.phases" not in texts:  # a method on the command line, not the file's own phases
+            values["freeze.phases"] = None
+        elif values["freeze.phases"] is not None:
+            raise ConfigError("--config.freeze.name and --config.freeze.phases: give one of them")
     for section in CHOICES:
         chosen = f"{section}.name"
         here = f"--config.{chosen}" if chosen in texts else where(chosen)
@@ -160,7 +165,9 @@ def _resolve(raw: Mapping[str, Any], texts: Mapping[str, str], where: Where) -> 
         if chosen in texts and f"{section}.args" not in texts and texts[chosen] != raw.get(chosen):
             # Another name on the command line: options that only the file's choice had fall away.
             given = {name: value for name, value in given.items() if name in keys}
-        values[f"{section}.args"] = _resolve_args(section, keys, given, texts, where)
+        values[f"{section}.args"] = _resolve_args(
+            section, values[chosen], keys, given, texts, where
+        )
     for name in texts:
         if name not in known:
             raise ConfigError(f"--config.{name}: no such key{nearest_key(name, known)}")
@@ -174,17 +181,20 @@ def _resolve(raw: Mapping[str, Any], texts: Mapping[str, str], where: Where) -> 
 
 def _resolve_args(
     section: str,
+    chosen: str,
     keys: Mapping[str, Key],
     given: Mapping[str, Any],
     texts: Mapping[str, str],
     where: Where,
 ) -> dict[str, Any]:
     args: dict[str, Any] = {}
-    for name in given:
+    start = f"{section}.args."
+    written = {where(start + name): name for name in given}
+    written |= {f"--config.{n}": n.removeprefix(start) for n in texts if n.startswith(start)}
+    for spot, name in written.items():
         if name not in keys:
-            dotted = f"{section}.args.{name}"
-            known = [*(f"{section}.args.{key}" for key in keys), *KEYS]
-            raise ConfigError(f"{where(dotted)}: no such key{nearest_key(dotted, known)}")
+            hint = nearest(name, keys) or f"; {chosen} takes {', '.join(keys) or 'none'}"
+            raise ConfigError(f"{spot}: no such key{hint}")
     for name, key in keys.items():
         dotted = f"{section}.args.{name}"
         if dotted in texts:

@@ -64,7 +64,9 @@ KEYS: dict[str, Key] = {
     "augment.ratio": Key(
         [0.75, 4 / 3], list, "random_resized: smallest and largest width over height"
     ),
-    "freeze.name": Key("full", str, "freezing method; `jft freeze` lists them"),
+    "freeze.name": Key(
+        "full", str, "freezing method, as docs/freezing.md lists them; phases go before it"
+    ),
     "freeze.args": Key({}, dict, "options of the method, `--config.freeze.args.k=3`"),
     "freeze.phases": Key(
         None,
@@ -132,7 +134,9 @@ KEYS: dict[str, Key] = {
     "optim.grad_clip_norm": Key(
         None, float | None, "largest global norm of the trainable gradients", low=0
     ),
-    "optim.per_phase": Key(False, bool, "warm-up and schedule start again in each phase"),
+    "optim.per_phase": Key(
+        False, bool, "warm-up and schedule start again in each phase, not at a rule's decisions"
+    ),
     "loss.name": Key("softmax", str, "loss"),
     "loss.args": Key({}, dict, "options of the loss, `--config.loss.args.label_smoothing=0.1`"),
     "train.steps": Key(None, int | None, "updates of the run; or set train.epochs", low=1),

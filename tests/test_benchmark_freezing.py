@@ -27,7 +27,8 @@ ROW_KEYS = {
 }  # fmt: skip
 PRESET_KEYS = {
     "workload", "preset", "steps", "phases", "sets", "freeze_area", "flop_bound", "speedup",
-    "compile_seconds", "stall_seconds",
+    "compile_seconds", "stall_seconds", "probe_seconds", "bound_efficiency",
+    "speedup_with_probes", "planned_peak_bytes",
 }  # fmt: skip
 
 

@@ -133,13 +133,34 @@ def test_a_cache_that_cannot_be_filled_is_given_up_under_auto(
     def full(*_, **__):
         raise DataError("no space left; or freeze.cache=off with --resume=force")
 
+    def short(*_, **__):
+        raise MemoryError("3 GiB asked for\nand more")
+
     monkeypatch.setattr("jft.train.inputs.fill_cache", full)
     run = run_of(tmp_path / mode, "freeze.views=1", f"freeze.cache={mode}")
     if mode == "on":
         with pytest.raises(DataError, match="no space left"):
             fit(run)
+        monkeypatch.setattr("jft.train.inputs.fill_cache", short)
+        with pytest.raises(DataError, match="^freeze.cache: 3 GiB asked for; auto does without it"):
+            fit(run_of(tmp_path / "short", "freeze.views=1", "freeze.cache=on"))
         return
     found = leaves(fit(run))
     assert [text for text in messages if text.startswith("warning: no cache: no space left")]
     assert set(fault_run.last_step(tmp_path / mode).info["caches"].values()) == {""}
     fault_run.assert_same_leaves(found, leaves(fit(run_of(tmp_path / "off", "freeze.views=1"))))
+
+
+def test_on_is_refused_for_a_model_that_does_not_run_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr("jft.caching.runs_in_parts", lambda _: False)
+    with pytest.raises(ConfigError, match="freeze.cache: 'on' needs a model whose apply takes"):
+        run_of(tmp_path, "freeze.views=1", "freeze.cache=on")
+    assert run_of(tmp_path, "freeze.views=1", "freeze.cache=auto").inputs is not None
+
+
+def test_the_reference_sees_the_views_that_a_cached_run_sees(uncached, tmp_path):
+    line = ("freeze.views=2", "freeze.cache=on", "freeze.enforce=optax")
+    found = leaves(fit(run_of(tmp_path, *line)))
+    for path, leaf in uncached.items():
+        scale = max(float(np.max(np.abs(leaf))), 1e-3)
+        assert np.max(np.abs(found[path] - leaf)) <= 1e-4 * scale, path

@@ -221,15 +221,20 @@ def test_args_are_filled_from_the_signature_of_what_name_chooses(file):
 @pytest.mark.parametrize(
     "texts, words",
     [
-        (["freeze.name=last_k", "freeze.args.kk=3"], "(did you mean config.freeze.args.k?)"),
+        (["freeze.name=last_k", "freeze.args.kk=3"], "(did you mean 'k'?)"),
         (["freeze.name=last_k", "freeze.args.k=x"], "--config.freeze.args.k should be int"),
-        (["freeze.args.k=3"], "--config.freeze.args.k: no such key"),
+        (["freeze.args.k=3"], "--config.freeze.args.k: no such key; full takes none"),
+        (["freeze.name=lp_ft", "freeze.args.q=3"], "q: no such key; lp_ft takes head_until, lr_"),
+        (
+            ["freeze.name=lp_ft", "freeze.phases=all"],
+            "--config.freeze.name and --config.freeze.phases: give one of them",
+        ),
         (
             ["freeze.name=last_kk"],
             "--config.freeze.name: no freeze 'last_kk' (did you mean 'last_k",
         ),
-        (["optim.args.b3=1"], "(did you mean config.optim.args.b"),
-        (["loss.args.label_smoting=0.1"], "(did you mean config.loss.args.label_smoothing?)"),
+        (["optim.args.b3=1"], "(did you mean 'b"),
+        (["loss.args.label_smoting=0.1"], "(did you mean 'label_smoothing'?)"),
         (["model.args.num_classes=3"], "no such key"),
         (["model.args.patch=8"], "no such key"),
         (["model.args={'patch': 8}"], "config.model.args.patch: no such key"),
@@ -244,6 +249,15 @@ def test_another_name_on_the_command_line_drops_options_that_only_the_files_choi
     assert load_config(path).optim.args.nesterov is True
     assert "nesterov" not in load_config(path, ["optim.name=adamw"]).optim.args
     assert "no such key" in error_of(path, ["optim.name=adamw", "optim.args.nesterov=True"])
+
+
+def test_a_method_on_the_command_line_comes_before_the_files_own_phases(file):
+    path = file("config.freeze.phases = 'head@30% | all'")
+    assert load_config(path, ["freeze.name=lp_ft"]).freeze.phases is None
+    assert load_config(path, ["freeze.phases=head"]).freeze.phases == "head"
+    assert load_config(path, ["freeze.name=lp_ft", "freeze.phases=None"]).freeze.name == "lp_ft"
+    # A saved config holds both, the phases of its own command line among them.
+    assert load_config(path).freeze.phases == "head@30% | all"
 
 
 def test_an_argument_that_is_a_number_or_a_text_keeps_what_it_was_given(file):

@@ -15,7 +15,6 @@ LINE = (
     "train",
     "--config=digits_vit:tiny",
     "--config.data.name=npz",
-    "--config.freeze.phases=None",
     f"--config.train.steps={STEPS}",
     "--config.log.every_steps=3",
     "--config.eval.every_steps=10",

@@ -11,6 +11,7 @@ import pytest
 
 from jft import hlo
 from jft.freeze.groups import make_groups
+from jft.models.conv import depthwise_conv, pointwise_conv
 from jft.plan import Costs, PhaseParts, make_plan
 from jft.train import guarantee
 from jft.train.guarantee import Guard, check_cost, consumers, digest
@@ -64,6 +65,34 @@ def test_a_frozen_module_above_the_cut_may_pass_its_gradient_on_and_no_more():
     assert not consumers(compiled(["blocks_0/dense/kernel"]).scopes, mask, STAGES)
     found = consumers(compiled(list(SHAPES)).scopes, mask, STAGES)
     assert {name.split()[0] for name in found} == {"blocks_1/dense", "head/dense"}
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_only_what_a_strided_convolution_needs_is_taken_for_zeros(stride):
+    shapes = dict.fromkeys(("blocks_0/mix/kernel", "blocks_2/mix/kernel"), (1, 1, 8, 8))
+    shapes["blocks_1/conv/kernel"] = (3, 3, 1, 8)
+    mask = {path: path.startswith("blocks_0") for path in shapes}
+
+    def loss(params, x):
+        with jax.named_scope("blocks_0"), jax.named_scope("mix"):
+            x = pointwise_conv(x, params["blocks_0/mix/kernel"])
+        with jax.named_scope("blocks_1"), jax.named_scope("conv"):
+            x = depthwise_conv(x, params["blocks_1/conv/kernel"], (stride, stride))
+        with jax.named_scope("blocks_2"), jax.named_scope("mix"):
+            x = pointwise_conv(x, params["blocks_2/mix/kernel"])
+        return jnp.sum(x * x)
+
+    def scopes(live):
+        made = {path: jnp.ones(shape) for path, shape in shapes.items()}
+        train = {path: made[path] for path in live}
+        rest = {path: made[path] for path in shapes if path not in live}
+        step = jax.jit(jax.grad(lambda train, rest, x: loss({**train, **rest}, x)))
+        return hlo.count(step.lower(train, rest, jnp.ones((4, 16, 16, 8))).compile()).scopes
+
+    stages = ("blocks_0", "blocks_1", "blocks_2")
+    assert not consumers(scopes(["blocks_0/mix/kernel"]), mask, stages)
+    (found,) = consumers(scopes(["blocks_0/mix/kernel", "blocks_1/conv/kernel"]), mask, stages)
+    assert found.startswith("blocks_1/conv")
 
 
 def guard():

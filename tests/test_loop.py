@@ -102,8 +102,8 @@ def test_rows_hold_every_logged_step_and_phase(straight):
 def test_rows_of_a_phase_are_timed_before_the_next_one_sets_the_clock(tmp_path, monkeypatch):
     events = []
 
-    def late(trainer, wait, plain=loop._Trainer.write_rows):
-        return plain(trainer, wait) if wait else None
+    def late(rows, wait, plain=loop.Rows.write):
+        return plain(rows, wait) if wait else None
 
     def message(writer, text):
         events.append(text.partition(" (")[0])
@@ -111,7 +111,7 @@ def test_rows_of_a_phase_are_timed_before_the_next_one_sets_the_clock(tmp_path, 
     def write(writer, step, values, time=None):
         events.append(step)
 
-    monkeypatch.setattr(loop._Trainer, "write_rows", late)
+    monkeypatch.setattr(loop.Rows, "write", late)
     monkeypatch.setattr(loop.RunWriter, "message", message)
     monkeypatch.setattr(loop.RunWriter, "write", write)
     fit(make_run(tmp_path, eval_every_steps=None, save_every_steps=None))

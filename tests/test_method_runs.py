@@ -6,6 +6,7 @@ was to train and did not move; here its word is asked for, and checked against t
 
 import json
 import os
+import re
 
 import fault_run
 import numpy as np
@@ -40,7 +41,7 @@ def messages(monkeypatch):
 
 
 def config_of(model, name):
-    overrides = ["freeze.phases=None", f"freeze.name={name}", "parallel.devices=1"]
+    overrides = [f"freeze.name={name}", "parallel.devices=1"]
     return load_config(CONFIGS[model], overrides)
 
 
@@ -59,6 +60,8 @@ def test_a_method_runs_by_its_name_and_saves_what_its_plan_says(model, name, tmp
     compared = [text for text in messages if text.startswith("step of phase")]
     assert compared and all(" planned (" in text for text in compared)
     assert not [text for text in messages if "warning" in text]
+    for text in compared:  # nor less: then the plan would promise too little
+        assert float(re.search(r"planned \(([+-][0-9.]+)%\)", text)[1]) > -5, text
     info = fault_run.last_step(tmp_path).info
     phases = run.freeze.phases(info["decisions"])
     trained = {path for phase in phases for path in phase.entered}
@@ -69,6 +72,9 @@ def test_a_method_runs_by_its_name_and_saves_what_its_plan_says(model, name, tmp
     spans = [(phase["start_step"], phase["stop_step"]) for phase in recorded]
     assert spans == [(phase.start_step, phase.stop_step) for phase in phases]
     assert (tmp_path / "decisions.json").exists() == bool(info["decisions"])
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    probed = max(row.get("time/probe_seconds", 0.0) for row in rows)
+    assert (probed > 0) == any(record.get("entry") is not None for record in info["decisions"])
     if name in ELEMENTWISE:
         assert all(phase.elements is not None for phase in phases)
 

@@ -699,7 +699,7 @@ def test_max_sets_bounds_what_is_compiled_and_says_so(name, args, limit, note):
     groups = vit(12)
     schedule = plan(groups, name, max_sets=limit, **args)
     phases = schedule.phases(run_rules(schedule, random_signals(schedule)))
-    assert len({frozenset(trained(phase)) for phase in phases}) <= limit
+    assert len({phase.key for phase in phases}) <= limit  # compiled steps, not only sets
     assert note in schedule.approximation
     assert phases[0].start_step == 0 and phases[-1].stop_step == 1000
     if name == "lisa":

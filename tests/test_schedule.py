@@ -3,10 +3,21 @@
 import itertools
 
 import pytest
-from freeze_runs import above, block, leaves, run_rules, spans, trained, vit
+from freeze_runs import (
+    above,
+    block,
+    leaves,
+    random_signals,
+    run_rules,
+    spans,
+    trained,
+    vit,
+)
 
 from jft.errors import ConfigError
+from jft.freeze.masks import make_mask
 from jft.freeze.methods import make_freeze
+from jft.freeze.phases import Elements
 from jft.freeze.schedule import parse_phases
 
 
@@ -37,6 +48,12 @@ def test_the_string_form_takes_generators_with_their_arguments():
         {"train": "all"},
     ]
     assert expand(listed) == phases
+
+
+def test_a_list_may_hold_the_parts_of_the_string_form():
+    parts = ["head@30%", "block[-3:] + head@70%", "all"]
+    assert expand(parts) == expand(" | ".join(parts))
+    assert spans(expand(["head@20%", {"train": "all"}])) == [(0, 40), (40, 200)]
 
 
 def test_arguments_may_be_given_by_place_and_by_name():
@@ -110,7 +127,11 @@ def test_factors_and_curves_are_given_by_set_or_by_leaf():
         ([{"train": "all", "scales": {"block": 0}}], r"\[0\].scales: .* factor above 0"),
         ([{"train": "all", "scales": {"blok": 1}}], r"no group 'blok'"),
         ([{"train": "all", "scales": [1]}], r"\[0\].scales"),
-        ([{"train": "all", "anneal": {"block": "late"}}], r"\[0\].anneal: .* step above 0"),
+        ([{"train": "all", "anneal": {"block": "late"}}], r"\[0\].anneal: .* step of the run"),
+        ([{"train": "all", "anneal": {"block": 0.5}}], r"\[0\].anneal: .* step of the run"),
+        ([{"train": {"head": True}}], r"\[0\].train: {'head': True} should be a set expression"),
+        ([{"train": {"leaves": ["typo"]}}], r"\[0\].train: .* should be a set expression"),
+        (["head", "all"], r"\[0\]: 'until' is missing"),
         ([{"train": "all", "elements": {"kind": "fixed", "share": 0.1}}], r"made by a rule"),
         ([{"train": "all", "elements": {"kind": "bernoulli", "share": 2}}], r"at most 1"),
         ([{"train": "all", "state": "reste"}], r"state: 'reste' .*did you mean 'reset'"),
@@ -139,6 +160,10 @@ RULE = {"generator": "rule", "signal": "grad_norm", "decide": "at_least", "every
         ({"batches": 0.5}, r"batches: 0.5 should be a whole number"),
         ({"first": "yes"}, r"first: 'yes' should be true or false"),
         ({"every": "often"}, r"every='often' should be a period"),
+        ({"every": [20]}, r"every: \[20\] should be a period"),
+        ({"signal": "fisher"}, r"signal: at_least cannot use fisher; it takes grad_norm, "),
+        ({"decide": "flat_cut"}, r"signal: flat_cut cannot use grad_norm; it takes plasticity"),
+        ({"decide": "top_elements"}, r"signal: top_elements cannot use grad_norm; it takes fish"),
         ({"train": "hed"}, r"no group 'hed'"),
     ],
 )
@@ -284,6 +309,20 @@ def test_an_event_may_have_a_latest_end():
     assert relative[1].stop_step == 42
 
 
+def test_an_event_cuts_a_generator_off_and_leaves_what_was_before_it():
+    for text in ("thaw()", "freeze(power=2)", "cycle()", "sample(1, every=7)"):
+        made = schedule(f"{text}@plateau(1) or 50% | all")
+        before = made.phases()
+        seen = values("eval/loss", (10, 1.0), (40, 1.0))
+        after = schedule(made.entries).phases(seen)
+        assert after[-1].start_step == 40 and after[-1].stop_step == 200, text
+        kept = [phase for phase in before if phase.start_step < 40]
+        assert [p.mask for p in after[:-1]] == [p.mask for p in kept], text
+        assert [p.entered for p in after[:-1]] == [p.entered for p in kept], text
+        assert [p.stop_step for p in after[:-1]] == [min(p.stop_step, 40) for p in kept], text
+        assert all(phase.event == "plateau(1)" for phase in after[:-1]), text
+
+
 def test_each_phase_counts_its_own_evaluations():
     made = schedule("head@plateau(1) | block[3:] + head@plateau(1) | all")
     log = values("eval/loss", (10, 1.0), (20, 1.0))
@@ -391,6 +430,42 @@ def test_what_a_rule_may_choose_next_is_known_ahead():
     assert [trained(phase) for phase in likely] == [above(groups, cut) for cut in (1, 2, 3)]
     log = [{"step": 10, "entry": 0, "train": "block[2:] + final + head", "values": {}}]
     assert [trained(p) for p in made.likely(log, 12)] == [above(groups, 3)]
+    made = schedule([{**entry, "signal": "plasticity", "decide": "flat_cut"}])
+    assert [trained(p) for p in made.likely([], 5)] == [above(groups, 1)]
+    found = [trained(p) for p in made.likely(log, 12)]
+    assert found == [above(groups, 3), set(groups.paths)], "it may also thaw"
+
+
+def test_the_first_visits_of_every_leaf_are_foreseen_before_anything_is_measured():
+    entry = {"generator": "rule", "signal": "rel_update", "decide": "freeze_lowest", "every": 10}
+    made = schedule([{**entry, "first": True}], total=400)
+    foreseen = made.foreseen()
+    log = run_rules(made, random_signals(made))
+    real = made.phases(log)
+    free = sum(make_mask("all - bias - head", made.groups).values())
+    visits = free // (free - int(0.9 * free))
+    assert len(foreseen) == visits >= 8
+    assert [p.mask for p in foreseen] == [p.mask for p in real[:visits]]
+    assert [p.key for p in foreseen] == [p.key for p in real[:visits]]
+    assert made.likely(log[:4], 35)[-1].mask == real[4].mask
+    later = schedule(made.entries, total=400).foreseen(log)
+    assert [p.mask for p in later] == [p.mask for p in real], "then only what is in the log"
+
+
+def test_a_choice_of_elements_is_planned_where_it_is_due_at_once():
+    entry = {"generator": "rule", "signal": "fisher", "decide": "top_elements"}
+    (phase,) = expand([{**entry, "args": {"share": 0.1}}])
+    assert phase.elements == Elements("fixed", 0.1)
+    (phase,) = expand([{**entry, "every": 10}])
+    assert phase.elements is None, "until the first decision everything trains"
+
+
+def test_a_bounded_set_has_one_compiled_step_at_every_visit():
+    for text, limit in (("sample(2, every=5)", 4), ("cycle(every=5, size=2)", 3)):
+        phases = expand(text, max_sets=limit)
+        assert len(phases) > 20 and len({phase.key for phase in phases}) <= limit, text
+    unbounded = expand("sample(2, every=5)")
+    assert len({p.key for p in unbounded}) > len({str(sorted(trained(p))) for p in unbounded})
 
 
 # The history of leaves.

@@ -169,8 +169,12 @@ def test_frozen_leaves_are_taken_apart_once():
     apart = Apart()
     first, second = apart(state, frozen)[1], apart(state, frozen)[1]
     assert all(first.params[path] is second.params[path] for path in first.params)
-    other = apart(state, dataclasses.replace(frozen))[1]
-    assert other.params["blocks_0/norm1/scale"] is not first.params["blocks_0/norm1/scale"]
+    name = "blocks_0/norm1/scale"
+    cached = apart(state, dataclasses.replace(frozen, cache={"table": np.zeros(9)}))[1]
+    assert cached.params[name] is first.params[name] and cached.cache == {}, "it is never saved"
+    copies = {path: np.array(leaf) for path, leaf in frozen.params.items()}
+    other = apart(state, dataclasses.replace(frozen, params=copies))[1]
+    assert other.params[name] is not first.params[name]
 
 
 @pytest.mark.parametrize("cut", [0, 4])

@@ -150,14 +150,14 @@ def files_in(folder):
 WRONG = {
     "a section": (["--config.optm.learning_rate=1"], "did you mean config.optim.learning_rate?"),
     "a key": (["--config.optim.learning_rat=1"], "did you mean config.optim.learning_rate?"),
-    "a model's option": (["--config.model.args.pacth=8"], "did you mean config.model.args.patch?"),
+    "a model's option": (["--config.model.args.pacth=8"], "did you mean 'patch'?"),
     "a method's option": (
-        ["--config.freeze.name=last_k", "--config.freeze.args.kk=2"],
-        "did you mean config.freeze.args.k?",
+        ["--config.freeze.phases=None", "--config.freeze.name=last_k", "--config.freeze.args.kk=2"],
+        "did you mean 'k'?",
     ),
     "a loss's option": (
         ["--config.loss.args.label_smothing=0"],
-        "config.loss.args.label_smoothing",
+        "did you mean 'label_smoothing'?",
     ),
     "an optimizer's option": (["--config.optim.args.b3=1"], "config.optim.args.b"),
     "a key too deep": (["--config.seed.x=1"], "did you mean config.seed?"),
@@ -180,7 +180,11 @@ WRONG = {
     "micro-batches": (["--config.train.accum_steps=3"], "train.accum_steps=3"),
     "devices": (["--config.parallel.devices=99"], "99 asked for"),
     "rows a device": (["--config.parallel.devices=3"], "the nearest that does is 9"),
-    "a method": (["--config.freeze.name=autofreze"], "did you mean 'autofreeze'?"),
+    "a method": (
+        ["--config.freeze.phases=None", "--config.freeze.name=autofreze"],
+        "did you mean 'autofreeze'?",
+    ),
+    "a method and phases": (["--config.freeze.name=lp_ft"], "give one of them"),
     "a generator's argument": (
         ["--config.freeze.phases=head@50% | freeze(every=1ep)"],
         "freeze.phases[1]: unknown key 'every'; known:",

@@ -133,8 +133,7 @@ def fill_cache(
 
     Args:
       prefix: what is computed.
-      params: {path: leaf}, at least those of the prefix; arrays anywhere.
-      stats: {path: leaf} of the statistics, in the same way.
+      params, stats: {path: leaf}, at least those of the prefix; arrays anywhere.
       source: the training split.
       parallel: the devices; each computes its share of a chunk.
       tier: of the entries; see `Room.tier`.

@@ -3,7 +3,7 @@
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,10 @@ from jft.freeze.masks import Mask, make_mask
 from jft.freeze.outline import Outline
 
 Outcome = dict[str, Any]
+
+# One value a leaf, or one an element; plasticity has one a block.
+LEAF_SIGNALS = ("grad_norm", "rel_grad", "grad_change", "grad_snr", "rel_update", "weight_snr")
+ELEMENT_SIGNALS = ("fisher", "grad_abs")
 
 
 @dataclass(frozen=True)
@@ -214,18 +218,47 @@ def _leaves(view: View, chosen: set[str] | frozenset[str]) -> Outcome:
     return {"train": {"leaves": paths}, "name": f"{len(paths)} leaves"}
 
 
-def _next_cuts(outline: Outline, groups: Groups, mask: Mask) -> list[str]:
+def _next_cuts(view: View, **_: Any) -> list[Outcome]:
     """The cuts above the present one, nearest first."""
-    cut = View({}, groups, outline, mask, frozenset()).cut
-    return [above_block(outline, at) for at in range(cut + 1, len(outline.block_units))]
+    blocks = range(view.cut + 1, len(view.outline.block_units))
+    return [{"train": above_block(view.outline, at)} for at in blocks]
+
+
+def _next_front(view: View, **_: Any) -> list[Outcome]:
+    """The next cut, and everything once something is frozen."""
+    cut = view.cut + view.outline.cut_quantum
+    sets = [above_block(view.outline, cut)] if cut < len(view.outline.block_units) else []
+    return [{"train": train} for train in sets + (["all"] if view.cut else [])]
+
+
+def _next_visit(view: View, *, share: float = 0.9, always: str = "bias + head") -> list[Outcome]:
+    """What is certain as long as enough leaves are left that did not train yet."""
+    fixed = view.leaves(always) & view.base
+    seen = {path for record in view.history for path in record.get("values", {})}
+    now = {path for path in view.base - fixed if view.mask[path]} if view.history else set()
+    free = view.base - fixed
+    if len(free) - int(share * len(free)) > len(free - seen - now):
+        return []
+    # Any value of those that train: the others come first.
+    guess = replace(view, values=dict.fromkeys(now, 0.0))
+    return [freeze_lowest(guess, share=share, always=always)]
 
 
 @dataclass(frozen=True)
 class Decider:
-    """A decider and, where it can be told, the sets that it may choose next."""
+    """A decider and what it can work with.
+
+    Attributes:
+      decide: takes a View and its own arguments.
+      signals: that it can use.
+      likely: where it can be told, what it may decide next, the likeliest first; takes the same.
+      certain: whether what `likely` tells is sure to be decided.
+    """
 
     decide: Callable[..., Outcome]
-    likely: Callable[[Outline, Groups, Mask], Sequence[str]] | None = None
+    signals: tuple[str, ...]
+    likely: Callable[..., Sequence[Outcome]] | None = None
+    certain: bool = False
 
     def args(self) -> dict[str, Any]:
         """Its arguments with their defaults."""
@@ -234,11 +267,11 @@ class Decider:
 
 
 DECIDERS: dict[str, Decider] = {
-    "percentile_cut": Decider(percentile_cut, _next_cuts),
-    "flat_cut": Decider(flat_cut, _next_cuts),
-    "relative_scale": Decider(relative_scale),
-    "at_least": Decider(at_least),
-    "freeze_lowest": Decider(freeze_lowest),
-    "top_per_type": Decider(top_per_type),
-    "top_elements": Decider(top_elements),
+    "percentile_cut": Decider(percentile_cut, LEAF_SIGNALS, _next_cuts),
+    "flat_cut": Decider(flat_cut, ("plasticity",), _next_front),
+    "relative_scale": Decider(relative_scale, LEAF_SIGNALS),
+    "at_least": Decider(at_least, LEAF_SIGNALS),
+    "freeze_lowest": Decider(freeze_lowest, LEAF_SIGNALS, _next_visit, certain=True),
+    "top_per_type": Decider(top_per_type, LEAF_SIGNALS),
+    "top_elements": Decider(top_elements, ELEMENT_SIGNALS),
 }

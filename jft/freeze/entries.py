@@ -29,15 +29,8 @@ def parse_entries(
       phases: "head@30% | thaw(every=1ep)@80% | all", or a list of strings and dicts.
       generators: by name; "thaw(...)" in a string, {"generator": "thaw", ...} in a list.
     """
-    if isinstance(phases, str):
-        entries = []
-        for part in split_outside(phases, "|"):
-            *text, until = split_outside(part, "@") if "@" in part else (part, "")
-            if not text:  # the only "@" is within a quoted pattern
-                text, until = [until], ""
-            entries.append(_from_text("@".join(text).strip(), until.strip(), generators))
-    else:
-        entries = [{"train": p} if isinstance(p, str) else p for p in phases]
+    parts = split_outside(phases, "|") if isinstance(phases, str) else phases
+    entries = [_from_text(part, generators) if isinstance(part, str) else part for part in parts]
     if not entries:
         raise ConfigError("freeze.phases: there is no phase")
     for index, entry in enumerate(entries):
@@ -64,9 +57,13 @@ def split_outside(text: str, mark: str) -> list[str]:
     return parts
 
 
-def _from_text(text: str, until: str, generators: Mapping[str, Callable[..., Any]]) -> Entry:
-    """One part of the string form: a set expression, or a generator with its arguments."""
-    entry: Entry = {"until": until or None}
+def _from_text(part: str, generators: Mapping[str, Callable[..., Any]]) -> Entry:
+    """One part of the string form: a set expression or a generator, and "@" its end."""
+    *before, until = split_outside(part, "@")
+    if not before:  # no "@", or only within a quoted pattern
+        before, until = [until], ""
+    text = "@".join(before).strip()
+    entry: Entry = {"until": until.strip() or None}
     found = _CALL.fullmatch(text)
     if found is None or found[1] not in generators:
         return {"train": text, **entry}
@@ -106,6 +103,11 @@ def check_entry(entry: Any, where: str, generators: Mapping[str, Callable[..., A
             check_argument(f"{where}.{key}", entry[key], own[key])
     if "generator" not in entry and not entry.get("train"):
         raise ConfigError(f"{where}: 'train' is missing")
+    if not isinstance(entry.get("train", ""), str | list | tuple):
+        raise ConfigError(
+            f"{where}.train: {entry['train']!r} should be a set expression, 'head + block[-2:]',"
+            " or [pattern, whether it trains] pairs"
+        )
     _check_values(entry, where)
 
 
@@ -133,9 +135,10 @@ def _check_values(entry: Entry, where: str) -> None:
         scale = rate
     if not _above_zero(scale):
         raise ConfigError(f"{where}.lr_scale: {scale!r} should be a number above 0")
-    for key, kind in (("scales", "factor above 0"), ("anneal", "step above 0")):
+    for key, kind in (("scales", "factor above 0"), ("anneal", "step of the run")):
         values = entry.get(key) or {}
-        if not isinstance(values, Mapping) or not all(map(_above_zero, values.values())):
+        right = isinstance(values, Mapping) and all(map(_above_zero, values.values()))
+        if not right or (key == "anneal" and not all(type(v) is int for v in values.values())):
             raise ConfigError(f"{where}.{key}: {values!r} should be {{set expression: {kind}}}")
     _check_elements(entry.get("elements"), where)
     warm = entry.get("warm_steps", 0)

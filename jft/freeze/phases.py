@@ -105,8 +105,17 @@ class Phase:
         return self.cohorts, self.anneal is not None, self.ramps is not None, kind
 
 
-def number(stretches: Sequence[Stretch]) -> tuple[Phase, ...]:
-    """Returns the phases of consecutive stretches, with the history of each leaf's training."""
+def number(
+    stretches: Sequence[Stretch], atoms: Mapping[str, str] | None = None
+) -> tuple[Phase, ...]:
+    """Returns the phases of consecutive stretches, with the history of each leaf's training.
+
+    Args:
+      stretches: in order.
+      atoms: {path: name}: leaves with different names are in different cohorts, also where their
+        history is the same. If they are those that ever part, a trainable set has the same cohorts
+        at each visit, and one compiled step.
+    """
     anneals = any(stretch.anneal for stretch in stretches)
     warms = any(stretch.warm_steps for stretch in stretches)
     phases: list[Phase] = []
@@ -125,7 +134,7 @@ def number(stretches: Sequence[Stretch]) -> tuple[Phase, ...]:
             elif stretch.state == "park" and path in parked:
                 now[path] = _digest(parked.pop(path), fresh)
             else:
-                now[path] = fresh
+                now[path] = fresh if atoms is None else _digest(atoms[path], fresh)
         if stretch.state == "park":
             parked |= {p: _digest(token, fresh) for p, token in entered.items() if p not in now}
         else:

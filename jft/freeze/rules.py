@@ -8,16 +8,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jft.errors import ConfigError, nearest
-from jft.freeze.deciders import DECIDERS, View
+from jft.freeze.deciders import DECIDERS, ELEMENT_SIGNALS, LEAF_SIGNALS, View
 from jft.freeze.entries import HANDED_ON, check_argument
-from jft.freeze.groups import Groups
-from jft.freeze.masks import Mask
 from jft.freeze.outline import Outline
 
-SIGNALS = (
-    *("grad_norm", "rel_grad", "grad_change", "grad_snr", "rel_update", "plasticity"),
-    *("weight_snr", "fisher", "grad_abs"),
-)
+SIGNALS = (*LEAF_SIGNALS, *ELEMENT_SIGNALS, "plasticity")
 # Of the deciders' arguments; others are 0 or more.
 RANGES = {"share": (0.0, 1.0), "q": (0.0, 100.0), "window": (1.0, math.inf)}
 
@@ -52,6 +47,13 @@ class Rule:
         return (start, *found) if self.first else found
 
     @property
+    def elements(self) -> dict[str, Any] | None:
+        """The element-wise mask from its start on, if a decision that chooses one is due then."""
+        if self.decide != "top_elements" or not (self.first or self.every is None):
+            return None
+        return {"kind": "fixed", "share": {**DECIDERS[self.decide].args(), **self.args}["share"]}
+
+    @property
     def expressions(self) -> tuple[str, ...]:
         """The set expressions among the arguments of its decider, defaults with them."""
         args = {**DECIDERS[self.decide].args(), **self.args}
@@ -61,10 +63,15 @@ class Rule:
         """What the decider chooses: "train", "scales" or "elements", and "values" it looked at."""
         return DECIDERS[self.decide].decide(view, **self.args)
 
-    def likely(self, outline: Outline, groups: Groups, mask: Mask) -> Sequence[str]:
-        """Set expressions that the next decision may choose, the likeliest first."""
+    def likely(self, view: View) -> Sequence[dict[str, Any]]:
+        """What the next decision may be, the likeliest first; `view` has no values."""
         find = DECIDERS[self.decide].likely
-        return find(outline, groups, mask) if find else ()
+        return find(view, **self.args) if find else ()
+
+    @property
+    def certain(self) -> bool:
+        """Whether what `likely` tells is sure to be decided."""
+        return DECIDERS[self.decide].certain
 
 
 @functools.lru_cache(64)  # it is asked for at every step
@@ -92,6 +99,13 @@ def make_rule(entry: Mapping[str, Any], where: str = "freeze.phases") -> Rule:
     ):
         if value not in known:
             raise ConfigError(f"{where}.{key}: no {key} {value!r}{nearest(str(value), known)}")
+    if rule.signal not in DECIDERS[rule.decide].signals:
+        able = ", ".join(DECIDERS[rule.decide].signals)
+        raise ConfigError(
+            f"{where}.signal: {rule.decide} cannot use {rule.signal}; it takes {able}"
+        )
+    if isinstance(rule.every, bool) or not isinstance(rule.every, int | float | str | None):
+        raise ConfigError(f"{where}.every: {rule.every!r} should be a period: 20, '5%' or '1ep'")
     known = DECIDERS[rule.decide].args()
     for name in rule.args:
         if name not in known:

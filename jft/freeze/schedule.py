@@ -6,20 +6,21 @@ holds what was seen and decided, travels in every checkpoint, and makes a resume
 """
 
 import copy
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from jft.errors import ConfigError
-from jft.freeze.bounds import bound_sets, menu_note, menu_text, quantise_cut
+from jft.freeze.bounds import bound_sets, menu_note, menu_text
+from jft.freeze.deciders import View
 from jft.freeze.entries import HANDED_ON, Entry, parse_entries
 from jft.freeze.generators import GENERATORS
 from jft.freeze.groups import Groups
 from jft.freeze.masks import Mask, make_mask
 from jft.freeze.outline import Outline
-from jft.freeze.phases import Elements, Phase, Stretch, number
+from jft.freeze.phases import Phase, Stretch, number
 from jft.freeze.rules import Rule, make_rule
+from jft.freeze.stretches import Stretches
 from jft.freeze.until import observed_values, parse_until, until_step
 
 Log = Sequence[Mapping[str, Any]]
@@ -75,8 +76,7 @@ class FreezeSchedule:
         """
         self.groups, self.outline, self.entries = groups, outline, list(entries)
         self.recipe_schedule = dict(recipe_schedule or {})
-        self.adjust = adjust
-        self._masks: dict[str, Mask] = {}
+        self._stretches = Stretches(groups, outline, adjust)
         self._known: tuple[int, tuple[Phase, ...]] | None = None
         self.watched = sorted({e.metric for e in map(self._event, range(len(entries))) if e})
         self.approximation = ""
@@ -112,10 +112,27 @@ class FreezeSchedule:
         if limit is not None:
             stretches, bound = bound_sets(stretches, limit, grows=self.triggered)
             bound = bound or menu_note(self.outline, self.entries)
+            if not bound and self.triggered and not log:
+                bound = f"at most {limit} trainable sets, the first ones met (freeze.max_sets)"
             self.approximation = f"{bound}: {menu_text(stretches)}" if bound else ""
-        phases = number(stretches)
+        phases = number(stretches, atoms=self._atoms(stretches))
         self._known = (len(log), phases)
         return phases
+
+    def _atoms(self, stretches: Sequence[Stretch]) -> dict[str, str] | None:
+        """{path: a name shared by the leaves that train in the same sets}, for `number`.
+
+        Sets that decisions may still add are not known, so that there each leaf has its own.
+        """
+        if self.outline.max_sets is None or all(e.get("state") == "reset" for e in self.entries):
+            return None  # nothing is bounded, or nothing has a history
+        if self.triggered:
+            return {path: path for path in self.groups.paths}
+        masks = list({id(stretch.mask): stretch.mask for stretch in stretches}.values())
+        return {
+            path: "".join("1" if mask[path] else "0" for mask in masks)
+            for path in self.groups.paths
+        }
 
     def at(self, step: int, log: Log = ()) -> Phase:
         """Returns the phase of the update after `step`; the last one at the end of the run."""
@@ -134,7 +151,7 @@ class FreezeSchedule:
                 record["step"] == step for record in records
             ):
                 phase = self.at(max(step - 1, start), log)
-                base = self._mask(rule.train, f"freeze.phases[{index}]")
+                base = self._stretches.mask(rule.train, f"freeze.phases[{index}]")
                 return Due(step, index, rule, phase, base, records[-1] if records else None)
         return None
 
@@ -160,15 +177,38 @@ class FreezeSchedule:
             entry = self.entries[index]
             if entry.get("generator") == "rule" and start <= step < stop:
                 rule = make_rule(entry)
-                for train in rule.likely(self.outline, self.groups, now.mask):
-                    record = {"step": max(step + 1, start + 1), "entry": index, "train": train}
-                    if record["step"] >= stop:
-                        continue
-                    after = self._fresh().phases([*log, record])
+                at = max(step, start) + 1
+                for outcome in rule.likely(self._view(index, now, log)) if at < stop else ():
+                    after = self._fresh().phases([*log, {"step": at, "entry": index, **outcome}])
                     following.append(after[min(now.index + 1, len(after) - 1)])
         return tuple(following)
 
+    def foreseen(self, log: Log = ()) -> tuple[Phase, ...]:
+        """Returns all phases with the decisions that are certain before anything is measured."""
+        known = list(log)
+        for index, (start, stop) in enumerate(self._spans(log)):
+            entry = self.entries[index]
+            if entry.get("generator") != "rule" or not make_rule(entry).certain:
+                continue
+            rule, made = make_rule(entry), _records(log, index)
+            for at in rule.points(start, stop, self.outline):
+                if made and at <= made[-1]["step"]:
+                    continue
+                now = self._fresh().at(max(at - 1, start), known)
+                outcome = next(iter(rule.likely(self._view(index, now, known))), None)
+                if outcome is None:
+                    break
+                known.append({"step": at, "entry": index, **outcome})
+        return self._fresh().phases(known) if len(known) > len(log) else self.phases(log)
+
+    def _view(self, index: int, now: Phase, log: Log) -> View:
+        """What a rule sees before its next decision, without values."""
+        base = self._stretches.mask(make_rule(self.entries[index]).train, f"freeze.phases[{index}]")
+        leaves = frozenset(path for path, yes in base.items() if yes)
+        return View({}, self.groups, self.outline, now.mask, leaves, _records(log, index))
+
     def _fresh(self) -> "FreezeSchedule":
+        """A copy that does not remember this one's log: another of its length has other phases."""
         other = copy.copy(self)
         other._known = None
         return other
@@ -226,17 +266,24 @@ class FreezeSchedule:
         kind = entry.get("generator")
         if kind is None:
             event = self._event(index)
-            found = self._stretch(entry, where, start, stop)
+            found = self._stretches.make(entry, where, start, stop)
             return [replace(found, event=event.text if event else "")]
         if kind == "rule":
             return self._ruled(index, start, stop, log)
         given = {k: v for k, v in entry.items() if k not in (*HANDED_ON, "generator")}
-        written = GENERATORS[kind](replace(self.outline, start=start, stop=stop), **given)
+        # Over what it has at the latest, cut off where its event was seen: an event must not change
+        # the phases before it.
+        outline = replace(self.outline, start=start, stop=self._stop(index, start, ()))
         shared = {k: entry[k] for k in HANDED_ON if k in entry and k != "until"}
-        stretches = []
-        for part in written:
+        event = self._event(index)
+        stretches: list[Stretch] = []
+        for part in GENERATORS[kind](outline, **given):
             begin = stretches[-1].stop if stretches else start
-            stretches.append(self._stretch({**shared, **part}, where, begin, part["until"]))
+            if begin < stop:
+                found = self._stretches.make(
+                    {**shared, **part}, where, begin, min(part["until"], stop)
+                )
+                stretches.append(replace(found, event=event.text if event else ""))
         return stretches
 
     def _ruled(self, index: int, start: int, stop: int, log: Log) -> list[Stretch]:
@@ -247,7 +294,7 @@ class FreezeSchedule:
         entry, where = self.entries[index], f"freeze.phases[{index}]"
         shared = {k: entry[k] for k in HANDED_ON if k in entry and k != "until"}
         rule = make_rule(entry)
-        first: Entry = {**shared, "train": rule.train, "state": "keep"}
+        first: Entry = {**shared, "train": rule.train, "state": "keep", "elements": rule.elements}
         records = [{"step": start}, *_records(log, index)]
         stretches: list[Stretch] = []
         current = first
@@ -261,7 +308,7 @@ class FreezeSchedule:
                     current["name"] = record["name"]
             end = records[at + 1]["step"] if at + 1 < len(records) else stop
             if end > record["step"]:
-                found = self._stretch(current, where, record["step"], end)
+                found = self._stretches.make(current, where, record["step"], end)
                 found = replace(found, event=rule.signal if rule.every is not None else "")
                 # Other elements of the same leaves are a new choice too.
                 resets = found.state == "reset" and "train" in record or "elements" in record
@@ -275,65 +322,9 @@ class FreezeSchedule:
         """What a rule chose, without the leaves that it must not choose; `base` if none is left."""
         if base == "all" or not isinstance(chosen, str):
             return chosen
-        known, mask = self._mask(base, where), self._mask(chosen, where)
+        known, mask = self._stretches.mask(base, where), self._stretches.mask(chosen, where)
         leaves = [path for path, trains in mask.items() if trains and known[path]]
         return {"leaves": leaves} if leaves else base
-
-    def _stretch(self, entry: Entry, where: str, start: int, stop: int) -> Stretch:
-        train = entry["train"]
-        label = train.strip() if isinstance(train, str) else f"rules for {where[-2:-1]}"
-        label = f"{len(train['leaves'])} leaves" if isinstance(train, Mapping) else label
-        scale, scales = entry.get("lr_scale", 1.0), self._by_leaf(entry.get("scales") or {}, where)
-        if isinstance(scale, Mapping):
-            decay = self._depth_decay(float(scale["rate"]))
-            scales = {path: factor * scales.get(path, 1.0) for path, factor in decay.items()}
-            scale = 1.0
-        elements = {k: v for k, v in (entry.get("elements") or {}).items() if k != "always"}
-        return Stretch(
-            start,
-            stop,
-            str(entry.get("name") or label),
-            self._mask(train, where),
-            float(scale),
-            scales,
-            self._by_leaf(entry.get("anneal") or {}, where),
-            int(entry.get("warm_steps", 0)),
-            str(entry.get("state", "keep")),
-            Elements(**elements) if elements else None,
-        )
-
-    def _mask(self, train: Any, where: str) -> Mask:
-        text = train if isinstance(train, str) else repr(train)
-        if text not in self._masks:
-            if isinstance(train, Mapping):  # a decision's own leaves
-                leaves = set(train["leaves"])
-                mask = {path: path in leaves for path in self.groups.paths}
-            else:
-                mask = make_mask(train, self.groups, where)
-            mask = quantise_cut(mask, self.groups, self.outline)
-            self._masks[text] = self.adjust(mask) if self.adjust else mask
-        return self._masks[text]
-
-    @functools.cached_property
-    def _unit_of(self) -> dict[str, int]:
-        units = [make_mask(unit, self.groups) for unit in self.outline.units]
-        return {p: next(i for i, unit in enumerate(units) if unit[p]) for p in self.groups.paths}
-
-    def _depth_decay(self, rate: float) -> dict[str, float]:
-        """{path: rate ** distance from the head}, in units of the outline."""
-        top = len(self.outline.units) - 1
-        return {path: rate ** (top - unit) for path, unit in self._unit_of.items()}
-
-    def _by_leaf(self, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """{path: value} of {path or set expression: value}."""
-        found: dict[str, Any] = {}
-        for name, value in values.items():
-            if name in self.groups.patterns:
-                found[name] = value
-            else:
-                mask = make_mask(name, self.groups, where)
-                found |= {path: value for path, trains in mask.items() if trains}
-        return found
 
 
 def _records(log: Log, entry: int) -> list[Any]:

@@ -20,6 +20,8 @@ Pads = tuple[tuple[int, int], tuple[int, int]]
 # into a core's L2 cache together.
 CHUNK_BYTES = 1 << 19
 
+STRIDED = "strided"  # scope of the gradients of convolutions with a stride above 1
+
 
 def pointwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """1 x 1 convolution as one matrix product: x [B, H, W, I], kernel [1, 1, I, O]."""
@@ -81,7 +83,10 @@ def _conv_backward(
     else:
         cpu = functools.partial(_shifted_grads, strides=strides, pads=pads)
     native = pull(lambda x, kernel: _native_conv(x, kernel, strides, pads, groups))
-    with jax.named_scope("conv" if groups == 1 else "depthwise"):
+    # Of these gradients a backend may multiply zeros between pixels: the cost report tells them by
+    # their name.
+    name = STRIDED if max(strides) > 1 else "stride_1"
+    with jax.named_scope("conv" if groups == 1 else "depthwise"), jax.named_scope(name):
         return jax.lax.platform_dependent(*saved, dy, cpu=cpu, default=native)
 
 

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from jft import hlo
@@ -16,6 +16,8 @@ from jft.train.run import Run, compile_phase
 SHORT_STEPS, SHORT_MEAN_STEPS, MANY = 5, 50, 4
 # Tracing holds the interpreter: at Python's 5 ms a step would wait for it at each of its calls.
 SWITCH_SECONDS = 0.0005
+# Compiled steps in memory; a rule that decides often may ask for any number of them.
+MOST_KEPT = 256
 
 
 class CompiledSteps:
@@ -39,10 +41,22 @@ class CompiledSteps:
         """Starts compiling the step of `phase`, unless one like it is there."""
         chosen = self.choose(phase)
         key = (phase.key, chosen.key)
-        if key not in self._futures:
-            self._futures[key] = self._pool.submit(self._compile, phase, chosen)
-            self._futures[key].add_done_callback(self._count)
-        return self._futures[key]
+        found = self._futures.pop(key, None)
+        if found is None:
+            found = self._pool.submit(self._compile, phase, chosen)
+            found.add_done_callback(self._count)
+        self._futures[key] = found  # the last one used
+        while len(self._futures) > MOST_KEPT:
+            self._futures.pop(next(iter(self._futures))).cancel()
+        return found
+
+    def want(self, phase: Phase) -> None:
+        """Starts compiling the step of `phase` before all that was only likely to follow."""
+        wanted = self.start(phase)
+        if not wanted.done():
+            for key, future in list(self._futures.items()):
+                if future is not wanted and future.cancel():
+                    del self._futures[key]
 
     def _compile(self, phase: Phase, chosen: Input) -> tuple[Any, float, str]:
         """Returns (compiled step, seconds, how it compares with the plan)."""
@@ -71,10 +85,11 @@ class CompiledSteps:
             self.message(f"step of phase {phase.index}: {text}")
         return compiled, seconds
 
-    def ahead(self, phases: Sequence[Phase]) -> None:
+    def ahead(self, phases: Sequence[Phase], stop: Callable[[], bool] = lambda: False) -> None:
         """Compiles all sets of `phases` now, if they come too fast to do it along the way.
 
-        So it is with LISA or HiFT: each set would stall the run at its first use.
+        So it is with LISA or HiFT: each set would stall the run at its first use. Gives up when
+        `stop` says so.
         """
         distinct: dict[Any, Phase] = {}
         for phase in phases:
@@ -86,6 +101,10 @@ class CompiledSteps:
             return
         began = time.monotonic()
         for future in [self.start(phase) for phase in distinct.values()]:
+            while not future.done():
+                if stop():
+                    return
+                wait([future], timeout=0.2)
             future.result()
         self.message(
             f"compiled {len(distinct)} trainable sets of {len(phases)} phases before step 1"

@@ -36,6 +36,7 @@ class Decisions:
         self._before: Flat = {}
         self._probes: dict[Any, Probe] = {}
         self._distances: dict[int, Any] = {}
+        self._told = False
 
     @property
     def beside(self) -> dict[str, Flat]:
@@ -78,7 +79,10 @@ class Decisions:
             rate=float(self.run.optim.schedule(due.step)),
         )
         outcome = due.rule.outcome(view)
+        bounded = self.run.freeze.approximation
         self.log.append({"step": due.step, "entry": due.entry, **outcome})
+        self.run.freeze.phases(self.log)
+        bound = self.run.freeze.approximation
         shown = outcome.get("name") or outcome.get("train") or "no change"
         if isinstance(shown, Mapping):
             shown = f"{len(shown['leaves'])} leaves"
@@ -86,7 +90,9 @@ class Decisions:
             self.chosen = self._choose(view, outcome["elements"], elements, params)
             kept = sum(int(mask.sum()) for mask in self.chosen.values())
             shown = f"{kept:,} elements train"
-        return f"{due.rule.signal} decides: {shown}"
+        told = f"; from here on {bound}" if bound != bounded and not self._told else ""
+        self._told = self._told or bool(told)
+        return f"{due.rule.signal} decides: {shown}{told}"
 
     def _measure(
         self, due: Due, base: frozenset[str], params: Flat, stats: Flat, feed: Feed

@@ -40,8 +40,10 @@ class Feed:
 
     def choose(self, phase: Phase, phases: tuple[Phase, ...]) -> Input:
         """Returns what a phase reads."""
-        if self.run.inputs is None or self.run.enforce != "split":
+        if self.run.inputs is None:
             return Input()
+        if self.run.enforce != "split":  # the reference sees what a run without a cache sees
+            return self.run.inputs.uncached(phase)
         found = self.run.inputs.choose(phase, phases, self.chosen)
         if found.text:
             self.say(found.text)
@@ -53,13 +55,19 @@ class Feed:
         Under freeze.cache=auto a cache that cannot be filled is given up: see `input`.
         """
         last, cache = self.cache, None
+        if last is not None and self.run.inputs and self.input.cuts[-1] > (0, *chosen.cuts)[-1]:
+            self.run.inputs.discard(last)  # no input of a shallower one: make room
+            self.cache = last = None
         if self.run.inputs is not None and chosen.kind == "cache":
             cache = last if self.input == chosen else None
             try:
                 cache = cache or self._fill(chosen, params, stats)
             except (DataError, MemoryError, jax.errors.JaxRuntimeError) as error:
                 if self.run.inputs.mode != "auto":
-                    raise
+                    if isinstance(error, DataError):
+                        raise
+                    line = str(error).partition("\n")[0]
+                    raise DataError(f"freeze.cache: {line}; auto does without it") from error
                 self.say(f"warning: no cache: {error}".splitlines()[0])
                 chosen = self.run.inputs.drop(phase, self.chosen)
         if self.run.inputs is not None and last is not None and last is not cache:

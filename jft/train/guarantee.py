@@ -17,6 +17,7 @@ import numpy as np
 from jft import hlo
 from jft.freeze.groups import Groups
 from jft.freeze.masks import Mask, make_mask
+from jft.models.conv import STRIDED
 from jft.plan import PhasePlan
 from jft.tree import Flat
 
@@ -69,14 +70,12 @@ def check_cost(
 
 
 def _strided(scopes: Mapping[str, int]) -> int:
-    """FLOPs of the gradients of convolutions in jft's own form, which may multiply zeros."""
-    return sum(
-        flops for name, flops in scopes.items() if "transpose(" in name and _may_stride(name)
-    )
+    """FLOPs of the gradients of strided convolutions, which may multiply zeros."""
+    return sum(flops for name, flops in scopes.items() if _is_strided(name))
 
 
-def _may_stride(name: str) -> bool:
-    return any(part in name for part in ("/depthwise/", "/conv/"))
+def _is_strided(name: str) -> bool:
+    return "transpose(" in name and f"/{STRIDED}/" in name
 
 
 def consumers(scopes: Mapping[str, int], mask: Mask, stages: Sequence[str]) -> list[str]:
@@ -103,7 +102,7 @@ def consumers(scopes: Mapping[str, int], mask: Mask, stages: Sequence[str]) -> l
         module = next((prefix for prefix in prefixes if prefix in modules), None)
         if module is not None:
             (backward if "transpose(" in name else forward)[module] += flops
-            if _may_stride(name):
+            if _is_strided(name):
                 strided.add(module)
     wrong = Counter[str]()
     for module, flops in backward.items():

@@ -100,12 +100,12 @@ class Inputs:
         """
         cut = self._cut(phase)
         if cut == 0 or self.mode == "off" or not runs_in_parts(self.prefix.apply):
-            return self._uncached(cut)
+            return self.uncached(phase)
         name = _name(phase, cut)
         if name not in self._memo.inputs:
             cuts = (*sorted(c for c in self._before(phase, phases, chosen) if c < cut), cut)
             text = "" if name in chosen else self._decide(phase, phases, cuts, chosen)
-            made = Input("cache", cuts, chosen[name]) if chosen[name] else self._uncached(cut)
+            made = Input("cache", cuts, chosen[name]) if chosen[name] else self.uncached(phase)
             self._memo.inputs[name] = made
             return replace(made, text=text)
         return self._memo.inputs[name]
@@ -114,11 +114,13 @@ class Inputs:
         """Gives up the cache of a phase, whose entries could not be made; returns what it reads."""
         cut = self._cut(phase)
         name = _name(phase, cut)
-        chosen[name], self._memo.inputs[name] = "", self._uncached(cut)
+        chosen[name], self._memo.inputs[name] = "", self.uncached(phase)
         return self._memo.inputs[name]
 
-    def _uncached(self, cut: int) -> Input:
-        return Input("views" if cut and self.random and self.views is not None else "images")
+    def uncached(self, phase: Phase) -> Input:
+        """Returns what a phase reads without a cache."""
+        fixed = self._cut(phase) and self.random and self.views is not None
+        return Input("views" if fixed else "images")
 
     def _cut(self, phase: Phase) -> int:
         """The first stage that trains; phases of one set share their mask."""
@@ -180,7 +182,7 @@ class Inputs:
             fill -= self.prefix_flops(cuts[-2])
             tiers = {tier for name, tier in chosen.items() if name.endswith(f":{cuts[-2]}")}
             size = self._entry_bytes(cuts[:-1]) * len(self.source) * (self.views or 1)
-            for tier in tiers - {""}:
+            for tier in tiers - {""} if cuts[-2] not in self._memo.filled else ():
                 room = replace(room, **{tier: max(0, getattr(room, tier) - size)})
         return CacheCosts(
             steps=steps,
@@ -233,6 +235,7 @@ class Inputs:
         self, chosen: Input, params: Flat, stats: Flat, caches: Sequence[PrefixCache]
     ) -> PrefixCache:
         """Computes the entries, or takes those that are there."""
+        self._memo.filled.add(chosen.cuts[-1])
         return fill_cache(
             self._prefix(chosen.cuts),
             params,
@@ -279,6 +282,7 @@ class _Memo:
       cuts: {id of a mask: (mask, cut)}.
       before: {index of a phase: cuts of the caches before it}.
       entries: {cut: shape and dtype of an entry}.
+      filled: cuts whose entries have taken their room already.
       told: (cut, whether cached) of the lines that were shown.
     """
 
@@ -286,6 +290,7 @@ class _Memo:
     cuts: dict[int, tuple[Mapping[str, bool], int]] = field(default_factory=dict)
     before: dict[int, frozenset[int]] = field(default_factory=dict)
     entries: dict[int, jax.ShapeDtypeStruct] = field(default_factory=dict)
+    filled: set[int] = field(default_factory=set)
     told: set[tuple[int, bool]] = field(default_factory=set)
 
 

@@ -4,15 +4,12 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 
 from jft.errors import DivergedError
 from jft.freeze.phases import Phase
-from jft.metrics import finish
 from jft.report.writers import RunWriter
 from jft.train.checkpoint import Restored
 from jft.train.compiled import CompiledSteps
@@ -22,10 +19,11 @@ from jft.train.guarantee import Guard
 from jft.train.inputs import Input
 from jft.train.lock import Lock
 from jft.train.parallel import check_replicas
+from jft.train.rows import Rows
 from jft.train.run import Outcome, Run, batch_shape, from_checkpoint, pack, phase_of
 from jft.train.signals import StopSignals
 from jft.train.stacks import Apart, unstack
-from jft.train.state import WINDOW_SUMS, make_state, switch_phase
+from jft.train.state import make_state, switch_phase
 from jft.train.step import make_eval_step
 from jft.tree import Flat
 
@@ -80,12 +78,10 @@ class _Trainer:
         beside: dict[str, Flat] = {}
         self.eval_step: Any = None
         self.in_flight: deque[jax.Array] = deque()
-        self.rows: deque[_Row] = deque()
+        self.rows = Rows(run, writer, lambda: self.steps.seconds)
         self.last: dict[str, Any] = {}
         self.results: dict[str, float] = {}
-        self.step, self.evaluated_step, self.wait_seconds = 0, -1, 0.0
-        self.began = self.clock = time.monotonic()
-        self.clock_step, self.stall_seconds, self.entered = 0, 0.0, False
+        self.step, self.evaluated_step, self.entered = 0, -1, False
         self.compared: set[Any] = set()
         self.batch_names: tuple[str, ...] = ()
         if restored is None:
@@ -111,8 +107,10 @@ class _Trainer:
     def train(self, stop: StopSignals) -> int:
         """Runs the phases that are left; returns the exit code."""
         run = self.run
-        if not run.freeze.triggered and run.total_steps == run.freeze.outline.total_steps:
-            self.steps.ahead([phase for phase in run.phases if phase.stop_step > self.step])
+        if run.total_steps == run.freeze.outline.total_steps:
+            foreseen = run.freeze.foreseen(self.decisions.log)
+            following = [phase for phase in foreseen if phase.stop_step > self.step]
+            self.steps.ahead(following, stop=lambda: stop.exit_code is not None)
         self.decisions.begin(self.step, *self.leaves())
         self.guard.begin(self.leaves()[0])
         self.decide()
@@ -151,22 +149,22 @@ class _Trainer:
         due = self.run.freeze.due(self.step, self.decisions.log)
         if due is None:
             return
-        self.write_rows(wait=True)
+        self.rows.write(wait=True)
         began = time.monotonic()
         text = self.decisions.decide(due, *self.leaves(), self.feed)
         seconds = time.monotonic() - began
         self.writer.message(f"step {self.step}: {text} ({seconds:.1f} s)")
-        self.clock += seconds  # a probe is not training time
+        self.rows.leave_out(seconds, probe=True)
 
     def enter(self, phase: Phase) -> None:
         """Makes `phase` the current one: its split, its compiled step, and the next one's start."""
         if phase.stop_step - phase.start_step > self.run.parts.log_every_steps:
             # They are timed by the clock of the phase that they belong to.
-            self.write_rows(wait=True)
+            self.rows.write(wait=True)
         began = time.monotonic()
         run, old = self.run, self.phase
         going_on = phase.index == old.index and self.entered
-        self.steps.start(phase)
+        self.steps.want(phase)
         if not going_on:
             self.state, self.frozen = unstack((self.state, self.frozen))
         elements = self.decisions.elements(phase, self.frozen.elements)
@@ -190,14 +188,14 @@ class _Trainer:
             trains = [p for p in phase.entered if p not in elements or elements[p].any()]
             self.guard.freeze(self.frozen.params | self.frozen.model_state, trains)
             self.show_phase(phase, compile_seconds, time.monotonic() - began)
-            self.clock, self.clock_step, self.wait_seconds = time.monotonic(), self.step, 0.0
+            self.rows.restart(self.step)
         for following in run.freeze.likely(self.decisions.log, self.step):
             if following.start_step < run.total_steps:
                 self.steps.start(following)
 
     def show_phase(self, phase: Phase, compile_seconds: float, stall: float) -> None:
         """Says that a phase begins; of many short ones only the first few."""
-        self.stall_seconds += stall
+        self.rows.stall_seconds += stall
         if phase.index < SHOWN_PHASES or stall > 1.0:
             last = f"at most {phase.stop_step}" if phase.event else str(phase.stop_step)
             self.writer.message(
@@ -209,7 +207,7 @@ class _Trainer:
         """One step; the device works while the host fetches the next batch."""
         began = time.monotonic()
         batch = next(self.feed)
-        self.wait_seconds += time.monotonic() - began
+        self.rows.wait_seconds += time.monotonic() - began
         placed = self.run.parallel.place_batch({name: batch[name] for name in self.batch_names})
         self.decisions.before_update(self.step, self.state.params)
         self.state, self.last = self.current(self.state, self.frozen, placed)
@@ -222,8 +220,8 @@ class _Trainer:
         """Logs, evaluates, decides and saves what is due at this step."""
         run = self.run
         if last or self.step % run.parts.log_every_steps == 0:
-            self.rows.append(_Row(self.step, self.phase.index, self.last))
-        self.write_rows(wait=False)
+            self.rows.add(self.step, self.phase.index, self.last)
+        self.rows.write(wait=False)
         every = run.eval_every_steps
         if "val" in run.splits and (last or (every and self.step % every == 0)):
             self.evaluate("val")
@@ -236,50 +234,11 @@ class _Trainer:
             self.save()
         run.checkpoints.poll()
 
-    def write_rows(self, wait: bool) -> None:
-        """Writes the logged rows whose values have arrived; all of them when `wait`."""
-        while self.rows and (wait or self.rows[0].metrics["loss_sum"].is_ready()):
-            row = self.rows.popleft()
-            values = {name: np.asarray(leaf).item() for name, leaf in row.metrics.items()}
-            if values["halted"]:
-                raise DivergedError(
-                    f"loss or gradient is not finite at or before step {row.step}"
-                    f" ({values['nonfinite_steps']} such steps); train.nonfinite"
-                    f"={self.run.parts.nonfinite!r}, quota {self.run.parts.nonfinite_quota};"
-                    " lower optim.learning_rate or set optim.grad_clip_norm"
-                )
-            if not row.shown:
-                continue
-            means = finish({name: values[name] for name in WINDOW_SUMS})
-            named = {f"train/{name}": value for name, value in means.items()}
-            for name in ("grad_norm", "learning_rate", "nonfinite_steps"):
-                named[f"train/{name}"] = values[name]
-            self.writer.write(row.step, {"phase": row.phase, **named}, self.timing(row.step))
-
     def check_last(self) -> None:
         """Writes all rows and raises if the run has halted by now; waits for the device."""
         if self.last:
-            self.rows.append(_Row(self.step, self.phase.index, self.last, shown=False))
-        self.write_rows(wait=True)
-
-    def timing(self, step: int) -> dict[str, float]:
-        """Returns what depends on the clock, since the row before."""
-        now = time.monotonic()
-        seconds, steps = max(now - self.clock, 1e-9), max(step - self.clock_step, 1)
-        rows = self.run.batch_shape["label"].shape[0]
-        eta = (self.run.total_steps - step) * seconds / steps
-        waited, self.wait_seconds = self.wait_seconds, 0.0
-        self.clock, self.clock_step = now, step
-        self.writer.status(state="running", step=step, eta_seconds=eta)
-        return {
-            "step_seconds": seconds / steps,
-            "examples_per_second": rows * steps / seconds,
-            "data_wait_percent": min(100.0, 100.0 * waited / seconds),
-            "eta_seconds": eta,
-            "elapsed_seconds": now - self.began,
-            "compile_seconds": self.steps.seconds,
-            "stall_seconds": self.stall_seconds,
-        }
+            self.rows.add(self.step, self.phase.index, self.last, shown=False)
+        self.rows.write(wait=True)
 
     def predict_step(self) -> Callable[[Mapping[str, Any]], dict[str, jax.Array]]:
         """Returns the evaluation step on the present parameters."""
@@ -310,7 +269,7 @@ class _Trainer:
         self.writer.write(
             self.step, {"phase": self.phase.index, **named}, {"eval_seconds": seconds}
         )
-        self.clock += seconds  # evaluation is not training time
+        self.rows.leave_out(seconds)
 
     def save(self) -> None:
         """Saves the state; what was logged up to this step is on the disk before."""
@@ -338,13 +297,3 @@ class _Trainer:
         reason = None if exit_code == 0 else f"stopped by a signal at step {self.step}, saved"
         self.writer.status(state=state, step=self.step, eta_seconds=None, exit_reason=reason)
         return Outcome(exit_code, self.step, dict(self.results), *self.leaves())
-
-
-@dataclass(frozen=True)
-class _Row:
-    """Metrics of a step, still on the device; one that is not shown is only checked."""
-
-    step: int
-    phase: int
-    metrics: dict[str, Any]
-    shown: bool = True

@@ -7,6 +7,7 @@ stack there copies the slices. So the leaves are stacked when a phase begins, ou
 one stack for each run of blocks that train alike, frozen and trainable apart.
 """
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -109,9 +110,16 @@ class Apart:
 
     def __call__(self, state: Any, frozen: Any) -> tuple[Any, Any]:
         """Returns both; leaves outside stacks stay where they are."""
-        if self._frozen[0] is not frozen:
-            self._frozen = (frozen, unstack(_fetch_stacks(frozen)))
+        # What is never saved is not held either: the entries of a cache may fill a device.
+        kept = {**frozen.params, **frozen.model_state, **frozen.elements}
+        if self._frozen[0] is None or not _same_leaves(self._frozen[0], kept):
+            bare = dataclasses.replace(frozen, cache={}, rates={})
+            self._frozen = (kept, unstack(_fetch_stacks(bare)))
         return unstack(_fetch_stacks(state)), self._frozen[1]
+
+
+def _same_leaves(one: Flat, other: Flat) -> bool:
+    return one.keys() == other.keys() and all(one[path] is other[path] for path in one)
 
 
 def _fetch_stacks(tree: Any) -> Any:
