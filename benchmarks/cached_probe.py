@@ -23,8 +23,7 @@ from typing import Any
 import numpy as np
 
 import jft
-from benchmarks.run import hardware
-from jft.provenance import describe_run
+from benchmarks.run import environment, hardware
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.py"
 MODES = ("off", "on")
@@ -138,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     result = {
         "date": datetime.date.today().isoformat(),
         "hardware": hardware(),
-        "environment": describe_run(0),
+        "environment": environment(),
         "epochs": args.epochs,
         "views": args.views,
         "flags": given,

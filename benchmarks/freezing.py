@@ -23,11 +23,10 @@ from benchmarks.caps import SHARES
 from benchmarks.freezing_rows import PEERS, Measuring, Rows, device_kind, own_speedups
 from benchmarks.freezing_table import chart, markdown
 from benchmarks.presets import measure_presets
-from benchmarks.run import FLAGS, hardware, peer_versions
+from benchmarks.run import FLAGS, environment, hardware
 from benchmarks.timing import stopwatch
 from benchmarks.workloads import LITE, Workload
 from jft.hugepages import use_huge_pages
-from jft.provenance import describe_run
 
 FORMAT = 1
 
@@ -122,7 +121,7 @@ def measure(size: Size, say: Any) -> dict[str, Any]:
         "hardware": hardware(),
         "device": device_kind(),
         "load_average": {"before": load, "after": os.getloadavg()},
-        "environment": describe_run(0) | {"peers": peer_versions()},
+        "environment": environment(),
         "flags": {name: os.environ.get(name) for name in FLAGS},
         "measuring": vars(size.measuring),
         "elapsed_seconds": seconds(),

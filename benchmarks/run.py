@@ -119,7 +119,7 @@ def run_suite(
         "date": began.isoformat(timespec="seconds"),
         "hardware": hardware(),
         "load_average": {"before": load, "after": os.getloadavg()},
-        "environment": describe_run(0) | {"peers": peer_versions()},
+        "environment": environment(),
         "flags": {name: os.environ.get(name) for name in FLAGS},
         "window_seconds": window_seconds,
         "blocks": blocks,
@@ -140,6 +140,13 @@ def hardware() -> dict[str, Any]:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     cores = len(usable) if usable else os.cpu_count()
     return {"processor": model, "cores": cores, "memory_bytes": memory}
+
+
+def environment() -> dict[str, Any]:
+    """Returns versions, devices, commit and command, without the folders of this machine."""
+    found = describe_run(0)
+    argv = [Path(word).name if Path(word).is_absolute() else word for word in found["argv"]]
+    return found | {"argv": argv, "peers": peer_versions()}
 
 
 def peer_versions() -> dict[str, str]:
