@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from jft.products import DEPTHWISE, Axis, convolution_flops, dot_flops
 
@@ -158,7 +158,7 @@ def _calls(eqn: JaxprEqn) -> list[_Call]:
         return _of_this_platform(branches, params.get("branches_platforms"))
     for key in ("jaxpr", "call_jaxpr"):
         inner = params.get(key)
-        inner = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
+        inner = getattr(inner, "jaxpr", inner)  # a closed one
         if isinstance(inner, Jaxpr) and len(inner.invars) == len(eqn.invars):
             return [_Call(inner, replay=name in ("remat2", "checkpoint"))]
     return []

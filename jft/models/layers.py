@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-Dtype = jnp.dtype | type
+Dtype = jax.typing.DTypeLike
 # Of dense kernels and embeddings (Hugging Face's initializer_range).
 INIT = nn.initializers.truncated_normal(0.02)
 
