@@ -284,7 +284,9 @@ def test_checkpoints_go_on_in_either_form(tmp_path, data, phases, stop, first):
     resumed = fit(other)
     whole = trained(tmp_path / "whole", data, phases, scan=first, optim=ADAMW, args=DROPS)
     assert resumed.step == whole.step == 10
-    assert_close(resumed.params, whole.params, bar=2e-3)  # Adam divides rounding by itself
+    # Adam divides rounding by itself; and of a key's bias, which softmax cancels, that is all.
+    seen = {path: leaf for path, leaf in resumed.params.items() if "key/bias" not in path}
+    assert_close(seen, {path: whole.params[path] for path in seen}, bar=2e-3)
 
 
 @pytest.fixture(scope="module")
