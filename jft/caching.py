@@ -160,7 +160,7 @@ def plan_phase(
         return replace(plan, argument_bytes=plan.argument_bytes + 8 * rows)
     if chosen.kind != "cache":
         return plan
-    suffix = suffix_costs(task, parallel, parts, inputs.entry(chosen))
+    suffix = suffix_costs(task, parallel, parts, inputs.entry(chosen.cuts))
     found = suffix.flops(phase.mask)
     table = inputs.table_shape(chosen).get("table")
     more = suffix.data_bytes - costs.data_bytes

@@ -135,7 +135,7 @@ KEYS: dict[str, Key] = {
         None, float | None, "largest global norm of the trainable gradients", low=0
     ),
     "optim.per_phase": Key(
-        False, bool, "warm-up and schedule start again in each phase, not at a rule's decisions"
+        False, bool, "warm-up and schedule start again in each phase as written"
     ),
     "loss.name": Key("softmax", str, "loss"),
     "loss.args": Key({}, dict, "options of the loss, `--config.loss.args.label_smoothing=0.1`"),

@@ -107,14 +107,15 @@ def describe_plan(
 ) -> dict[str, Any]:
     """Returns the content of plan.json."""
     groups = {path: group for path, (group, _) in task.groups().patterns.items()}
-    factors: dict[str, set[float]] = {}
-    for path, group in groups.items():
-        factors.setdefault(group, set()).add(optim.multipliers[path])
-    peak = task.config.optim.learning_rate
-    rates = {
-        group: [peak * phase.lr_scale * max(found) for phase in phases]
-        for group, found in factors.items()
-    }
+    rates: dict[str, list[float]] = {group: [] for group in groups.values()}
+    for phase in phases:
+        peak = task.config.optim.learning_rate * phase.lr_scale
+        highest = dict.fromkeys(rates, 0.0)
+        for path, group in groups.items():
+            factor = optim.multipliers[path] * phase.scales.get(path, 1.0)
+            highest[group] = max(highest[group], factor)
+        for group, factor in highest.items():
+            rates[group].append(peak * factor)
     masks = [phase.mask for phase in phases]
     found = plan_dict(plans, task.shapes[0], masks, groups, rates)
     return {**found, "approximation": schedule.approximation}
@@ -129,7 +130,12 @@ def tables(
 ) -> str:
     """Returns the groups table (or one line a leaf) and the phases table."""
     params, section = task.shapes[0], task.config.optim
-    rates = {path: section.learning_rate * optim.multipliers[path] for path in params}
+    # Phases share what their entry says of the leaves: each is looked at once.
+    scales = {id(phase.scales): phase.scales for phase in schedule.phases()}.values()
+    rates = {
+        path: [section.learning_rate * factor * each.get(path, 1.0) for each in scales]
+        for path, factor in optim.multipliers.items()
+    }
     decays = {path: section.weight_decay * optim.decay_mask[path] for path in params}
     table = explain(task.groups(), schedule.phases(), params, rates, decays, every_leaf=every_leaf)
     bounded = schedule.approximation

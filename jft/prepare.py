@@ -78,12 +78,12 @@ def make_schedule(
                 f"freeze.phases: an event on {metric} needs the split 'val': data.val_fraction,"
                 " and 'val' in eval.splits"
             )
-    prescribed = schedule.recipe_schedule
     optim = make_optim(
-        schedule.phases(),
+        schedule.spans.all(),
         task.shapes[0],
         task.stages,
-        prescribed=prescribed,
+        prescribed=schedule.recipe_schedule,
+        events=bool(schedule.watched),
         **_plain(config.optim),
     )
     check_batch_size(train.batch_size, train.accum_steps, parallel)

@@ -11,6 +11,7 @@ from jft.config import load_config
 from jft.errors import ConfigError, DataError
 from jft.report.writers import RunWriter
 from jft.train import loop
+from jft.train.feed import Feed
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -41,6 +42,34 @@ def leaves(outcome):
     return {path: np.asarray(leaf) for path, leaf in outcome.params.items()}
 
 
+class Stop(Exception):
+    """Ends a run as a kill would."""
+
+
+def stop_at(monkeypatch, step):
+    plain = loop._Trainer.update
+
+    def update(trainer):
+        if trainer.step == step:
+            raise Stop
+        plain(trainer)
+
+    monkeypatch.setattr(loop._Trainer, "update", update)
+
+
+def assert_killed_equals_straight(tmp_path, monkeypatch, step, *line):
+    straight = leaves(fit(run_of(tmp_path / "straight", *line)))
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        with pytest.raises(Stop):
+            fit(run_of(tmp_path / "killed", *line))
+    fault_run.assert_same_leaves(leaves(fit(run_of(tmp_path / "killed", *line))), straight)
+    rows = [fault_run.logged_rows(tmp_path / name) for name in ("killed", "straight")]
+    assert rows[0] == rows[1]
+    infos = [fault_run.last_step(tmp_path / name).info for name in ("killed", "straight")]
+    assert infos[0]["caches"] == infos[1]["caches"]
+
+
 @pytest.fixture(scope="module")
 def uncached(tmp_path_factory):
     return leaves(fit(run_of(tmp_path_factory.mktemp("uncached"), "freeze.views=2")))
@@ -63,24 +92,25 @@ def test_a_cached_run_equals_the_one_that_takes_the_same_views(
 @pytest.mark.parametrize("step", [5, 10])
 def test_a_killed_cached_run_ends_bitwise_equal(step, tmp_path, monkeypatch):
     line = ("freeze.views=2", "freeze.cache=on")
-    straight = leaves(fit(run_of(tmp_path / "straight", *line)))
+    assert_killed_equals_straight(tmp_path, monkeypatch, step, *line)
 
-    class Stop(Exception):
-        pass
 
-    plain = loop._Trainer.update
+RULED = [
+    {"generator": "rule", "signal": "grad_change", "decide": "percentile_cut", "every": 3}
+    | {"batches": 1, "until": 12},
+    "head@15",
+    "block[-1:] + final + head",
+]
 
-    def update(trainer):
-        if trainer.step == step:
-            raise Stop
-        plain(trainer)
 
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(loop._Trainer, "update", update)
-        fit(run_of(tmp_path / "killed", *line))
-    fault_run.assert_same_leaves(leaves(fit(run_of(tmp_path / "killed", *line))), straight)
-    rows = [fault_run.logged_rows(tmp_path / name) for name in ("killed", "straight")]
-    assert rows[0] == rows[1]
+@pytest.mark.parametrize("step", [7, 11, 14])
+def test_a_killed_cached_run_whose_cuts_a_rule_finds_ends_bitwise_equal(
+    step, tmp_path, monkeypatch
+):
+    line = ("freeze.views=2", "freeze.cache=on", f"freeze.phases={json.dumps(RULED)}")
+    assert_killed_equals_straight(tmp_path, monkeypatch, step, *line)
+    phases = json.loads((tmp_path / "straight" / "plan.json").read_text())["phases"]
+    assert len(phases) > len(RULED), "the rule found no cut: this shows nothing"
 
 
 def test_auto_says_why_it_does_not(tmp_path, messages):
@@ -94,11 +124,19 @@ def test_on_without_fixed_views_is_refused_with_what_to_write(tmp_path):
         fit(run_of(tmp_path, "freeze.cache=on"))
 
 
-def test_the_choice_is_saved_and_kept(tmp_path):
-    fit(run_of(tmp_path, "freeze.views=2", "freeze.cache=on"))
-    info = fault_run.last_step(tmp_path).info
-    assert info["caches"] == {"0:6": "device", "1:4": "device"}
-    assert json.dumps(info["caches"])
+def test_the_choice_is_saved_and_kept(tmp_path, monkeypatch):
+    line = ("freeze.views=2", "freeze.cache=on")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        with pytest.raises(Stop):
+            fit(run_of(tmp_path, *line))
+    chosen = {"0:6": "device", "1:4": "device"}
+    assert fault_run.last_step(tmp_path).info["caches"] == chosen
+    monkeypatch.setattr("jft.freeze.entry_store.Room.tier", lambda *_: "host")
+    fit(run_of(tmp_path, *line))
+    assert fault_run.last_step(tmp_path).info["caches"] == chosen
+    fit(run_of(tmp_path / "anew", *line))
+    assert set(fault_run.last_step(tmp_path / "anew").info["caches"].values()) == {"host"}
 
 
 def test_phases_with_one_cut_share_their_entries_and_the_decision(tmp_path, messages):
@@ -164,3 +202,70 @@ def test_the_reference_sees_the_views_that_a_cached_run_sees(uncached, tmp_path)
     for path, leaf in uncached.items():
         scale = max(float(np.max(np.abs(leaf))), 1e-3)
         assert np.max(np.abs(found[path] - leaf)) <= 1e-4 * scale, path
+
+
+AUTOFREEZE = ["freeze.name=autofreeze", "freeze.phases=None", "freeze.args.intervals=4"]
+FIRST_CUT = {"step": 8, "entry": 0, "train": "block[1:] + final + head", "values": {}}
+
+
+@pytest.fixture
+def ruled(tmp_path):
+    """A run of AutoFreeze that caches by its costs."""
+    return run_of(tmp_path, *AUTOFREEZE, "freeze.views=1", "freeze.cache=auto", "train.steps=1000")
+
+
+def choices(run, log, step, chosen, phases):
+    """What the phases of a schedule read for a run at `step`, chosen in turn."""
+    feed, known = Feed(run, step, chosen, lambda _: None), run.freeze.phases(log)
+    return [feed.choose(phase, known) for phase in phases], feed.chosen
+
+
+def test_what_is_only_likely_is_neither_kept_nor_told_nor_refused(ruled, monkeypatch):
+    likely = ruled.freeze.likely([], 0)
+    assert len(likely) == 3
+    found, chosen = choices(ruled, [], 0, {}, likely)
+    assert chosen == {} and not any(each.text for each in found)
+    # 750 of 1,000 steps are worth a cache, but not so the last five.
+    assert {each.kind for each in found} == {"cache"}
+    late = [{**FIRST_CUT, "step": 995}]
+    (found,), chosen = choices(ruled, late, 995, {}, ruled.freeze.phases(late)[-1:])
+    assert found.kind == "views" and "5 steps save" in found.text
+    assert list(chosen.values()) == [""]
+    monkeypatch.setattr("jft.freeze.entry_store.Room.tier", lambda *_: None)
+    object.__setattr__(ruled.inputs, "mode", "on")
+    ruled.inputs._memo.follow(())
+    assert choices(ruled, [], 0, {}, likely)[1] == {}
+    cut = ruled.freeze.phases(late[:1])[-1:]
+    with pytest.raises(ConfigError, match="fit neither device, host nor disk"):
+        choices(ruled, late, 995, {}, cut)
+
+
+def test_a_resumed_run_divides_the_prefix_as_the_one_that_went_on(tmp_path):
+    line = (f"freeze.phases={json.dumps(RULED)}", "freeze.views=1", "freeze.cache=on")
+    run = run_of(tmp_path / "live", *line)
+    log, chosen = [], {}
+    for record in ({"step": 3, "entry": 0, "values": {}}, {**FIRST_CUT, "step": 6}):
+        at = record["step"] - 3
+        everything = [*run.freeze.phases(log), *run.freeze.likely(log, at)]
+        chosen = choices(run, log, at, chosen, everything)[1]
+        log.append(record)
+    divided = []
+    for at in (6, 12, 15):
+        phase = [run.freeze.at(at, log)]
+        resumed = run_of(tmp_path / f"resumed{at}", *line)
+        fresh, _ = choices(resumed, log, at, chosen, phase)
+        live, chosen = choices(run, log, at, chosen, phase)
+        assert [each.cuts for each in live] == [each.cuts for each in fresh]
+        divided.append(live[0].cuts)
+    assert divided == [(2,), (2, 6), (2, 4)], "the shallower cache is the deeper one's input"
+
+
+def test_a_cache_that_is_given_up_is_nobodys_input(tmp_path):
+    phases = "block[1:] + final + head@200 | head@300 | all"
+    line = (f"freeze.phases={phases}", "freeze.views=1", "freeze.cache=auto", "train.steps=400")
+    run = run_of(tmp_path, *line)
+    known = run.freeze.phases()
+    feed = Feed(run, 0, {}, lambda _: None)
+    assert [feed.choose(phase, known).cuts for phase in known] == [(2,), (2, 6), ()]
+    run.inputs.drop(known[0], feed.chosen)
+    assert [feed.choose(phase, known).cuts for phase in known] == [(), (6,), ()]

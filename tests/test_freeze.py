@@ -98,6 +98,8 @@ def test_user_groups_join_and_must_match(groups):
     assert with_extra.resolve("low") == groups.resolve("block[:4]")
     with pytest.raises(ConfigError, match="freeze.groups.low"):
         make_groups(PATHS, STRUCTURE, extra=[("low", "nothing")])
+    with pytest.raises(ConfigError, match="'my-top' should be of letters, digits and _"):
+        make_groups(PATHS, STRUCTURE, extra=[("my-top", "head/.*")])
 
 
 def test_a_model_without_a_family_gets_one_group_a_module():
@@ -176,14 +178,15 @@ def test_bad_phases_are_named(groups, kw, message):
 def test_the_explain_table_says_where_each_leaf_trains_and_why(groups):
     plan = phases(groups, phases="head@50 | block[-2:] + bias + head")
     shapes = {path: np.zeros((2, 3), np.float32) for path in PATHS}
-    rates = dict.fromkeys(PATHS, 0.1) | {"head/bias": 0.2}
-    table = explain(groups, plan, shapes, rates, dict.fromkeys(PATHS, 0.0)).splitlines()
+    rates = dict.fromkeys(PATHS, [0.1]) | {"head/bias": [0.2]}
+    decays = dict.fromkeys(PATHS, 0.0)
+    table = explain(groups, plan, shapes, rates, decays).splitlines()
     rows = {line.split("  ")[0]: line for line in table}
     assert rows["block[0]"].split()[-4:] == ["-", "1", "of", "3"]
     assert rows["block[11]"].split()[-2:] == ["-", "train"]
     assert "0.1-0.2" in rows["head"] and rows["head"].endswith("train    train")
     assert rows["all"].split()[-2:] == ["12", "114"]
-    leaves = explain(groups, plan, shapes, rates, rates, every_leaf=True).splitlines()
+    leaves = explain(groups, plan, shapes, rates, decays, every_leaf=True).splitlines()
     assert len(leaves) == len(PATHS) + 2
     assert any("blocks_10/attn/bias" in line and r"blocks_(\d+)/.*" in line for line in leaves)
 

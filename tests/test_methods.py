@@ -21,8 +21,9 @@ from jft.errors import ConfigError
 from jft.freeze.groups import COMMON_SETS, make_groups
 from jft.freeze.methods import METHODS, make_freeze
 from jft.freeze.phases import Elements
-from jft.train.rates import leaf_factors, make_rates
+from jft.train.rates import leaf_factors, make_rates, make_schedule
 
+CONSTANT = {"schedule": "constant", "warmup_steps": 0, "per_phase": False}
 DEPTHS = pytest.mark.parametrize("depth", [4, 12])
 
 
@@ -48,6 +49,28 @@ def only_phase(groups, name, **args):
     assert spans((phase,)) == [(0, 1000)]
     assert (phase.lr_scale, phase.anneal, phase.ramps) == (1.0, None, None)
     return phase
+
+
+def rates_of(name, per_phase, total=60):
+    """The run's learning rate at each step, factors of phases and leaves left out."""
+    schedule = plan(vit(4), name, total=total, epoch=10.0)
+    kw = {"schedule": "cosine", "warmup_steps": 2, "per_phase": per_phase}
+    kw |= schedule.recipe_schedule
+    rate = make_schedule(
+        schedule.spans.all(), learning_rate=1.0, events=bool(schedule.watched), **kw
+    )
+    return [float(rate(step)) for step in range(total)]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_one_course_of_the_rate_and_lp_ft_is_two(name):
+    whole, restarted = rates_of(name, False), rates_of(name, True)
+    if name == "lp_ft":
+        first, second = restarted[:18], restarted[18:]
+        assert first[1] == second[1] == 1.0 and whole[19] < 1.0
+        assert first[-1] < 0.1 and second[-1] < 0.1
+    else:
+        assert restarted == whole
 
 
 # Sets that do not change.
@@ -139,6 +162,7 @@ def test_gradual_unfreezing_adds_a_unit_each_epoch_from_the_top(depth):
         "schedule": "slanted_triangle",
         "args": {"cut_frac": 0.1, "ratio": 32.0},
         "warmup_steps": 0,
+        "per_phase": False,
     }
 
 
@@ -176,7 +200,7 @@ def test_chain_thaw_goes_head_each_layer_all(depth):
     assert {phase.state for phase in phases} == {"reset"}
     for number, phase in enumerate(phases):
         assert set(phase.entered.values()) == {str(number)}, "each stage has a new optimizer"
-    assert schedule.recipe_schedule == {"schedule": "constant", "warmup_steps": 0}
+    assert schedule.recipe_schedule == CONSTANT
 
 
 def test_chain_thaw_without_a_plateau_gives_each_stage_an_equal_share():
@@ -202,7 +226,7 @@ def test_freezeout_freezes_from_the_input_on_its_clock(args, steps):
     assert [phase.stop_step for phase in phases] == [*steps, 1000]
     for cut, phase in enumerate(phases, -1):
         assert trained(phase) == above(groups, cut)
-    assert schedule.recipe_schedule == {"schedule": "constant", "warmup_steps": 0}
+    assert schedule.recipe_schedule == CONSTANT
 
 
 @pytest.mark.parametrize("scaled", [True, False])
@@ -361,9 +385,9 @@ def test_hift_trains_one_unit_a_step_and_holds_the_rate_for_a_sweep(depth):
         assert phase.state == "park"
         assert len(phase.cohorts) == 1
     assert len({phase.key for phase in phases}) == len(units), "a step is compiled once a unit"
-    assert schedule.recipe_schedule == {"hold_steps": depth + 2}
+    assert schedule.recipe_schedule == {"hold_steps": depth + 2, "per_phase": False}
     pairs = plan(groups, "hift", size=2, every=3, order="top_down")
-    assert pairs.recipe_schedule == {"hold_steps": 3 * math.ceil((depth + 2) / 2)}
+    assert pairs.recipe_schedule["hold_steps"] == 3 * math.ceil((depth + 2) / 2)
     assert trained(pairs.phases()[0]) == units[-1] | units[-2]
 
 
@@ -692,7 +716,7 @@ def test_seeds_decide_what_is_drawn_and_nothing_else():
         ("freezeout", {}, 4, "4 of 14 trainable sets (freeze.max_sets)"),
         ("gradual_unfreezing", {"every": "5%"}, 3, "3 of 14 trainable sets (freeze.max_sets)"),
         ("autofreeze", {}, 2, "trainable sets (freeze.max_sets)"),
-        ("slimfit", {}, 3, "trainable sets (freeze.max_sets)"),
+        ("slimfit", {}, 10, "trainable sets (freeze.max_sets)"),
     ],
 )
 def test_max_sets_bounds_what_is_compiled_and_says_so(name, args, limit, note):
@@ -702,9 +726,15 @@ def test_max_sets_bounds_what_is_compiled_and_says_so(name, args, limit, note):
     assert len({phase.key for phase in phases}) <= limit  # compiled steps, not only sets
     assert note in schedule.approximation
     assert phases[0].start_step == 0 and phases[-1].stop_step == 1000
-    if name == "lisa":
+    if name in ("lisa", "slimfit"):
         found = set().union(*(trained(phase) for phase in phases))
-        assert found == set(groups.paths), "a menu leaves no block out"
+        assert found == set(groups.paths), "a menu leaves no leaf out"
+
+
+def test_a_menu_too_small_for_every_visit_is_refused():
+    message = "freeze.max_sets: freeze_lowest needs 10 trainable sets or more to visit every leaf"
+    with pytest.raises(ConfigError, match=message):
+        plan(vit(12), "slimfit", max_sets=9)
 
 
 def test_cut_quantum_lowers_cuts_to_coarser_steps():
@@ -721,8 +751,10 @@ ERRORS = [
     ("last_k", {"k": 5}, r"freeze.args.k: 5 should be a whole number of blocks, 1 to 4"),
     ("first_k", {"k": True}, r"freeze.args.k: True"),
     ("surgical", {"start": 2, "stop": 2}, r"freeze.args: blocks start=2 to stop=2"),
+    ("surgical", {"always": 3}, r"freeze.args.always: 3 should be a text"),
     ("surgical", {"always": "haed"}, r"freeze.name: surgical: .*no group 'haed' .did you mean"),
     ("layerwise_decay", {"rate": 0}, r"lr_scale: 0 should be a number above 0"),
+    ("gradual_unfreezing", {"every": [1]}, r"every: \[1\] should be a number or a whole number or"),
     ("gradual_unfreezing", {"every": "often"}, r"freeze.args.every='often' should be a period"),
     ("gradual_unfreezing", {"cut_frac": 0}, r"freeze.args.cut_frac: 0 should be above 0"),
     ("chain_thaw", {"patience": 0}, r"freeze.args.patience: 0"),
@@ -737,11 +769,14 @@ ERRORS = [
     ("badam", {"order": "sideways"}, r"order='sideways'"),
     ("hift", {"size": 0}, r"size=0 should be 1 or more"),
     ("autofreeze", {"intervals": 0}, r"freeze.args.intervals: 0"),
+    ("autofreeze", {"intervals": 2.5}, r"freeze.args.intervals: 2.5 should be a whole number"),
     ("autofreeze", {"percentile": 120}, r"args.q: 120 should be from 0 to 100"),
     ("autofreeze", {"batches": 0}, r"batches: 0 should be a whole number above 0"),
     ("egeria", {"window": 0}, r"args.window: 0 should be 1 or more"),
     ("auto_snr", {"always": "nothing"}, r"args: no group 'nothing'"),
     ("slimfit", {"share": 1.2}, r"args.share: 1.2 should be from 0 to 1"),
+    ("slimfit", {"share": 1.0, "always": ""}, r"the decision leaves nothing to train"),
+    ("fish", {"share": 0.0}, r"args.share: 0.0 should be above 0 and at most 1"),
     ("child_tuning", {"variant": "E"}, r"freeze.args.variant: 'E' should be 'F' or 'D'"),
     ("child_tuning", {"variant": "F", "share": 1.5}, r"share=1.5 should be at most 1"),
     ("fish", {"shares": 0.1}, r"freeze.args: .*unexpected keyword argument 'shares'"),

@@ -136,6 +136,13 @@ def test_factors_and_curves_are_given_by_set_or_by_leaf():
         ([{"train": "all", "elements": {"kind": "bernoulli", "share": 2}}], r"at most 1"),
         ([{"train": "all", "state": "reste"}], r"state: 'reste' .*did you mean 'reset'"),
         ([{"train": "all", "lr_scale": {"name": "decay"}}], r"lr_scale: .*depth_decay"),
+        ([{"train": "all", "lr_scale": float("inf")}], r"lr_scale: inf should be a number"),
+        ("head@1e400 | all", r"\[0\]: until='1e400' should be"),
+        ("head@1e400% | all", r"\[0\]: until='1e400%' should be"),
+        ("head@1.2.3 | all", r"\[0\]: until='1.2.3' should be"),
+        ([{"train": "head", "until": float("inf")}, "all"], r"\[0\]: until=inf should be"),
+        ([{"train": "head", "until": 10**400}, "all"], r"\[0\]: until=1000*0 should be"),
+        ("sample(2, every=1e999)", r"every=inf should be a period"),
         ([{"train": "all", "warm_steps": 1.5}], r"warm_steps: 1.5 should be a whole number"),
     ],
 )
@@ -153,6 +160,9 @@ RULE = {"generator": "rule", "signal": "grad_norm", "decide": "at_least", "every
     [
         ({"signal": "grad_nrm"}, r"signal: no signal 'grad_nrm' .did you mean 'grad_norm'"),
         ({"decide": "at_last"}, r"decide: no decide 'at_last' .did you mean 'at_least'"),
+        ({"args": 5}, r"args: 5 should be {argument: value}"),
+        ({"args": [1]}, r"args: \[1\] should be {argument: value}"),
+        ({"args": {3: 1}}, r"args: no argument 3"),
         ({"args": {"bond": 1}}, r"args: no argument 'bond' .did you mean 'bound'"),
         ({"args": {"bound": "high"}}, r"args.bound: 'high' should be a number"),
         ({"args": {"always": "haed"}}, r"args: no group 'haed'"),
@@ -337,6 +347,7 @@ def test_each_phase_counts_its_own_evaluations():
         ("head@plateau(0) | all", "a patience is 1 or more"),
         ("head@plateau(x) | all", r"\[0\]: until='plateau\(x\)' should be"),
         ("head@eval/loss >= low | all", r"\[0\]: until="),
+        ("head@eval/loss >= 0.9.1 | all", r"\[0\]: until='eval/loss >= 0.9.1' should be"),
         ("head@plateau(2) or never | all", r"\[0\]: until='never' should be"),
         ("head@plateau(2)", "the last phase lasts to the run's end"),
         ("head@plateau(2) or 50%", "the last phase lasts to the run's end"),
@@ -434,6 +445,35 @@ def test_what_a_rule_may_choose_next_is_known_ahead():
     assert [trained(p) for p in made.likely([], 5)] == [above(groups, 1)]
     found = [trained(p) for p in made.likely(log, 12)]
     assert found == [above(groups, 3), set(groups.paths)], "it may also thaw"
+
+
+def test_nothing_is_likely_after_the_last_decision():
+    entry = {"generator": "rule", "signal": "grad_change", "decide": "percentile_cut", "every": 10}
+    made = schedule([entry])
+    assert made.next_due(189) and made.likely([], 189)
+    assert made.next_due(190) is None and not made.likely([], 190)
+    once = schedule([{k: v for k, v in entry.items() if k != "every"}])
+    assert not once.likely([], 0)
+    # What may follow begins where it is decided, not at once: its length tells what a cache saves.
+    assert {phase.start_step for phase in made.likely([], 5)} == {10}
+
+
+def test_an_event_ends_a_rule_too_and_says_so():
+    entry = {"generator": "rule", "signal": "grad_norm", "decide": "at_least", "every": 10}
+    made = schedule([{**entry, "until": "plateau(2) or 50%"}, "all"])
+    assert made.phases()[0].event == "grad_norm or plateau(2)"
+    assert made.spans.all() == [(0, 100), (100, 200)]
+    losses = [{"step": step, "metric": "eval/loss", "value": 1.0} for step in (20, 40, 60)]
+    assert made.spans.all(losses) == [(0, 60), (60, 200)]
+
+
+def test_an_event_without_an_end_leaves_room_for_the_ends_that_are_stated():
+    made = schedule("head@plateau(5) | block[-2:] + head@30% | all")
+    assert made.spans.all() == [(0, 30), (30, 60), (60, 200)]
+    made = schedule("head@plateau(5) | block[-2:] + head@plateau(3) or 50% | all")
+    assert made.spans.all() == [(0, 50), (50, 100), (100, 200)]
+    made = schedule("head@plateau(5) | block[-2:] + head@+10 | all")
+    assert made.spans.all() == [(0, 66), (66, 76), (76, 200)]
 
 
 def test_the_first_visits_of_every_leaf_are_foreseen_before_anything_is_measured():

@@ -135,7 +135,7 @@ def test_stacks_part_where_cohorts_or_decay_differ():
 def test_stacking_and_taking_apart_gives_the_same_bits(optim, enforce, on_device):
     made, params = model(depth=12)
     phases = phases_of("block[10] + head@3 | block[2:11] + head@6 | block[2:] + head", depth=12)
-    section = make_optim(phases, params, made.stages, **optim)
+    section = make_optim([(0, phases[-1].stop_step)], params, made.stages, **optim)
     phase = phases[-1]
     state, frozen = make_state(phase, section.tx(phase, enforce), params, {}, enforce)
     masks = {path: np.ones(params[path].shape, bool) for path in phase.entered}
@@ -164,7 +164,7 @@ def test_stacking_and_taking_apart_gives_the_same_bits(optim, enforce, on_device
 def test_frozen_leaves_are_taken_apart_once():
     made, params = model()
     phase = phases_of("head")[0]
-    section = make_optim([phase], params, made.stages)
+    section = make_optim([(0, phase.stop_step)], params, made.stages)
     state, frozen = stacks_of(phase).stack(make_state(phase, section.tx(phase), params, {}))
     apart = Apart()
     first, second = apart(state, frozen)[1], apart(state, frozen)[1]

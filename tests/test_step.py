@@ -39,7 +39,7 @@ class Trainer:
         self.parts, params, stats = make_parts(**kw)
         self.groups = make_groups(sorted(params))
         self.phases = make_phases(self.groups, total_steps=steps, steps_per_epoch=10, phases=phases)
-        self.optim = make_optim(self.phases, params, STAGES, **optim)
+        self.optim = make_optim([(0, steps)], params, STAGES, **optim)
         self.parallel, self.enforce = make_parallel(mode=mode, devices=devices), enforce
         self.state, self.frozen = make_state(
             self.phases[0], self.optim.tx(self.phases[0], enforce), params, stats, enforce

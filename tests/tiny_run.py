@@ -64,7 +64,7 @@ def make_run(
     return Run(
         workdir=workdir,
         freeze=freeze,
-        optim=make_optim(freeze.phases(), params, ("stem", "blocks_0", "head"), **optim),
+        optim=make_optim(freeze.spans.all(), params, ("stem", "blocks_0", "head"), **optim),
         parallel=make_parallel(mode=mode, devices=devices),
         parts=step_parts,
         stages=("stem", "blocks_0", "head"),

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from jft.errors import ConfigError
 from jft.freeze.decide import change_ratio, flat
 from jft.freeze.decide import percentile_cut as cut_by
 from jft.freeze.groups import Groups
@@ -204,10 +203,7 @@ def top_elements(view: View, *, share: float = 0.005, always: str = "head") -> O
     All elements of `always` train beside them. The elements themselves are chosen where the signal
     was measured: they are too many for a log.
     """
-    if not 0 < share <= 1:
-        raise ConfigError(f"freeze.phases: share={share!r} should be above 0 and at most 1")
-    if always:
-        view.leaves(always)  # names the group that is not there
+    del view
     return {"elements": {"kind": "fixed", "share": share, "always": always}}
 
 
@@ -244,6 +240,12 @@ def _next_visit(view: View, *, share: float = 0.9, always: str = "bias + head") 
     return [freeze_lowest(guess, share=share, always=always)]
 
 
+def _visits(view: View, *, share: float = 0.9, always: str = "bias + head") -> int:
+    """How many sets it takes until every leaf has had its visit."""
+    free = len(view.base - view.leaves(always))
+    return -(-free // max(free - int(share * free), 1)) if free else 1
+
+
 @dataclass(frozen=True)
 class Decider:
     """A decider and what it can work with.
@@ -253,12 +255,14 @@ class Decider:
       signals: that it can use.
       likely: where it can be told, what it may decide next, the likeliest first; takes the same.
       certain: whether what `likely` tells is sure to be decided.
+      least_sets: where it has to go through several, how many; takes the same.
     """
 
     decide: Callable[..., Outcome]
     signals: tuple[str, ...]
     likely: Callable[..., Sequence[Outcome]] | None = None
     certain: bool = False
+    least_sets: Callable[..., int] | None = None
 
     def args(self) -> dict[str, Any]:
         """Its arguments with their defaults."""
@@ -271,7 +275,9 @@ DECIDERS: dict[str, Decider] = {
     "flat_cut": Decider(flat_cut, ("plasticity",), _next_front),
     "relative_scale": Decider(relative_scale, LEAF_SIGNALS),
     "at_least": Decider(at_least, LEAF_SIGNALS),
-    "freeze_lowest": Decider(freeze_lowest, LEAF_SIGNALS, _next_visit, certain=True),
+    "freeze_lowest": Decider(
+        freeze_lowest, LEAF_SIGNALS, _next_visit, certain=True, least_sets=_visits
+    ),
     "top_per_type": Decider(top_per_type, LEAF_SIGNALS),
     "top_elements": Decider(top_elements, ELEMENT_SIGNALS),
 }

@@ -1,6 +1,6 @@
 """The explain table: what trains, when, why, at which rate and at what size."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from jft.freeze.groups import Groups
 from jft.freeze.phases import Phase
@@ -13,7 +13,7 @@ def explain(
     groups: Groups,
     phases: Sequence[Phase],
     shapes: Flat,
-    rates: Mapping[str, float],
+    rates: Mapping[str, Sequence[float]],
     decays: Mapping[str, float],
     *,
     every_leaf: bool = False,
@@ -25,7 +25,7 @@ def explain(
       phases: of the run; one column each: "train", "2 of 6" leaves of the group, or "-" frozen;
         of more than MOST_COLUMNS only in how many of them the group trains.
       shapes: {path: shape and dtype}.
-      rates: {path: peak learning rate}, before the phase's own factor.
+      rates: {path: peak learning rates}, before the phase's own factor.
       decays: {path: weight decay}.
       every_leaf: a line a leaf, with the pattern that put it in its group.
     """
@@ -44,7 +44,7 @@ def explain(
     for name, second, paths in members:
         leaves = {path: shapes[path] for path in paths}
         row = [name, second, f"{count_params(leaves):,}", f"{count_bytes(leaves):,}"]
-        row += [_span(rates, paths), _span(decays, paths)]
+        row += [_span(r for p in paths for r in rates[p]), _span(decays[p] for p in paths)]
         if few:
             row += [_trains(phase, paths) for phase in phases]
         else:
@@ -62,8 +62,9 @@ def explain(
     return align(rows, left={0, 1} if every_leaf else {0})
 
 
-def _span(values: Mapping[str, float], paths: Sequence[str]) -> str:
-    low, high = min(values[p] for p in paths), max(values[p] for p in paths)
+def _span(values: Iterable[float]) -> str:
+    found = set(values)
+    low, high = min(found), max(found)
     return f"{high:.3g}" if low == high else f"{low:.3g}-{high:.3g}"
 
 

@@ -58,12 +58,11 @@ def surgical(
       always: set expression that trains beside the blocks.
     """
     outline.require("surgical", blocks=True)
-    if stop is None and isinstance(start, int):
+    if stop is None:
         stop = min(start + max(1, outline.blocks // 4), outline.blocks)
-    whole = all(isinstance(at, int) and not isinstance(at, bool) for at in (start, stop))
-    if not whole or stop is None or not 0 <= start < stop <= outline.blocks:
+    if not 0 <= start < stop <= outline.blocks:
         raise ConfigError(
-            f"freeze.args: blocks start={start!r} to stop={stop!r} should be whole numbers with"
+            f"freeze.args: blocks start={start!r} to stop={stop!r} should have"
             f" 0 <= start < stop <= {outline.blocks}"
         )
     parts = [*(outline.units[: outline.first_block] if stem and start == 0 else ())]
@@ -115,7 +114,7 @@ def layerwise_decay(outline: Outline, *, rate: float = 0.75) -> Recipe:
 
 
 def _check_count(outline: Outline, name: str, count: int) -> None:
-    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= outline.blocks:
+    if not 1 <= count <= outline.blocks:
         raise ConfigError(
             f"freeze.args.{name}: {count!r} should be a whole number of blocks,"
             f" 1 to {outline.blocks}"

@@ -27,7 +27,7 @@ def autofreeze(
       batches: of a probe.
     """
     outline.require("autofreeze", blocks=True)
-    if isinstance(intervals, bool) or not isinstance(intervals, int) or intervals < 1:
+    if intervals < 1:
         raise ConfigError(f"freeze.args.intervals: {intervals!r} should be 1 or more")
     every = f"{100 / intervals}%"
     args = {"q": percentile}

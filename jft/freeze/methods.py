@@ -1,10 +1,11 @@
 """The freezing methods by name, and the schedule of a run from the `freeze` section."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from jft.errors import ConfigError, nearest
 from jft.freeze import fixed, measured, sampled, timed
+from jft.freeze.entries import KINDS
 from jft.freeze.groups import Groups
 from jft.freeze.masks import Mask
 from jft.freeze.outline import Outline, make_outline
@@ -104,10 +105,21 @@ def make_freeze(
 def _recipe(outline: Outline, method: str, args: Mapping[str, Any]) -> Recipe:
     if method not in METHODS:
         raise ConfigError(f"freeze.name: no method {method!r}{nearest(method, METHODS)}")
+    hints = get_type_hints(METHODS[method])
+    for key, value in args.items():
+        if key in hints and not _is_of(value, hints[key]):
+            kinds = [KINDS[kind] for kind in get_args(hints[key]) or [hints[key]] if kind in KINDS]
+            raise ConfigError(f"freeze.args.{key}: {value!r} should be {' or '.join(kinds)}")
     try:
         return METHODS[method](outline, **args)
     except TypeError as error:
         raise ConfigError(f"freeze.args: {error}") from error
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a value has a type of the hint; a whole number is a number, true is none."""
+    kinds = get_args(hint) or (hint,)
+    return type(value) in kinds or (float in kinds and type(value) is int)
 
 
 def make_phases(groups: Groups, **arguments: Any) -> tuple[Phase, ...]:

@@ -12,8 +12,8 @@ class Recipe:
     Attributes:
       entries: phases and rules, as in `freeze.phases`.
       schedule: what the method prescribes instead of `optim`: "schedule" (a name), "args",
-        "warmup_steps", "hold_steps" (the rate moves only after so many steps); {} prescribes
-        nothing.
+        "warmup_steps", "per_phase", "hold_steps" (the rate moves only after so many steps); {}
+        prescribes nothing.
     """
 
     entries: str | Sequence[Any]

@@ -68,6 +68,11 @@ class Rule:
         find = DECIDERS[self.decide].likely
         return find(view, **self.args) if find else ()
 
+    def least_sets(self, view: View) -> int:
+        """How many trainable sets it takes until every leaf has trained; 1 where it is one rule."""
+        find = DECIDERS[self.decide].least_sets
+        return find(view, **self.args) if find else 1
+
     @property
     def certain(self) -> bool:
         """Whether what `likely` tells is sure to be decided."""
@@ -106,14 +111,18 @@ def make_rule(entry: Mapping[str, Any], where: str = "freeze.phases") -> Rule:
         )
     if isinstance(rule.every, bool) or not isinstance(rule.every, int | float | str | None):
         raise ConfigError(f"{where}.every: {rule.every!r} should be a period: 20, '5%' or '1ep'")
+    if not isinstance(rule.args, Mapping):
+        raise ConfigError(f"{where}.args: {rule.args!r} should be {{argument: value}}")
     known = DECIDERS[rule.decide].args()
     for name in rule.args:
         if name not in known:
-            raise ConfigError(f"{where}.args: no argument {name!r}{nearest(name, known)}")
+            raise ConfigError(f"{where}.args: no argument {name!r}{nearest(str(name), known)}")
         value, (low, high) = rule.args[name], RANGES.get(name, (0.0, math.inf))
         check_argument(f"{where}.args.{name}", value, known[name])
-        if not isinstance(value, str) and not low <= value <= high:
+        nothing = rule.decide == "top_elements" and value == 0
+        if nothing or (not isinstance(value, str) and not low <= value <= high):
             bound = f"from {low:g} to {high:g}" if high < math.inf else f"{low:g} or more"
+            bound = "above 0 and at most 1" if nothing else bound
             raise ConfigError(f"{where}.args.{name}: {value!r} should be {bound}")
     if isinstance(rule.batches, bool) or not isinstance(rule.batches, int) or rule.batches < 1:
         raise ConfigError(f"{where}.batches: {rule.batches!r} should be a whole number above 0")

@@ -75,7 +75,7 @@ def hift(
       size: consecutive units at a time.
       every: steps each.
     """
-    parts = -(-len(outline.units) // size) if isinstance(size, int) and size > 0 else 1
+    parts = -(-len(outline.units) // size) if size > 0 else 1
     entry: Entry = {"generator": "cycle", "order": order, "size": size, "every": every}
     hold = outline.period(every, "freeze.args.every", parts)
-    return Recipe([{**entry, "state": "park"}], {"hold_steps": hold})
+    return Recipe([{**entry, "state": "park"}], {"hold_steps": hold, "per_phase": False})

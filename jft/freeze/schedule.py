@@ -20,10 +20,9 @@ from jft.freeze.masks import Mask, make_mask
 from jft.freeze.outline import Outline
 from jft.freeze.phases import Phase, Stretch, number
 from jft.freeze.rules import Rule, make_rule
+from jft.freeze.spans import Log, Spans
 from jft.freeze.stretches import Stretches
-from jft.freeze.until import observed_values, parse_until, until_step
 
-Log = Sequence[Mapping[str, Any]]
 _KINDS: dict[str, Callable[..., Any]] = {**GENERATORS, "rule": Rule}
 
 
@@ -53,6 +52,7 @@ class FreezeSchedule:
 
     Attributes:
       approximation: what `max_sets` made of the method, with its menu of sets; "" for the method.
+      spans: where the entries, the phases as written, begin and end.
       watched: metrics that events wait for.
     """
 
@@ -76,15 +76,15 @@ class FreezeSchedule:
         """
         self.groups, self.outline, self.entries = groups, outline, list(entries)
         self.recipe_schedule = dict(recipe_schedule or {})
+        self.spans = Spans(self.entries, outline)
         self._stretches = Stretches(groups, outline, adjust)
         self._known: tuple[int, tuple[Phase, ...]] | None = None
-        self.watched = sorted({e.metric for e in map(self._event, range(len(entries))) if e})
+        self.watched = sorted({e.metric for e in map(self.spans.event, range(len(entries))) if e})
         self.approximation = ""
+        self.phases()
         for index, entry in enumerate(self.entries):
             if entry.get("generator") == "rule":
-                for text in make_rule(entry).expressions:
-                    make_mask(text, groups, f"freeze.phases[{index}].args")
-        self.phases()
+                self._check_rule(index)
 
     @property
     def triggered(self) -> bool:
@@ -141,7 +141,7 @@ class FreezeSchedule:
 
     def due(self, step: int, log: Log = ()) -> Due | None:
         """Returns the rule's decision that falls due after `step` updates, if it is not made."""
-        for index, (start, stop) in enumerate(self._spans(log)):
+        for index, (start, stop) in enumerate(self.spans.all(log)):
             entry = self.entries[index]
             if entry.get("generator") != "rule" or not start <= step < stop:
                 continue
@@ -158,7 +158,7 @@ class FreezeSchedule:
     def next_due(self, step: int, log: Log = ()) -> tuple[int, Rule] | None:
         """Returns (step, rule) of the first decision that falls due after more than `step`."""
         found: list[tuple[int, Rule]] = []
-        for entry, span in zip(self.entries, self._spans(log), strict=True):
+        for entry, span in zip(self.entries, self.spans.all(log), strict=True):
             if entry.get("generator") == "rule":
                 rule = make_rule(entry)
                 points = rule.points(*span, self.outline)
@@ -173,12 +173,12 @@ class FreezeSchedule:
         now = self.at(step, log)
         phases = self.phases(log)
         following = list(phases[now.index + 1 : now.index + 2])
-        for index, (start, stop) in enumerate(self._spans(log)):
+        for index, (start, stop) in enumerate(self.spans.all(log)):
             entry = self.entries[index]
             if entry.get("generator") == "rule" and start <= step < stop:
                 rule = make_rule(entry)
-                at = max(step, start) + 1
-                for outcome in rule.likely(self._view(index, now, log)) if at < stop else ():
+                at = next((p for p in rule.points(start, stop, self.outline) if p > step), None)
+                for outcome in rule.likely(self._view(index, now, log)) if at is not None else ():
                     after = self._fresh().phases([*log, {"step": at, "entry": index, **outcome}])
                     following.append(after[min(now.index + 1, len(after) - 1)])
         return tuple(following)
@@ -186,7 +186,7 @@ class FreezeSchedule:
     def foreseen(self, log: Log = ()) -> tuple[Phase, ...]:
         """Returns all phases with the decisions that are certain before anything is measured."""
         known = list(log)
-        for index, (start, stop) in enumerate(self._spans(log)):
+        for index, (start, stop) in enumerate(self.spans.all(log)):
             entry = self.entries[index]
             if entry.get("generator") != "rule" or not make_rule(entry).certain:
                 continue
@@ -201,6 +201,21 @@ class FreezeSchedule:
                 known.append({"step": at, "entry": index, **outcome})
         return self._fresh().phases(known) if len(known) > len(log) else self.phases(log)
 
+    def _check_rule(self, index: int) -> None:
+        """Raises ConfigError where a rule names no group, or can already be seen to go wrong."""
+        rule, where = make_rule(self.entries[index]), f"freeze.phases[{index}]"
+        for text in rule.expressions:
+            make_mask(text, self.groups, f"{where}.args")
+        view = self._view(index, self.phases()[0], ())
+        for outcome in rule.likely(view) if rule.certain else ():
+            self._stretches.mask(outcome["train"], where)
+        least, limit = rule.least_sets(view), self.outline.max_sets
+        if limit is not None and least > limit:
+            raise ConfigError(
+                f"freeze.max_sets: {rule.decide} needs {least} trainable sets or more to visit"
+                " every leaf"
+            )
+
     def _view(self, index: int, now: Phase, log: Log) -> View:
         """What a rule sees before its next decision, without values."""
         base = self._stretches.mask(make_rule(self.entries[index]).train, f"freeze.phases[{index}]")
@@ -213,59 +228,13 @@ class FreezeSchedule:
         other._known = None
         return other
 
-    def _event(self, index: int) -> Any:
-        return parse_until(self.entries[index].get("until"), f"freeze.phases[{index}]")[0]
-
-    def _spans(self, log: Log) -> list[tuple[int, int]]:
-        """(start, stop) of each entry."""
-        spans: list[tuple[int, int]] = []
-        for index in range(len(self.entries)):
-            start = spans[-1][1] if spans else 0
-            spans.append((start, self._stop(index, start, log)))
-        return spans
-
-    def _stop(self, index: int, start: int, log: Log) -> int:
-        """The step at which an entry ends: as it says, or where its event was seen."""
-        where, last = f"freeze.phases[{index}]", index == len(self.entries) - 1
-        total = self.outline.total_steps
-        until = self.entries[index].get("until")
-        event, static = parse_until(until, where)
-        if event and static is None:
-            # At the latest after an equal share of what is left, so that every phase has its turn.
-            left = len(self.entries) - index
-            stop = total if last else start + max(1, (total - start) // left)
-        elif until is None:
-            if not last:
-                raise ConfigError(
-                    f"{where}: 'until' is missing; only the last phase may leave it out"
-                )
-            stop = total
-        else:
-            stop = until_step(static, total, self.outline.steps_per_epoch, where, start)
-        if last and event is not None:
-            raise ConfigError(f"{where}: the last phase lasts to the run's end; until={until!r}")
-        if last and stop < total:
-            raise ConfigError(f"{where}: ends at step {stop} but the run has {total} steps")
-        stop = min(stop, total) if last else stop
-        if stop <= start or stop > total:
-            raise ConfigError(
-                f"{where}: until={until!r} is step {stop}; it must be after step {start}"
-                f" and at most {total}"
-            )
-        if event is not None:
-            values = observed_values(log, event.metric, start, stop)
-            for at in range(1, len(values) + 1):
-                if event.seen([value for _, value in values[:at]]):
-                    return values[at - 1][0]
-        return total if last else stop
-
     def _expand(self, index: int, start: int, log: Log) -> list[Stretch]:
         """The stretches of one entry."""
         entry, where = self.entries[index], f"freeze.phases[{index}]"
-        stop = self._stop(index, start, log)
+        stop = self.spans.stop(index, start, log)
         kind = entry.get("generator")
         if kind is None:
-            event = self._event(index)
+            event = self.spans.event(index)
             found = self._stretches.make(entry, where, start, stop)
             return [replace(found, event=event.text if event else "")]
         if kind == "rule":
@@ -273,9 +242,9 @@ class FreezeSchedule:
         given = {k: v for k, v in entry.items() if k not in (*HANDED_ON, "generator")}
         # Over what it has at the latest, cut off where its event was seen: an event must not change
         # the phases before it.
-        outline = replace(self.outline, start=start, stop=self._stop(index, start, ()))
+        outline = replace(self.outline, start=start, stop=self.spans.stop(index, start, ()))
         shared = {k: entry[k] for k in HANDED_ON if k in entry and k != "until"}
-        event = self._event(index)
+        event = self.spans.event(index)
         stretches: list[Stretch] = []
         for part in GENERATORS[kind](outline, **given):
             begin = stretches[-1].stop if stretches else start
@@ -293,7 +262,9 @@ class FreezeSchedule:
         """
         entry, where = self.entries[index], f"freeze.phases[{index}]"
         shared = {k: entry[k] for k in HANDED_ON if k in entry and k != "until"}
-        rule = make_rule(entry)
+        rule, event = make_rule(entry), self.spans.event(index)
+        events = [rule.signal] if rule.every is not None else []
+        events += [event.text] if event else []
         first: Entry = {**shared, "train": rule.train, "state": "keep", "elements": rule.elements}
         records = [{"step": start}, *_records(log, index)]
         stretches: list[Stretch] = []
@@ -309,7 +280,7 @@ class FreezeSchedule:
             end = records[at + 1]["step"] if at + 1 < len(records) else stop
             if end > record["step"]:
                 found = self._stretches.make(current, where, record["step"], end)
-                found = replace(found, event=rule.signal if rule.every is not None else "")
+                found = replace(found, event=" or ".join(events))
                 # Other elements of the same leaves are a new choice too.
                 resets = found.state == "reset" and "train" in record or "elements" in record
                 if stretches and stretches[-1].same(found) and not resets:

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jft.errors import ConfigError
 from jft.freeze.bounds import quantise_cut
 from jft.freeze.entries import Entry
 from jft.freeze.groups import Groups
@@ -50,6 +51,8 @@ class Stretches:
         if text not in self._masks:
             if isinstance(train, Mapping):  # a decision's own leaves
                 leaves = set(train["leaves"])
+                if not leaves:
+                    raise ConfigError(f"{where}: the decision leaves nothing to train")
                 mask = {path: path in leaves for path in self.groups.paths}
             else:
                 mask = make_mask(train, self.groups, where)

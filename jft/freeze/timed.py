@@ -12,7 +12,9 @@ from jft.freeze.recipe import Recipe
 Period = float | int | str | None
 POWERS = {"linear": 1, "squared": 2, "cubic": 3}
 # What the authors' rates are multiplied with: the methods bring their own curves.
-CONSTANT = {"schedule": "constant", "warmup_steps": 0}
+CONSTANT = {"schedule": "constant", "warmup_steps": 0, "per_phase": False}
+# Of a method whose phases are steps of one course, not trainings of their own.
+ONE_COURSE = {"per_phase": False}
 
 
 def lp_ft(
@@ -57,7 +59,7 @@ def gradual_unfreezing(
     triangle = {"cut_frac": cut_frac, "ratio": ratio}
     return Recipe(
         [{**thaw, "lr_scale": {"name": "depth_decay", "rate": rate}}],
-        {"schedule": "slanted_triangle", "args": triangle, "warmup_steps": 0},
+        {"schedule": "slanted_triangle", "args": triangle, "warmup_steps": 0, **ONE_COURSE},
     )
 
 
@@ -77,7 +79,7 @@ def chain_thaw(outline: Outline, *, patience: int = 5, lr_scale: float = 0.1) ->
       lr_scale: factor on the learning rate after the first stage.
     """
     outline.require("chain_thaw", "head")
-    if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
+    if patience < 1:
         raise ConfigError(f"freeze.args.patience: {patience!r} should be 1 or more evaluations")
     *below, top = outline.units
     rest = [f"{top} - head"] if top != "head" else []
@@ -201,7 +203,7 @@ def pipetransformer(outline: Outline, *, alpha: float = 0.5, every: Period = "1e
             outline.stop,
         )
     steps = [frozen[0]] * outline.first_block + frozen
-    return Recipe(freeze_from(outline, outline.units, steps))
+    return Recipe(freeze_from(outline, outline.units, steps), ONE_COURSE)
 
 
 def _linear(
@@ -221,7 +223,7 @@ def _linear(
         share = start + (1.0 - start) * number / (level * (len(units) - 1))
         due = _ceil(share * outline.steps)
         steps.append(next((tick for tick in ticks if tick >= due), outline.stop))
-    return Recipe(freeze_from(outline, units, steps))
+    return Recipe(freeze_from(outline, units, steps), ONE_COURSE)
 
 
 def _ticks(outline: Outline, every: Period) -> list[int]:
@@ -254,8 +256,8 @@ def _ceil(value: float) -> int:
     return math.ceil(value - 1e-9 * max(1.0, abs(value)))
 
 
-def _check_number(name: str, value: Any, low: float, high: float) -> None:
+def _check_number(name: str, value: float, low: float, high: float) -> None:
     """Raises ConfigError unless low < value <= high."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low < value <= high:
+    if not low < value <= high:
         bound = f" and at most {high:g}" if high < math.inf else ""
         raise ConfigError(f"freeze.args.{name}: {value!r} should be above {low:g}{bound}")

@@ -16,6 +16,7 @@ _FORMS = (
     " an event also with a latest end: 'plateau(5) or 30%'"
 )
 PATIENCE = 5
+_MOST_STEPS = 1e15  # beyond it a float is no whole number of steps
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ def parse_until(until: Any, where: str) -> tuple[Event | None, Any]:
     if found := _PLATEAU.fullmatch(text):
         patience = int(found[1]) if found[1] else PATIENCE
         event = Event(text, found[2] or "eval/loss", patience=patience)
-    elif found := _TRIGGER.fullmatch(text):
-        event = Event(text, found[1], bound=float(found[3]), upward=found[2] == ">=")
+    elif (found := _TRIGGER.fullmatch(text)) and (bound := _float(found[3])) is not None:
+        event = Event(text, found[1], bound=bound, upward=found[2] == ">=")
     else:
         raise ConfigError(f"{where}: until={until!r} should be {_FORMS}")
     if event.patience == 0:
@@ -90,18 +91,27 @@ def _length(value: Any, total_steps: int, steps_per_epoch: float) -> tuple[float
     number = value
     if isinstance(value, str):
         found = _NUMBER.fullmatch(value.strip())
-        try:
-            number = found and (int(found[1]) if found[1].isdigit() else float(found[1]))
-        except ValueError:
-            number = None
+        number = _float(found[1]) if found else None
         if number is not None and found is not None and found[2]:
             factor = {"%": total_steps / 100, "e": steps_per_epoch, "s": 1}[found[2][0]]
             return number * factor, math.floor(number * factor + 0.5)
-    if isinstance(number, bool) or not isinstance(number, int | float) or not number > 0:
+        if number is not None and found is not None and found[1].isdigit():
+            number = int(number)
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        return None
+    if not 0 < number < _MOST_STEPS:
         return None
     if isinstance(number, int) or number > 1:
         return math.floor(number), math.floor(number)
     return number * total_steps, math.floor(number * total_steps + 0.5)
+
+
+def _float(text: str) -> float | None:
+    """The number that a text is, if it is one and not too large for a number of steps."""
+    try:
+        return number if abs(number := float(text)) < _MOST_STEPS else None
+    except ValueError:
+        return None
 
 
 def period_length(every: Any, total_steps: int, steps_per_epoch: float, where: str) -> float:

@@ -44,7 +44,9 @@ class Feed:
             return Input()
         if self.run.enforce != "split":  # the reference sees what a run without a cache sees
             return self.run.inputs.uncached(phase)
-        found = self.run.inputs.choose(phase, phases, self.chosen)
+        # What triggers another set may still come, before the phase begins.
+        settled = not self.run.freeze.triggered or phase.start_step <= self._step
+        found = self.run.inputs.choose(phase, phases, self.chosen, settled=settled)
         if found.text:
             self.say(found.text)
         return found

@@ -12,6 +12,7 @@ import numpy as np
 
 from jft.data.order import make_index_loader
 from jft.data.protocol import Source
+from jft.errors import ConfigError
 from jft.freeze.cache_choice import CacheCosts, decide_cache, runs_in_parts
 from jft.freeze.cut import PrefixCache, cached_batch_shape, fill_cache, table_shape
 from jft.freeze.entry_store import discard_entries, measure_room
@@ -88,34 +89,61 @@ class Inputs:
     _memo: _Memo = field(default_factory=lambda: _Memo(), repr=False, compare=False)
 
     def choose(
-        self, phase: Phase, phases: Sequence[Phase], chosen: MutableMapping[str, str]
+        self,
+        phase: Phase,
+        phases: Sequence[Phase],
+        chosen: MutableMapping[str, str],
+        *,
+        settled: bool = True,
     ) -> Input:
         """Returns what a phase reads.
 
         Args:
-          phase: the phase; it may be one that is only likely to follow those before it.
+          phase: the phase.
           phases: all of them; those before it may have left a shallower cache.
           chosen: {phase and cut: tier, "" for no cache}; what is in it stays as it is, so that a
             resumed run does as the interrupted one, and what is decided is added.
+          settled: False for a phase that is only likely to come: nothing about it is kept, told or
+            refused, for when it begins it may be another.
+
+        Raises:
+          ConfigError: freeze.cache=on where a settled phase can have no cache.
         """
         cut = self._cut(phase)
         if cut == 0 or self.mode == "off" or not runs_in_parts(self.prefix.apply):
             return self.uncached(phase)
+        self._memo.follow(phases)
         name = _name(phase, cut)
-        if name not in self._memo.inputs:
+        key = (name, phase.start_step, phase.stop_step, settled)
+        if key not in self._memo.inputs:
+            if not settled:
+                chosen = {other: tier for other, tier in chosen.items() if other != name}
             cuts = (*sorted(c for c in self._before(phase, phases, chosen) if c < cut), cut)
-            text = "" if name in chosen else self._decide(phase, phases, cuts, chosen)
+            text = ""
+            if name not in chosen:
+                try:
+                    text = self._decide(phase, phases, cuts, chosen)
+                except ConfigError:
+                    if settled:
+                        raise
+                    chosen[name] = ""
             made = Input("cache", cuts, chosen[name]) if chosen[name] else self.uncached(phase)
-            self._memo.inputs[name] = made
-            return replace(made, text=text)
-        return self._memo.inputs[name]
+            self._memo.inputs[key] = made
+            return replace(made, text=self._told(cut, made.kind, text) if settled else "")
+        return self._memo.inputs[key]
+
+    def _told(self, cut: int, kind: str, text: str) -> str:
+        """The reason for a choice, but only once for all phases with one cut and one outcome."""
+        fresh = (cut, kind) not in self._memo.told
+        if text:
+            self._memo.told.add((cut, kind))
+        return text if fresh else ""
 
     def drop(self, phase: Phase, chosen: MutableMapping[str, str]) -> Input:
         """Gives up the cache of a phase, whose entries could not be made; returns what it reads."""
-        cut = self._cut(phase)
-        name = _name(phase, cut)
-        chosen[name], self._memo.inputs[name] = "", self.uncached(phase)
-        return self._memo.inputs[name]
+        chosen[_name(phase, self._cut(phase))] = ""
+        self._memo.follow(())  # later phases cannot take its entries as their input
+        return self.uncached(phase)
 
     def uncached(self, phase: Phase) -> Input:
         """Returns what a phase reads without a cache."""
@@ -151,7 +179,7 @@ class Inputs:
         cuts: tuple[int, ...],
         chosen: MutableMapping[str, str],
     ) -> str:
-        """Decides about the cache of a phase; returns why, if no phase like it was told of."""
+        """Decides about the cache of a phase; returns why."""
         cut, name = cuts[-1], _name(phase, cuts[-1])
         last = phases[phase.index - 1] if phase.index else None
         if last is not None and self._cut(last) == cut and _name(last, cut) in chosen:
@@ -167,10 +195,7 @@ class Inputs:
         use, text = decide_cache(self.mode, costs, f"cache below {self.prefix.stages[cut]}")
         tier = costs.room.tier(costs.examples * (costs.views or 1) * costs.entry_bytes)
         chosen[name] = (tier or "") if use else ""
-        told = (cut, use)
-        fresh = told not in self._memo.told
-        self._memo.told.add(told)
-        return text if fresh else ""
+        return text
 
     def _costs(
         self, phase: Phase, cuts: tuple[int, ...], steps: int, chosen: Mapping[str, str]
@@ -197,10 +222,11 @@ class Inputs:
         )
 
     def _entry_bytes(self, cuts: tuple[int, ...]) -> int:
-        entry = self._entry(cuts)
+        entry = self.entry(cuts)
         return int(np.prod(entry.shape)) * np.dtype(entry.dtype).itemsize
 
-    def _entry(self, cuts: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    def entry(self, cuts: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of an entry of the cache whose prefix is divided at `cuts`."""
         known = self._memo.entries
         if cuts[-1] not in known:
             known[cuts[-1]] = self._prefix(cuts).entry(*self.shapes)
@@ -209,22 +235,18 @@ class Inputs:
     def _prefix(self, cuts: tuple[int, ...]) -> Prefix:
         return replace(self.prefix, cuts=cuts, views=self.views or 1)
 
-    def entry(self, chosen: Input) -> jax.ShapeDtypeStruct:
-        """Shape and dtype of an entry of the cache."""
-        return self._entry(chosen.cuts)
-
     def table_shape(self, chosen: Input) -> Shapes:
         """Shape of what the step takes as `Frozen.cache`."""
         if chosen.kind != "cache" or chosen.tier != "device":
             return {}
-        prefix, entry = self._prefix(chosen.cuts), self.entry(chosen)
+        prefix, entry = self._prefix(chosen.cuts), self.entry(chosen.cuts)
         return {"table": table_shape(prefix, entry, len(self.source), self.parallel)}
 
     def batch_shape(self, chosen: Input) -> Shapes:
         """Shapes of a global batch."""
         rows = self.image_shape["label"].shape[0]
         if chosen.kind == "cache":
-            entry = self.entry(chosen)
+            entry = self.entry(chosen.cuts)
             return cached_batch_shape(chosen.tier, rows, entry.shape, entry.dtype)
         if chosen.kind == "views":
             index = jax.ShapeDtypeStruct((rows,), np.int32)
@@ -245,7 +267,7 @@ class Inputs:
             tier=chosen.tier,
             workdir=self.workdir,
             shallower=caches,
-            entry=self.entry(chosen),
+            entry=self.entry(chosen.cuts),
             **self.loader,
         )
 
@@ -278,20 +300,27 @@ class _Memo:
     """What is asked for at every step, found once.
 
     Attributes:
-      inputs: {phase and cut: what the phase reads}.
-      cuts: {id of a mask: (mask, cut)}.
+      phases: of the run, as `inputs` and `before` know them; a decision makes others.
+      inputs: {phase and cut, first and last step, whether settled: what the phase reads}.
       before: {index of a phase: cuts of the caches before it}.
+      cuts: {id of a mask: (mask, cut)}.
       entries: {cut: shape and dtype of an entry}.
       filled: cuts whose entries have taken their room already.
-      told: (cut, whether cached) of the lines that were shown.
+      told: (cut, kind) of the lines that were shown.
     """
 
-    inputs: dict[str, Input] = field(default_factory=dict)
-    cuts: dict[int, tuple[Mapping[str, bool], int]] = field(default_factory=dict)
+    phases: Sequence[Phase] = ()
+    inputs: dict[tuple[str, int, int, bool], Input] = field(default_factory=dict)
     before: dict[int, frozenset[int]] = field(default_factory=dict)
+    cuts: dict[int, tuple[Mapping[str, bool], int]] = field(default_factory=dict)
     entries: dict[int, jax.ShapeDtypeStruct] = field(default_factory=dict)
     filled: set[int] = field(default_factory=set)
-    told: set[tuple[int, bool]] = field(default_factory=set)
+    told: set[tuple[int, str]] = field(default_factory=set)
+
+    def follow(self, phases: Sequence[Phase]) -> None:
+        """Forgets what held for other phases."""
+        if phases is not self.phases:
+            self.phases, self.inputs, self.before = phases, {}, {}
 
 
 def _name(phase: Phase, cut: int) -> str:

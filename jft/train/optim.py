@@ -169,7 +169,7 @@ class OptimSection(NamedTuple):
 
 
 def make_optim(
-    phases: Sequence[Phase],
+    spans: Sequence[tuple[int, int]],
     shapes: Mapping[str, Any],
     stages: Sequence[str],
     *,
@@ -186,6 +186,7 @@ def make_optim(
     layer_decay: float | None = None,
     grad_clip_norm: float | None = None,
     prescribed: Mapping[str, Any] | None = None,
+    events: bool = False,
 ) -> OptimSection:
     """Returns the optimizer section of a run, every argument checked.
 
@@ -200,7 +201,8 @@ def make_optim(
             raise ConfigError(f"optim.{key}: {value!r} should not be negative")
     own = {"schedule": schedule, "warmup_steps": warmup_steps, "per_phase": per_phase}
     rate = make_schedule(
-        phases,
+        spans,
+        events=events,
         learning_rate=learning_rate,
         final_lr_scale=final_lr_scale,
         **{**own, **(prescribed or {})},

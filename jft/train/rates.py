@@ -10,7 +10,6 @@ import optax
 
 from jft.errors import ConfigError, nearest
 from jft.freeze.phases import Phase
-from jft.freeze.until import parse_until
 from jft.tree import Flat, match
 
 Schedule = Callable[[Any], jax.Array]
@@ -57,7 +56,7 @@ SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {
 
 
 def make_schedule(
-    phases: Sequence[Phase],
+    spans: Sequence[tuple[int, int]],
     *,
     learning_rate: float,
     schedule: str = "cosine",
@@ -66,25 +65,27 @@ def make_schedule(
     per_phase: bool = False,
     args: Mapping[str, Any] | None = None,
     hold_steps: int = 1,
+    events: bool = False,
 ) -> Schedule:
     """Returns learning rate as a function of the run's step, so resuming needs no other state.
 
     Factors of phases and leaves come on top of it, see `make_rates`.
 
     Args:
-      phases: the run's phases.
+      spans: (start, stop) of the phases as written, from the run's start to its end.
       learning_rate: the peak.
       schedule: a name of SCHEDULES.
       warmup_steps: linear from 0 to the peak, counted within the schedule.
       final_lr_scale: the last rate over the peak.
-      per_phase: restart warm-up and schedule at each phase, else one schedule spans the run.
+      per_phase: restart warm-up and schedule at each span, else one schedule spans the run.
       args: of the schedule.
       hold_steps: the rate moves only after so many steps, as after a sweep over all blocks.
+      events: whether something may end a span early.
     """
     if schedule not in SCHEDULES:
         raise ConfigError(f"optim.schedule: no schedule {schedule!r}{nearest(schedule, SCHEDULES)}")
     moving = schedule != "constant" or warmup_steps
-    if per_phase and moving and any(parse_until(p.event, "")[0] for p in phases):
+    if per_phase and moving and events:
         raise ConfigError("optim.per_phase: a phase that an event ends has no known length")
 
     def span(start: int, stop: int) -> optax.Schedule:
@@ -98,10 +99,10 @@ def make_schedule(
         return optax.join_schedules([ramp, tail], [warmup])
 
     if per_phase:
-        parts = [span(p.start_step, p.stop_step) for p in phases]
-        rate = optax.join_schedules(parts, [p.stop_step for p in phases[:-1]])
+        parts = [span(start, stop) for start, stop in spans]
+        rate = optax.join_schedules(parts, [stop for _, stop in spans[:-1]])
     else:
-        rate = span(phases[0].start_step, phases[-1].stop_step)
+        rate = span(spans[0][0], spans[-1][1])
 
     def at(step: Any) -> jax.Array:
         return jnp.asarray(rate(step // hold_steps * hold_steps), jnp.float32)
