@@ -2,6 +2,7 @@
 
     python -m benchmarks.freezing --size smoke
     python -m benchmarks.freezing --size cpu --out benchmarks/results/freezing_2026-12-01-cpu.json
+    python -m benchmarks.freezing --pool runs/1.json runs/2.json --out runs/pooled.json
 
 For shares f of the forward FLOPs: step time, measured and analytic cap, efficiency, memory and
 compilation; then every freezing method as a run. Writes JSON, and beside it the tables (.md) and a
@@ -22,6 +23,7 @@ from typing import Any
 from benchmarks.caps import SHARES
 from benchmarks.freezing_rows import PEERS, Measuring, Rows, device_kind, own_speedups
 from benchmarks.freezing_table import chart, markdown
+from benchmarks.pooled import pool
 from benchmarks.presets import measure_presets
 from benchmarks.run import FLAGS, environment, hardware
 from benchmarks.timing import stopwatch
@@ -198,9 +200,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-rows", action="store_true", help="the presets alone")
     parser.add_argument("--no-presets", action="store_true", help="the rows alone")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="begin nothing after")
+    parser.add_argument(
+        "--pool",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing: put the results of several processes together",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="default runs/freezing-SIZE.json")
     args = parser.parse_args(argv)
-    result = {"size": args.size, **measure(chosen(args), lambda text: print(text, file=sys.stderr))}
+    if args.pool:
+        result = pool([json.loads(path.read_text()) for path in args.pool])
+    else:
+        found = measure(chosen(args), lambda text: print(text, file=sys.stderr))
+        result = {"size": args.size, **found}
     written = save(result, args.out or Path("runs") / f"freezing-{args.size}.json")
     print(markdown(result))
     print("\n" + "\n".join(str(path) for path in written))

@@ -92,8 +92,7 @@ class Rows:
             wanted, least = self.measuring.window_seconds, self.measuring.least_steps
             steps = min(steps_for(window, wanted, least) for window in windows.values())
             samples, _ = interleave(windows, steps, self.measuring.blocks)
-            caps = self.caps(cut, samples)
-            return [self.row(nominal, cut, name, arms[name], samples, caps) for name in arms]
+            return [self.row(nominal, cut, name, arms[name], samples) for name in arms]
 
     def _arms(self, cut: int, opened: contextlib.ExitStack) -> dict[str, Any]:
         """The arms of a cut; one that cannot run is noted in `left_out`."""
@@ -118,20 +117,6 @@ class Rows:
                     opened.callback(arms[name].close)
         return arms
 
-    def caps(self, cut: int, samples: Mapping[str, Sequence[float]]) -> list[float]:
-        """Returns T(f) of each window from the parts of the same block."""
-        parts = [samples[name] for name in PARTS]
-        return [
-            measured_cap(
-                self.shares[cut],
-                full=full,
-                forward=forward,
-                update=update,
-                trainable=self.trainable_share(cut),
-            )
-            for full, forward, update in zip(*parts, strict=True)
-        ]
-
     def trainable_share(self, cut: int) -> float:
         """Returns the share of the parameters in stages from `cut` on."""
         trains = set(self.stages[cut:])
@@ -140,44 +125,50 @@ class Rows:
         return count_params(live) / count_params(self.leaves[0])
 
     def row(
-        self,
-        nominal: float,
-        cut: int,
-        name: str,
-        arm: Any,
-        samples: Mapping[str, Sequence[float]],
-        caps: Sequence[float],
+        self, nominal: float, cut: int, name: str, arm: Any, samples: Mapping[str, Sequence[float]]
     ) -> dict[str, Any]:
-        """Returns the row of one arm; ratios are medians over windows of neighbours in time."""
-        f, own, full = self.shares[cut], samples[name], samples["full"]
+        """Returns the row of one arm."""
         cached = name == "jft_cache"
-        bound = cache_bound(f) if cached else prefix_bound(f)
-        # A cached prefix has no forward pass to pay: its cap is the share that is left.
-        limits = [(1 - f) * seconds for seconds in full] if cached else list(caps)
-        speedup = statistics.median(a / b for a, b in zip(full, own, strict=True))
-        share = cap_share(speedup, bound)
-        return {
+        row = {
             "workload": self.workload.name,
             "model": self.workload.model,
             "peer": "jft" if cached else name,
             "cache": cached,
-            "f": f,
+            "f": self.shares[cut],
             "f_nominal": nominal,
             "cut": self.stages[cut],
             "trainable_share": self.trainable_share(cut),
-            "seconds": list(own),
-            "median_seconds": statistics.median(own),
-            "full_seconds": statistics.median(full),
+            "seconds": list(samples[name]),
             "part_seconds": {part: list(samples[part]) for part in PARTS},
-            "cap_seconds": statistics.median(limits),
-            "cap": bound if math.isfinite(bound) else None,
-            "speedup": speedup,
-            "efficiency": statistics.median(a / b for a, b in zip(limits, own, strict=True)),
-            "bound_efficiency": share,
-            "noise": noise(own),
-            "full_noise": noise(full),
-            **_compiled(arm),
         }
+        return {**row, **derived(row), **_compiled(arm)}
+
+
+def derived(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what follows from a row's samples; ratios are medians over neighbours in time."""
+    f, own, parts = row["f"], row["seconds"], row["part_seconds"]
+    full = parts["full"]
+    bound = cache_bound(f) if row["cache"] else prefix_bound(f)
+    if row["cache"]:  # no forward pass to pay: the cap is the share that is left
+        limits = [(1 - f) * seconds for seconds in full]
+    else:
+        share, windows = row["trainable_share"], zip(*(parts[p] for p in PARTS), strict=True)
+        limits = [
+            measured_cap(f, full=whole, forward=forward, update=update, trainable=share)
+            for whole, forward, update in windows
+        ]
+    speedup = statistics.median(a / b for a, b in zip(full, own, strict=True))
+    return {
+        "median_seconds": statistics.median(own),
+        "full_seconds": statistics.median(full),
+        "cap_seconds": statistics.median(limits),
+        "cap": bound if math.isfinite(bound) else None,
+        "speedup": speedup,
+        "efficiency": statistics.median(a / b for a, b in zip(limits, own, strict=True)),
+        "bound_efficiency": cap_share(speedup, bound),
+        "noise": noise(own),
+        "full_noise": noise(full),
+    }
 
 
 def cap_share(speedup: float, bound: float) -> float | None:

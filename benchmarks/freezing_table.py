@@ -45,9 +45,11 @@ _STEPS = 40  # points of the analytic curves
 def markdown(result: Mapping[str, Any]) -> str:
     """Returns what was measured, on what, and what was left out."""
     hardware, versions = result["hardware"], result["environment"]["versions"]
+    processes = len(result.get("processes", [1]))
     parts = [
         f"{result['date']}, {hardware['processor']}, {hardware['cores']} cores,"
         f" {result['device']}, jax {versions['jax']}, size {result['size']}"
+        + (f", {processes} processes" if processes > 1 else "")
     ]
     good = [row for row in result["rows"] if "error" not in row]
     if good:

@@ -11,8 +11,9 @@ import pytest
 
 from benchmarks import cached_probe, freezing
 from benchmarks.caps import cache_bound, choose_cut, cut_shares, measured_cap, prefix_bound
-from benchmarks.freezing_rows import Measuring, Rows, own_speedups
+from benchmarks.freezing_rows import Measuring, Rows, derived, own_speedups
 from benchmarks.naive import masked_adamw
+from benchmarks.pooled import pool
 from benchmarks.presets import steady_seconds
 from benchmarks.workloads import JftLoop, Workload
 from jft.errors import ConfigError
@@ -93,6 +94,42 @@ def test_a_tiny_run_gives_rows_in_which_naive_masks_compute_every_gradient():
     assert naive["peak_bytes"] > head["peak_bytes"] > 0
     assert full["own_speedup"] == 1.0
     assert head["cap"] == pytest.approx(prefix_bound(head["f"]))
+
+
+def measured(seconds, full, **more):
+    """A result of one row as one process measures it."""
+    parts = {"full": full, "forward": [1.0] * len(full), "update": [0.0] * len(full)}
+    row = {"workload": "w", "peer": "jft", "cache": False, "f": 0.5, "f_nominal": 0.5}
+    row |= {"trainable_share": 0.5, "seconds": seconds, "part_seconds": parts}
+    row |= {**derived(row), "compile_seconds": 4.0}
+    result = {"format": 1, "size": "cpu", "hardware": {}, "device": "cpu", "flags": {}}
+    result |= {"measuring": {}, "environment": {"versions": {"jax": "1"}}, "presets": []}
+    result |= {"date": "today", "load_average": {}, "elapsed_seconds": 2.0, "left_out": {}}
+    return {**result, "rows": [row], **more}
+
+
+def test_results_of_several_processes_are_pooled_sample_by_sample():
+    quick, slow = measured([2.0, 2.0], [3.0, 3.0]), measured([2.5] * 4, [3.5] * 4)
+    found = pool([quick, slow])
+    (row,) = found["rows"]
+    assert row["seconds"] == [2.0, 2.0, 2.5, 2.5, 2.5, 2.5]
+    assert row["speedup"] == pytest.approx(3.5 / 2.5)
+    assert row["efficiency"] == pytest.approx((1.0 + 0.5 * 2.5) / 2.5)
+    assert (row["median_seconds"], row["compile_seconds"]) == (2.5, 4.0)
+    assert found["elapsed_seconds"] == 4.0 and len(found["processes"]) == 2
+    assert row["own_speedup"] is None, "no row at f = 0"
+
+
+def test_results_of_different_things_are_not_pooled():
+    one = measured([2.0, 2.0], [3.0, 3.0])
+    for other in ({"size": "gpu"}, {"device": "gpu"}, {"rows": []}):
+        with pytest.raises(ValueError, match=f"differ in {next(iter(other))}"):
+            pool([one, {**one, **other}])
+    with pytest.raises(ValueError, match="differ in versions"):
+        pool([one, {**one, "environment": {"versions": {"jax": "2"}}}])
+    failed = {"workload": "w", "what": "f = 0.5", "error": "Boom"}
+    with pytest.raises(ValueError, match="w, f = 0.5 failed"):
+        pool([one, {**one, "rows": [failed]}])
 
 
 def test_steady_seconds_take_the_median_of_each_trainable_set():
