@@ -210,15 +210,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="default runs/freezing-SIZE.json")
     args = parser.parse_args(argv)
     if args.pool:
-        result = pool([json.loads(path.read_text()) for path in args.pool])
+        try:
+            result = pool([json.loads(path.read_text()) for path in args.pool])
+        except (OSError, ValueError) as error:
+            parser.error(f"--pool: {error}")
     else:
         found = measure(chosen(args), lambda text: print(text, file=sys.stderr))
         result = {"size": args.size, **found}
-    written = save(result, args.out or Path("runs") / f"freezing-{args.size}.json")
+    written = save(result, args.out or _default_out(args))
     print(markdown(result))
     print("\n" + "\n".join(str(path) for path in written))
     failed = any("error" in row for row in (*result["rows"], *result["presets"]))
     return 1 if failed else 0
+
+
+def _default_out(args: argparse.Namespace) -> Path:
+    return Path("runs") / ("freezing-pooled.json" if args.pool else f"freezing-{args.size}.json")
 
 
 def chosen(args: argparse.Namespace) -> Size:

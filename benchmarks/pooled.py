@@ -27,9 +27,10 @@ def pool(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for name in _SAME:
         if any(result[name] != first[name] for result in results):
             raise ValueError(f"the results differ in {name}: they cannot be pooled")
-    versions = [result["environment"]["versions"] for result in results]
-    if any(found != versions[0] for found in versions):
-        raise ValueError("the results differ in versions: they cannot be pooled")
+    for name in ("versions", "peers", "git"):
+        found = [result["environment"].get(name) for result in results]
+        if any(each != found[0] for each in found):
+            raise ValueError(f"the results differ in {name}: they cannot be pooled")
     tables = [{_key(row): row for row in result["rows"]} for result in results]
     if any(table.keys() != tables[0].keys() for table in tables):
         raise ValueError("the results differ in rows: they cannot be pooled")

@@ -1,7 +1,7 @@
 """What a run will do and cost, from shapes alone: plan.json and the tables to show before it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -130,17 +130,25 @@ def tables(
 ) -> str:
     """Returns the groups table (or one line a leaf) and the phases table."""
     params, section = task.shapes[0], task.config.optim
-    # Phases share what their entry says of the leaves: each is looked at once.
-    scales = {id(phase.scales): phase.scales for phase in schedule.phases()}.values()
-    rates = {
-        path: [section.learning_rate * factor * each.get(path, 1.0) for each in scales]
-        for path, factor in optim.multipliers.items()
-    }
+    rates = _rates(schedule.phases(), optim.multipliers, section.learning_rate)
     decays = {path: section.weight_decay * optim.decay_mask[path] for path in params}
     table = explain(task.groups(), schedule.phases(), params, rates, decays, every_leaf=every_leaf)
     bounded = schedule.approximation
     note = f"\napproximates its method: {bounded}" if bounded else ""
     return f"{table}\n\n{plan_table(plans)}{note}"
+
+
+def _rates(
+    phases: Sequence[Phase], multipliers: Mapping[str, float], peak: float
+) -> dict[str, set[float]]:
+    """{path: peak learning rates where it trains, before the phase's own factor}."""
+    # Of many phases most train what others train, at the same rates.
+    distinct = {(id(p.mask), id(p.scales) if p.scales else 0): p for p in phases}.values()
+    rates: dict[str, set[float]] = {path: set() for path in multipliers}
+    for phase in distinct:
+        for path in phase.entered:
+            rates[path].add(peak * multipliers[path] * phase.scales.get(path, 1.0))
+    return {path: found or {peak * multipliers[path]} for path, found in rates.items()}
 
 
 def summary(

@@ -125,8 +125,9 @@ def test_results_of_different_things_are_not_pooled():
     for other in ({"size": "gpu"}, {"device": "gpu"}, {"rows": []}):
         with pytest.raises(ValueError, match=f"differ in {next(iter(other))}"):
             pool([one, {**one, **other}])
-    with pytest.raises(ValueError, match="differ in versions"):
-        pool([one, {**one, "environment": {"versions": {"jax": "2"}}}])
+    for name in ("versions", "peers", "git"):
+        with pytest.raises(ValueError, match=f"differ in {name}"):
+            pool([one, {**one, "environment": {**one["environment"], name: {"jax": "2"}}}])
     failed = {"workload": "w", "what": "f = 0.5", "error": "Boom"}
     with pytest.raises(ValueError, match="w, f = 0.5 failed"):
         pool([one, {**one, "rows": [failed]}])

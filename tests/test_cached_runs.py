@@ -240,24 +240,49 @@ def test_what_is_only_likely_is_neither_kept_nor_told_nor_refused(ruled, monkeyp
         choices(ruled, late, 995, {}, cut)
 
 
-def test_a_resumed_run_divides_the_prefix_as_the_one_that_went_on(tmp_path):
-    line = (f"freeze.phases={json.dumps(RULED)}", "freeze.views=1", "freeze.cache=on")
-    run = run_of(tmp_path / "live", *line)
-    log, chosen = [], {}
+@pytest.mark.parametrize(
+    ("tail", "divided"),
+    [
+        (["head@15", "block[-1:] + final + head"], [(2,), (2, 6), (2, 4)]),
+        (["block[-1:] + final + head@15", "head"], [(2,), (2, 4), (2, 4, 6)]),
+    ],
+)
+def test_a_resumed_run_divides_the_prefix_as_the_one_that_went_on(tail, divided, tmp_path):
+    line = (f"freeze.phases={json.dumps([RULED[0], *tail])}", "freeze.views=1", "freeze.cache=on")
+    live, log, chosen = run_of(tmp_path / "live", *line), [], {}
     for record in ({"step": 3, "entry": 0, "values": {}}, {**FIRST_CUT, "step": 6}):
         at = record["step"] - 3
-        everything = [*run.freeze.phases(log), *run.freeze.likely(log, at)]
-        chosen = choices(run, log, at, chosen, everything)[1]
+        everything = [*live.freeze.phases(log), *live.freeze.likely(log, at)]
+        chosen = choices(live, log, at, chosen, everything)[1]
         log.append(record)
-    divided = []
-    for at in (6, 12, 15):
-        phase = [run.freeze.at(at, log)]
+    runs = {}
+    for at, cuts in zip((6, 12, 15), divided, strict=True):
+        # What a resumed run asks first is about all that follows; see CompiledSteps.ahead.
         resumed = run_of(tmp_path / f"resumed{at}", *line)
-        fresh, _ = choices(resumed, log, at, chosen, phase)
-        live, chosen = choices(run, log, at, chosen, phase)
-        assert [each.cuts for each in live] == [each.cuts for each in fresh]
-        divided.append(live[0].cuts)
-    assert divided == [(2,), (2, 6), (2, 4)], "the shallower cache is the deeper one's input"
+        runs[at] = resumed, choices(resumed, log, at, chosen, live.freeze.phases(log))[1]
+        phase = [live.freeze.at(at, log)]
+        (found,), chosen = choices(live, log, at, chosen, phase)
+        assert found.cuts == cuts
+        for start, (run, kept) in runs.items():
+            (found,), kept = choices(run, log, at, kept, phase)
+            runs[start] = run, kept
+            assert (found.cuts, kept) == (cuts, chosen), f"resumed at {start}"
+
+
+def test_a_set_that_is_foreseen_may_have_a_prefix(tmp_path):
+    line = ("freeze.name=slimfit", "freeze.phases=None", "freeze.args.always=head")
+    run = run_of(tmp_path, *line, "freeze.views=1", "freeze.cache=auto", "train.steps=200")
+    foreseen = run.freeze.foreseen()
+    assert any(run.inputs._cut(phase) and phase.index > 1 for phase in foreseen)
+    found, chosen = choices(run, [], 0, {}, foreseen)
+    assert chosen == {} and len(found) == len(foreseen)
+
+
+def test_on_without_fixed_views_is_refused_before_a_rule_has_decided(tmp_path):
+    line = (*AUTOFREEZE, "freeze.cache=on", "train.steps=40")
+    with pytest.raises(ConfigError, match="set freeze.views=K or switch augmentation off"):
+        fit(run_of(tmp_path, *line))
+    assert not list((tmp_path / "checkpoints").glob("*")), "it was to stop before the first save"
 
 
 def test_a_cache_that_is_given_up_is_nobodys_input(tmp_path):

@@ -98,8 +98,9 @@ def test_user_groups_join_and_must_match(groups):
     assert with_extra.resolve("low") == groups.resolve("block[:4]")
     with pytest.raises(ConfigError, match="freeze.groups.low"):
         make_groups(PATHS, STRUCTURE, extra=[("low", "nothing")])
-    with pytest.raises(ConfigError, match="'my-top' should be of letters, digits and _"):
-        make_groups(PATHS, STRUCTURE, extra=[("my-top", "head/.*")])
+    for name in ("my-top", "2nd", "", 3):
+        with pytest.raises(ConfigError, match="should be a letter, then letters, digits and _"):
+            make_groups(PATHS, STRUCTURE, extra=[(name, "head/.*")])
 
 
 def test_a_model_without_a_family_gets_one_group_a_module():

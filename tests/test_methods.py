@@ -732,9 +732,14 @@ def test_max_sets_bounds_what_is_compiled_and_says_so(name, args, limit, note):
 
 
 def test_a_menu_too_small_for_every_visit_is_refused():
-    message = "freeze.max_sets: freeze_lowest needs 10 trainable sets or more to visit every leaf"
-    with pytest.raises(ConfigError, match=message):
+    message = "freeze.max_sets: freeze_lowest needs {} trainable sets or more to visit every leaf"
+    with pytest.raises(ConfigError, match=message.format(10)):
         plan(vit(12), "slimfit", max_sets=9)
+    assert plan(vit(12), "slimfit", max_sets=2, every="50%").phases(), "two decisions, two sets"
+    (rule,) = plan(vit(12), "slimfit").entries
+    for entries in (["head@10%", rule], [{**rule, "first": False}]):
+        with pytest.raises(ConfigError, match=message.format(11)):
+            make_freeze(vit(12), total_steps=1000, steps_per_epoch=9, phases=entries, max_sets=10)
 
 
 def test_cut_quantum_lowers_cuts_to_coarser_steps():

@@ -136,6 +136,7 @@ def test_factors_and_curves_are_given_by_set_or_by_leaf():
         ([{"train": "all", "elements": {"kind": "bernoulli", "share": 2}}], r"at most 1"),
         ([{"train": "all", "state": "reste"}], r"state: 'reste' .*did you mean 'reset'"),
         ([{"train": "all", "lr_scale": {"name": "decay"}}], r"lr_scale: .*depth_decay"),
+        ([{"train": "all", "lr_scale": 10**400}], r"lr_scale: 1000*0 should be a number"),
         ([{"train": "all", "lr_scale": float("inf")}], r"lr_scale: inf should be a number"),
         ("head@1e400 | all", r"\[0\]: until='1e400' should be"),
         ("head@1e400% | all", r"\[0\]: until='1e400%' should be"),

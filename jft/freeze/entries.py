@@ -2,7 +2,6 @@
 
 import ast
 import inspect
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -161,4 +160,4 @@ def _check_elements(elements: Any, where: str) -> None:
 
 
 def _above_zero(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e15

@@ -1,6 +1,6 @@
 """The explain table: what trains, when, why, at which rate and at what size."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from jft.freeze.groups import Groups
 from jft.freeze.phases import Phase
@@ -13,7 +13,7 @@ def explain(
     groups: Groups,
     phases: Sequence[Phase],
     shapes: Flat,
-    rates: Mapping[str, Sequence[float]],
+    rates: Mapping[str, Collection[float]],
     decays: Mapping[str, float],
     *,
     every_leaf: bool = False,
@@ -25,7 +25,7 @@ def explain(
       phases: of the run; one column each: "train", "2 of 6" leaves of the group, or "-" frozen;
         of more than MOST_COLUMNS only in how many of them the group trains.
       shapes: {path: shape and dtype}.
-      rates: {path: peak learning rates}, before the phase's own factor.
+      rates: {path: peak learning rates where it trains}, before the phase's own factor.
       decays: {path: weight decay}.
       every_leaf: a line a leaf, with the pattern that put it in its group.
     """

@@ -132,8 +132,10 @@ def make_groups(
         if leaves := frozenset(path for path in paths if re.fullmatch(pattern, path)):
             groups.setdefault(name, leaves)
     for name, pattern in extra:
-        if not re.fullmatch(r"[^\W\d]\w*", name):
-            raise ConfigError(f"freeze.groups: {name!r} should be of letters, digits and _")
+        if not isinstance(name, str) or not re.fullmatch(r"[^\W\d]\w*", name):
+            raise ConfigError(
+                f"freeze.groups: {name!r} should be a letter, then letters, digits and _"
+            )
         if name in groups or name in ("all", "above"):
             raise ConfigError(f"freeze.groups: {name!r} is already a group of this model")
         groups[name] = select(paths, pattern, f"freeze.groups.{name}")

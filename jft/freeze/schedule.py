@@ -209,12 +209,16 @@ class FreezeSchedule:
         view = self._view(index, self.phases()[0], ())
         for outcome in rule.likely(view) if rule.certain else ():
             self._stretches.mask(outcome["train"], where)
-        least, limit = rule.least_sets(view), self.outline.max_sets
-        if limit is not None and least > limit:
-            raise ConfigError(
-                f"freeze.max_sets: {rule.decide} needs {least} trainable sets or more to visit"
-                " every leaf"
-            )
+        limit, points = self.outline.max_sets, rule.points(*self.spans.all()[index], self.outline)
+        visits = min(rule.least_sets(view), len(points))
+        if limit is not None and visits > 1:
+            # What trains before its first decision takes places on the menu too.
+            sets = {id(phase.mask) for phase in self.phases() if phase.start_step < points[0]}
+            if visits + len(sets) > limit:
+                raise ConfigError(
+                    f"freeze.max_sets: {rule.decide} needs {visits + len(sets)} trainable sets or"
+                    " more to visit every leaf"
+                )
 
     def _view(self, index: int, now: Phase, log: Log) -> View:
         """What a rule sees before its next decision, without values."""

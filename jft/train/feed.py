@@ -11,7 +11,7 @@ import numpy as np
 from jft.errors import DataError
 from jft.freeze.cut import PrefixCache
 from jft.freeze.phases import Phase
-from jft.train.inputs import Input
+from jft.train.inputs import Input, is_planned
 from jft.train.run import Run
 from jft.tree import Flat
 
@@ -44,8 +44,9 @@ class Feed:
             return Input()
         if self.run.enforce != "split":  # the reference sees what a run without a cache sees
             return self.run.inputs.uncached(phase)
-        # What triggers another set may still come, before the phase begins.
-        settled = not self.run.freeze.triggered or phase.start_step <= self._step
+        # Before a phase begins a decision may bring another one.
+        begun = not self.run.freeze.triggered or phase.start_step <= self._step
+        settled = begun and is_planned(phase, phases)
         found = self.run.inputs.choose(phase, phases, self.chosen, settled=settled)
         if found.text:
             self.say(found.text)

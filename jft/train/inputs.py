@@ -124,7 +124,7 @@ class Inputs:
                 try:
                     text = self._decide(phase, phases, cuts, chosen)
                 except ConfigError:
-                    if settled:
+                    if settled or self.views is None:  # then no phase can have one
                         raise
                     chosen[name] = ""
             made = Input("cache", cuts, chosen[name]) if chosen[name] else self.uncached(phase)
@@ -165,11 +165,14 @@ class Inputs:
         """The cuts of the caches of all phases before one."""
         known = self._memo.before
         start = next((at for at in range(phase.index, 0, -1) if at in known), 0)
-        found = known.get(start, frozenset())
+        found, sure = known.get(start, frozenset()), True
         for earlier in phases[start : phase.index]:
             cut = self._cut(earlier)
-            found = found | {cut} if chosen.get(_name(earlier, cut)) else found
-            known[earlier.index + 1] = found
+            name = _name(earlier, cut)
+            found = found | {cut} if chosen.get(name) else found
+            sure = sure and (cut == 0 or name in chosen)
+            if sure:
+                known[earlier.index + 1] = found
         return found
 
     def _decide(
@@ -181,12 +184,12 @@ class Inputs:
     ) -> str:
         """Decides about the cache of a phase; returns why."""
         cut, name = cuts[-1], _name(phase, cuts[-1])
-        last = phases[phase.index - 1] if phase.index else None
+        last = phases[phase.index - 1] if 0 < phase.index <= len(phases) else None
         if last is not None and self._cut(last) == cut and _name(last, cut) in chosen:
             chosen[name] = chosen[_name(last, cut)]  # its entries are there already
             return ""
         steps = phase.stop_step - phase.start_step
-        if phase.index < len(phases) and phases[phase.index] is phase:
+        if is_planned(phase, phases):
             for later in phases[phase.index + 1 :]:
                 if self._cut(later) != cut:
                     break
@@ -293,6 +296,11 @@ class Inputs:
             replaced=cache.replaced,
         )
         return cache.batches(indexed)
+
+
+def is_planned(phase: Phase, phases: Sequence[Phase]) -> bool:
+    """Whether a phase is one of `phases`, not one that a decision may bring."""
+    return tuple(phases[phase.index : phase.index + 1]) == (phase,)
 
 
 @dataclass

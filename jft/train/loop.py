@@ -107,13 +107,13 @@ class _Trainer:
     def train(self, stop: StopSignals) -> int:
         """Runs the phases that are left; returns the exit code."""
         run = self.run
+        self.decisions.begin(self.step, *self.leaves())
+        self.guard.begin(self.leaves()[0])
+        self.decide()
         if run.total_steps == run.freeze.outline.total_steps:
             foreseen = run.freeze.foreseen(self.decisions.log)
             following = [phase for phase in foreseen if phase.stop_step > self.step]
             self.steps.ahead(following, stop=lambda: stop.exit_code is not None)
-        self.decisions.begin(self.step, *self.leaves())
-        self.guard.begin(self.leaves()[0])
-        self.decide()
         while self.step < run.total_steps:
             phase = run.freeze.at(self.step, self.decisions.log)
             self.enter(phase)
