@@ -26,16 +26,13 @@ from jft.train.inputs import Input
 from jft.train.loop import fit
 from jft.train.parallel import make_parallel
 
-SETS = 6  # freeze.max_sets: methods that draw a new set in each phase draw from a menu
+# freeze.max_sets: methods that draw a new set in each phase draw from a menu; SlimFit needs ten.
+SETS = 10
 FULL_STEPS = 8  # steps of full training, before and after each run
 
 
 class Presets:
-    """The methods on one workload.
-
-    Attributes:
-      left_out: {method: why it cannot run}.
-    """
+    """The methods on one workload."""
 
     def __init__(self, workload: Workload, steps: int, folder: Path) -> None:
         """Writes the data, and makes what the plans of all methods share.
