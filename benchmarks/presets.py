@@ -43,7 +43,6 @@ class Presets:
           folder: an empty one.
         """
         self.workload, self.steps, self.folder = workload, steps, folder
-        self.left_out: dict[str, str] = {}
         self._data = folder / "data.npz"
         np.savez(self._data, image=workload.images(), label=workload.labels())
         config = self.config("full")
