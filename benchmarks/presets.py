@@ -125,15 +125,13 @@ class Presets:
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             config = self.config(method, bool(self.schedule(method).watched))
             run = jft.setup(config, Path(folder) / "run")
-            full(1)
-            before = full(FULL_STEPS) / FULL_STEPS
+            before = _median_step(full)
             with (
                 contextlib.redirect_stdout(io.StringIO()),
                 contextlib.redirect_stderr(io.StringIO()),
             ):
                 fit(run)
-            full(1)
-            after = full(FULL_STEPS) / FULL_STEPS
+            after = _median_step(full)
             lines = (run.workdir / "metrics.jsonl").read_text().splitlines()
             restored = run.checkpoints.restore()
         log = restored.info["decisions"] if restored else []
@@ -162,6 +160,12 @@ class Presets:
             "decisions": len(log),
             "approximation": run.freeze.approximation,
         }
+
+
+def _median_step(full: Callable[[int], float]) -> float:
+    """Seconds of a full step: a median, as `steady_seconds` takes of the run's steps."""
+    full(1)
+    return statistics.median(full(1) for _ in range(FULL_STEPS))
 
 
 def steady_seconds(

@@ -119,6 +119,33 @@ def test_rows_of_a_phase_are_timed_before_the_next_one_sets_the_clock(tmp_path, 
     assert events[:11] == ["phase 0", 3, 6, "phase 1", 9, 12, 15, "phase 2", 18, 21, 24]
 
 
+def test_no_step_is_under_way_when_a_phase_sets_the_clock(tmp_path, monkeypatch):
+    events = []
+    plain_update, plain_restart = loop._Trainer.update, loop.Rows.restart
+    plain_wait = jax.block_until_ready
+
+    def update(trainer):
+        plain_update(trainer)
+        events.append("update")
+
+    def restart(rows, step):
+        events.append("restart")
+        plain_restart(rows, step)
+
+    def wait(values):
+        if isinstance(values, dict) and "loss_sum" in values:
+            events.append("wait")
+        return plain_wait(values)
+
+    monkeypatch.setattr(loop._Trainer, "update", update)
+    monkeypatch.setattr(loop.Rows, "restart", restart)
+    monkeypatch.setattr(jax, "block_until_ready", wait)
+    fit(make_run(tmp_path, phases="head@1 | all@2 | head@3 | all", steps=6))
+    later = "".join(event[0] for event in events).partition("u")[2]
+    assert later.count("wr") == later.count("r") == 3, later
+    assert "uwr" in later
+
+
 def test_every_trainable_set_compiles_once_and_in_order(tmp_path, monkeypatch):
     compiled = []
     plain = compiled_steps.compile_phase

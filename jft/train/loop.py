@@ -158,12 +158,13 @@ class _Trainer:
 
     def enter(self, phase: Phase) -> None:
         """Makes `phase` the current one: its split, its compiled step, and the next one's start."""
-        if phase.stop_step - phase.start_step > self.run.parts.log_every_steps:
-            # They are timed by the clock of the phase that they belong to.
-            self.rows.write(wait=True)
-        began = time.monotonic()
         run, old = self.run, self.phase
         going_on = phase.index == old.index and self.entered
+        if not going_on:
+            # The steps under way belong to the old phase's clock, not to the switch or the new one.
+            jax.block_until_ready(self.last)
+            self.rows.write(wait=True)
+        began = time.monotonic()
         self.steps.want(phase)
         if not going_on:
             self.state, self.frozen = unstack((self.state, self.frozen))
