@@ -56,7 +56,10 @@ class Size:
     budget_seconds: float = 3600.0
 
 
-_SMALL = (Workload("vit_ti16", 64, 8, 12), Workload("efficientnet_lite0", 64, 8, 16, LITE))
+_SMALL = (
+    Workload("vit_ti16", 64, 8, 6, (("depth", 6),)),
+    Workload("efficientnet_lite0", 64, 8, 16, LITE),
+)
 SIZES = {
     "smoke": Size(
         (Workload("vit_s16", 64, 4, 12),),
