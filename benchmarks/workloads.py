@@ -47,7 +47,9 @@ class Workload:
     @property
     def name(self) -> str:
         """How the tables call it."""
-        return f"{self.model} {self.image_size} px batch {self.batch_size}"
+        depth = dict(self.args).get("depth")
+        model = f"{self.model}, {depth} blocks," if depth else self.model
+        return f"{model} {self.image_size} px batch {self.batch_size}"
 
     def cut(self, phase: str | int) -> int:
         """Returns the index of the first stage that trains; a phase may be such an index."""

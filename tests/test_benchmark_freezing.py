@@ -167,8 +167,8 @@ def test_the_command_writes_json_table_and_chart(tmp_path, monkeypatch, capsys):
     assert probe["ran"] and probe["speedup"] > 0 and len(probe["step_seconds"]) == 6
     assert probe["flop_bound"] == pytest.approx(1 / (1 - probe["freeze_area"]))
     table = out.with_suffix(".md").read_text()
-    assert "| vit_tiny 16 px batch 4 | naive | 0.000 (0) | embed |" in table
-    assert "| vit_tiny 16 px batch 4 | linear_probe | 6 |" in table
+    assert "| vit_tiny, 2 blocks, 16 px batch 4 | naive | 0.000 (0) | embed |" in table
+    assert "| vit_tiny, 2 blocks, 16 px batch 4 | linear_probe | 6 |" in table
     assert table.startswith(capsys.readouterr().out.splitlines()[0])
     picture = ET.fromstring(out.with_suffix(".svg").read_text())
     words = [text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")]

@@ -111,7 +111,7 @@ def test_a_suite_gives_every_field_and_survives_a_row_that_fails(tmp_path, monke
     assert row["compiled_flops"]["jft"] == pytest.approx(row["analytic_flops"], rel=0.05)
     assert "error" in failed
     printed = capsys.readouterr().out
-    assert "| vit_tiny 16 px batch 4 | head |" in printed
+    assert "| vit_tiny, 2 blocks, 16 px batch 4 | head |" in printed
     assert "failed: vit_tiny" in printed
 
 
