@@ -149,3 +149,14 @@ def test_a_leaf_with_half_the_factor_moves_half_as_far():
     updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS, step=0, rates=section.rates(plan[0]))
     assert float(updates["stem/kernel"][0, 0]) == -0.5
     assert float(updates["head/kernel"][0, 0]) == -1.0
+
+
+def test_a_fresh_state_compiles_nothing_after_the_warm_up(caplog):
+    section = make_optim([(0, 100)], PARAMS, STAGES, learning_rate=1e-2)
+    leaves = {"a": jax.device_put(np.ones((3, 41), np.float32)), "b": jax.device_put(np.ones(43))}
+    with jax.log_compiles():
+        section.warm_up(leaves.values())
+        assert "ompil" in caplog.text
+        caplog.clear()
+        section.direction().init(leaves)
+    assert "ompil" not in caplog.text

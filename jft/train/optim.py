@@ -1,6 +1,6 @@
 """The optax transformation over the trainable leaves of a phase."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -162,6 +162,14 @@ class OptimSection(NamedTuple):
         """Returns the optimizer of `phase`."""
         parts = {name: value for name, value in self._asdict().items() if name != "multipliers"}
         return make_tx(phase, enforce=enforce, **parts)
+
+    def warm_up(self, leaves: Iterable[Any]) -> None:
+        """Compiles what makes the fresh state of such leaves: small programs, some a shape.
+
+        A switch of phases would wait for each of them.
+        """
+        for shape, dtype in sorted({(leaf.shape, str(leaf.dtype)) for leaf in leaves}):
+            self.direction().init({"leaf": jnp.zeros(shape, dtype)})
 
     def rates(self, phase: Phase) -> Flat:
         """Returns the rates of `phase`, as its step takes them."""

@@ -138,6 +138,8 @@ class Outcome:
 def compile_phase(run: Run, phase: Phase, chosen: Input | None = None) -> tuple[Any, float]:
     """Returns the compiled step of `phase`, and the seconds it took; needs no arrays.
 
+    What makes the fresh optimizer state of the phase is compiled too.
+
     `chosen` is what the phase reads; None stands for images.
     """
     began = time.monotonic()
@@ -158,6 +160,7 @@ def compile_phase(run: Run, phase: Phase, chosen: Input | None = None) -> tuple[
         elements=phase.elements,
     )
     compiled = run.parallel.compile_train(step, state, frozen, batch_shape(run, chosen))
+    run.optim.warm_up(run.shapes[0][path] for path in phase.entered)
     return compiled, time.monotonic() - began
 
 
