@@ -122,7 +122,11 @@ def test_rows_of_a_phase_are_timed_before_the_next_one_sets_the_clock(tmp_path, 
 def test_no_step_is_under_way_when_a_phase_sets_the_clock(tmp_path, monkeypatch):
     events = []
     plain_update, plain_restart = loop._Trainer.update, loop.Rows.restart
-    plain_wait = jax.block_until_ready
+    plain_wait, plain_write = jax.block_until_ready, loop.Rows.write
+
+    def write(rows, wait):
+        events.extend(["flush"] if wait else [])
+        plain_write(rows, wait)
 
     def update(trainer):
         plain_update(trainer)
@@ -139,11 +143,12 @@ def test_no_step_is_under_way_when_a_phase_sets_the_clock(tmp_path, monkeypatch)
 
     monkeypatch.setattr(loop._Trainer, "update", update)
     monkeypatch.setattr(loop.Rows, "restart", restart)
+    monkeypatch.setattr(loop.Rows, "write", write)
     monkeypatch.setattr(jax, "block_until_ready", wait)
     fit(make_run(tmp_path, phases="head@1 | all@2 | head@3 | all", steps=6))
     later = "".join(event[0] for event in events).partition("u")[2]
-    assert later.count("wr") == later.count("r") == 3, later
-    assert "uwr" in later
+    assert later.count("fwr") == later.count("r") == 3, "row by row, then all that is under way"
+    assert "ufwr" in later
 
 
 def test_every_trainable_set_compiles_once_and_in_order(tmp_path, monkeypatch):

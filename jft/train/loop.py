@@ -161,9 +161,10 @@ class _Trainer:
         run, old = self.run, self.phase
         going_on = phase.index == old.index and self.entered
         if not going_on:
-            # The steps under way belong to the old phase's clock, not to the switch or the new one.
-            jax.block_until_ready(self.last)
+            # The steps under way belong to the old phase's clock, not to the switch or the new one;
+            # first row by row, so that each has the time of its own steps.
             self.rows.write(wait=True)
+            jax.block_until_ready(self.last)
         began = time.monotonic()
         self.steps.want(phase)
         if not going_on:
