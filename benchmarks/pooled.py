@@ -1,7 +1,7 @@
 """Puts the freezing benchmark's results from several processes together.
 
-Where a process lies in memory moves its times by several per cent, and alike in all its windows:
-more windows do not average that out, more processes do.
+The same step differs by several per cent from one process to the next, in all windows of each: more
+windows do not average that out, more processes do.
 """
 
 from collections.abc import Mapping, Sequence

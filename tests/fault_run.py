@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
+from jft.train import loop
 from jft.train.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +45,22 @@ def _configure(values):
     for name, value in values.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()  # the folder is read at the first use only
+
+
+class Stop(Exception):
+    """Stands for a kill: nothing of the loop's own runs after it."""
+
+
+def stop_at(monkeypatch, step):
+    """Makes a run fail once `step` updates are done, without saving."""
+    plain = loop._Trainer.update
+
+    def update(trainer):
+        if trainer.step == step:
+            raise Stop
+        plain(trainer)
+
+    monkeypatch.setattr(loop._Trainer, "update", update)
 
 
 def environment(folder, **values):

@@ -5,6 +5,7 @@ import json
 import fault_run
 import numpy as np
 import pytest
+from fault_run import Stop, stop_at
 
 from jft import fit, setup
 from jft.config import load_config
@@ -40,21 +41,6 @@ def run_of(workdir, *overrides):
 
 def leaves(outcome):
     return {path: np.asarray(leaf) for path, leaf in outcome.params.items()}
-
-
-class Stop(Exception):
-    """Ends a run as a kill would."""
-
-
-def stop_at(monkeypatch, step):
-    plain = loop._Trainer.update
-
-    def update(trainer):
-        if trainer.step == step:
-            raise Stop
-        plain(trainer)
-
-    monkeypatch.setattr(loop._Trainer, "update", update)
 
 
 def assert_killed_equals_straight(tmp_path, monkeypatch, step, *line):

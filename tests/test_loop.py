@@ -7,6 +7,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+from fault_run import Stop, stop_at
 from tiny_net import make_batch
 from tiny_run import make_run
 
@@ -31,20 +32,9 @@ def assert_same_leaves(a, b):
         assert np.asarray(flat_a[path]).tobytes() == np.asarray(flat_b[path]).tobytes(), path
 
 
-class Stop(Exception):
-    """Stands for a kill: nothing of the loop's own runs after it."""
-
-
 def killed_at(monkeypatch, run, step):
     """Runs until `step` updates are done and then fails without saving."""
-    plain = loop._Trainer.update
-
-    def update(trainer):
-        if trainer.step == step:
-            raise Stop
-        plain(trainer)
-
-    monkeypatch.setattr(loop._Trainer, "update", update)
+    stop_at(monkeypatch, step)
     with pytest.raises(Stop):
         fit(run)
     monkeypatch.undo()
