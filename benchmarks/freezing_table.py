@@ -64,9 +64,11 @@ def markdown(result: Mapping[str, Any]) -> str:
         parts.append(_table(PRESET_TITLES, [_preset(row) for row in presets]))
         parts.append(
             "Freeze area: mean over steps of 1 - FLOPs of the step / FLOPs of a full one. FLOP"
-            " bound: FLOPs of a full run over those of this one. Speed-up: seconds of as many"
-            " full steps, timed before and after, over those of this run's steps; with probes: and"
-            " of its freezing decisions. Planned peak: arguments and what the backward pass keeps."
+            " bound: FLOPs of a full run over those of this one; the update that frozen parameters"
+            " are spared is no part of it, so that a small model at a small batch can exceed it."
+            " Speed-up: seconds of as many full steps, timed before and after, over those of this"
+            " run's steps (the row `full` shows the noise); with probes: and of its freezing"
+            " decisions. Planned peak: arguments and what the backward pass keeps."
         )
     failed = [row for row in (*result["rows"], *result["presets"]) if "error" in row]
     parts += [f"failed: {row['workload']}, {row['what']}: {row['error']}" for row in failed]

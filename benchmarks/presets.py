@@ -28,7 +28,7 @@ from jft.train.parallel import make_parallel
 
 # freeze.max_sets: methods that draw a new set in each phase draw from a menu; SlimFit needs ten.
 SETS = 10
-FULL_STEPS = 8  # steps of full training, before and after each run
+FULL_STEPS = 24  # steps of full training, before and after each run
 
 
 class Presets:
