@@ -8,8 +8,9 @@ import pytest
 from jft.errors import ConfigError
 from jft.freeze.groups import make_groups
 from jft.freeze.methods import make_phases
-from jft.train.optim import make_decay_mask, make_optim
+from jft.train.optim import by_cohort, make_decay_mask, make_optim
 from jft.train.rates import make_multipliers, make_rates, make_schedule
+from jft.train.state import leaves_by_path
 
 STAGES = ("stem", "blocks_0", "head")
 PARAMS = {
@@ -138,6 +139,24 @@ def test_updates_equal_those_of_optax(name, args, reference):
         states = a, b
     for path in PARAMS:
         np.testing.assert_allclose(first[path], second[path], rtol=1e-6, atol=1e-7)
+
+
+def test_cohorts_update_as_optax_partition_does_without_its_empty_nodes():
+    cohorts = (("head/kernel", "head/bias"), ("blocks_0/kernel",), ("stem/kernel", "stem/bias"))
+    labels = {path: f"cohort_{at}" for at, paths in enumerate(cohorts) for path in paths}
+    ours = by_cohort(cohorts, optax.scale_by_adam)
+    theirs = optax.partition({label: optax.scale_by_adam() for label in labels.values()}, labels)
+    a, b = ours.init(PARAMS), theirs.init(PARAMS)
+    for step in range(3):
+        grads = jax.tree.map(lambda p, s=step: np.float32(np.cos(p * (s + 1))), PARAMS)
+        moved, a = ours.update(grads, a, PARAMS)
+        expected, b = theirs.update(grads, b, PARAMS)
+        assert moved.keys() == expected.keys()
+        for path in PARAMS:
+            np.testing.assert_array_equal(moved[path], expected[path])
+    assert leaves_by_path(a).keys() == leaves_by_path(b).keys()  # as checkpoints name them
+    kept = jax.tree.leaves(a, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
+    assert len(kept) == len(jax.tree.leaves(a)) == 2 * len(PARAMS) + len(cohorts)
 
 
 def test_a_leaf_with_half_the_factor_moves_half_as_far():

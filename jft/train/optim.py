@@ -77,15 +77,14 @@ def make_tx(
     With enforce="split" it is for the flat dict of trainable leaves. With "optax" it is for all
     leaves: `optax.partition` hands the trainable ones on and zeroes the others; the reference.
     """
-    labels = {path: cohort_name(at) for at, paths in enumerate(phase.cohorts) for path in paths}
-    parts = {label: direction() for label in sorted(set(labels.values()))}
 
     def of(values: Mapping[str, Any]) -> Callable[[Any], Any]:
         # Callables see the tree they are given: flat paths, or MaskedNodes under "optax".
-        return lambda tree: {p: values[members(p)[0]] if p in labels else False for p in tree}
+        trains = phase.entered
+        return lambda tree: {p: values[members(p)[0]] if p in trains else False for p in tree}
 
     chain = [] if grad_clip_norm is None else [clip_by_norm(grad_clip_norm)]
-    chain.append(optax.partition(parts, lambda tree: {p: labels.get(p, min(parts)) for p in tree}))
+    chain.append(by_cohort(phase.cohorts, direction))
     if weight_decay:
         chain.append(optax.add_decayed_weights(weight_decay, mask=of(decay_mask)))
     chain.append(scale_by_rate(schedule, sorted(m for p in phase.entered for m in members(p))))
@@ -112,9 +111,44 @@ def clip_by_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
-def cohort_name(at: int) -> str:
-    """The optimizer's label of `Phase.cohorts[at]`."""
-    return f"cohort_{at}"
+def by_cohort(
+    cohorts: Sequence[Sequence[str]], direction: Callable[[], optax.GradientTransformation]
+) -> optax.GradientTransformationExtraArgs:
+    """Returns a transform of a flat dict in which each cohort has a direction of its own.
+
+    As `optax.partition`, whose state it has, but each direction sees its own leaves alone. There
+    the state holds an empty node for every leaf of the others: hundreds of cohorts of single leaves
+    would be tens of thousands of nodes that the host goes through at every step.
+
+    Args:
+      cohorts: see `Phase.cohorts`; a leaf in none of them stays as it is.
+      direction: makes the transform of one.
+    """
+    parts = {
+        f"cohort_{at}": (optax.with_extra_args_support(direction()), paths)
+        for at, paths in enumerate(cohorts)
+    }
+
+    def init(params: Flat) -> optax.transforms.PartitionState:
+        own = {name: tx.init({p: params[p] for p in paths}) for name, (tx, paths) in parts.items()}
+        return optax.transforms.PartitionState(
+            {name: optax.MaskedState(held) for name, held in own.items()}
+        )
+
+    def update(updates: Flat, state: Any, params: Flat | None = None, **extra: Any) -> Any:
+        moved, held = dict(updates), {}
+        for name, (tx, paths) in parts.items():
+            found, inner = tx.update(
+                {p: updates[p] for p in paths},
+                state.inner_states[name].inner_state,
+                None if params is None else {p: params[p] for p in paths},
+                **extra,
+            )
+            moved |= found
+            held[name] = optax.MaskedState(inner)
+        return moved, optax.transforms.PartitionState(held)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def scale_by_rate(
