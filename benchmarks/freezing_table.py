@@ -37,6 +37,7 @@ PRESET_TITLES = (
     "planned peak MB",
     "compile s",
     "stall s",
+    "first steps s",
     "probe s",
 )
 _STEPS = 40  # points of the analytic curves
@@ -68,7 +69,9 @@ def markdown(result: Mapping[str, Any]) -> str:
             " are spared is no part of it, so that a small model at a small batch can exceed it."
             " Speed-up: seconds of as many full steps, timed before and after, over those of this"
             " run's steps (the row `full` shows the noise); with probes: and of its freezing"
-            " decisions. Planned peak: arguments and what the backward pass keeps."
+            " decisions. Planned peak: arguments and what the backward pass keeps. Compile and"
+            " stall are of a run before, which had to compile. First steps: what the first step of"
+            " each compiled set took beyond the others; on a CPU it builds the kernels."
         )
     failed = [row for row in (*result["rows"], *result["presets"]) if "error" in row]
     parts += [f"failed: {row['workload']}, {row['what']}: {row['error']}" for row in failed]
@@ -121,6 +124,7 @@ def _preset(row: Mapping[str, Any]) -> list[str]:
         _number(row["planned_peak_bytes"], 1e-6),
         _number(row["compile_seconds"]),
         _number(row["stall_seconds"]),
+        _number(row["first_step_seconds"]),
         _number(row["probe_seconds"]),
     ]
 

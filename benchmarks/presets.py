@@ -6,11 +6,14 @@ import io
 import json
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 import jft
 from benchmarks.timing import stopwatch
@@ -25,10 +28,11 @@ from jft.task import make_data, make_task
 from jft.train.inputs import Input
 from jft.train.loop import fit
 from jft.train.parallel import make_parallel
+from jft.train.run import Run
 
 # freeze.max_sets: methods that draw a new set in each phase draw from a menu; SlimFit needs ten.
 SETS = 10
-FULL_STEPS = 24  # steps of full training, before and after each run
+FULL_STEPS = 30  # steps of full training, around the timed run
 
 
 class Presets:
@@ -109,6 +113,7 @@ class Presets:
             "full_seconds": None,
             "compile_seconds": None,
             "stall_seconds": None,
+            "first_step_seconds": None,
             "probe_seconds": None,
             "bound_efficiency": None,
             "speedup_with_probes": None,
@@ -118,63 +123,114 @@ class Presets:
     def run(self, method: str, full: Callable[[int], float]) -> dict[str, Any]:
         """Trains with a method; returns its row, with the phases that the run really had.
 
+        A first run compiles; the timed one takes its steps from jax's cache on disk, or the few
+        steps of a benchmark would share the processor with the compilation of the next.
+
         Args:
           method: of METHODS.
-          full: window of the loop that trains everything; timed before and after the run.
+          full: window of the loop that trains everything; timed around the run.
         """
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             config = self.config(method, bool(self.schedule(method).watched))
-            run = jft.setup(config, Path(folder) / "run")
-            before = _median_step(full)
-            with (
-                contextlib.redirect_stdout(io.StringIO()),
-                contextlib.redirect_stderr(io.StringIO()),
-            ):
-                fit(run)
-            after = _median_step(full)
-            lines = (run.workdir / "metrics.jsonl").read_text().splitlines()
-            restored = run.checkpoints.restore()
-        log = restored.info["decisions"] if restored else []
-        phases = run.freeze.phases(log)
-        rows = [row for row in map(json.loads, lines) if "time/step_seconds" in row]
-        seconds, by_set = steady_seconds(rows, phases)
-        full_seconds = (before + after) / 2 * sum(by_set.values())
-        probes, planned = rows[-1]["time/probe_seconds"], self.row(method, phases)
-        assert run.plan is not None  # it has splits and a device
+            with compiled_steps_in(Path(folder) / "compiled"):
+                first = self._fit(config, Path(folder) / "first")
+                before = full(FULL_STEPS) / FULL_STEPS
+                timed = self._fit(config, Path(folder) / "timed")
+                after = full(FULL_STEPS) / FULL_STEPS
+        timing = steady_seconds(timed.rows, timed.phases)
+        full_seconds = (before + after) / 2 * len(timed.rows)
+        probes = timed.rows[-1]["time/probe_seconds"]
+        run, log, phases = first.run, first.log, first.phases
+        planned, assured = self.row(method, phases), run.plan
+        assert assured is not None  # it has splits and a device
         peaks = {
-            phase.key: run.plan(phase, Input()).argument_bytes
+            phase.key: assured(phase, Input()).argument_bytes
             + self._costs.residual_bytes(phase.mask)
             for phase in {phase.key: phase for phase in phases}.values()
         }
         return planned | {
             "ran": True,
-            "speedup": full_seconds / seconds,
-            "bound_efficiency": full_seconds / seconds / planned["flop_bound"],
-            "speedup_with_probes": full_seconds / (seconds + probes),
+            "speedup": full_seconds / timing.steady,
+            "bound_efficiency": full_seconds / timing.steady / planned["flop_bound"],
+            "speedup_with_probes": full_seconds / (timing.steady + probes),
             "probe_seconds": probes,
             "planned_peak_bytes": max(peaks.values()),
-            "step_seconds": [row["time/step_seconds"] for row in rows],
+            "step_seconds": [row["time/step_seconds"] for row in timed.rows],
             "full_seconds": [before, after],
-            "compile_seconds": rows[-1]["time/compile_seconds"],
-            "stall_seconds": rows[-1]["time/stall_seconds"],
+            "compile_seconds": first.rows[-1]["time/compile_seconds"],
+            "stall_seconds": first.rows[-1]["time/stall_seconds"],
+            "first_step_seconds": timing.first,
             "decisions": len(log),
             "approximation": run.freeze.approximation,
         }
 
+    def _fit(self, config: Any, workdir: Path) -> "Trained":
+        """Trains in a new folder, silently."""
+        run = jft.setup(config, workdir)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            fit(run)
+        restored = run.checkpoints.restore()
+        log = restored.info["decisions"] if restored else []
+        lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+        rows = [line for line in lines if "time/step_seconds" in line]
+        return Trained(run, log, run.freeze.phases(log), rows)
 
-def _median_step(full: Callable[[int], float]) -> float:
-    """Seconds of a full step: a median, as `steady_seconds` takes of the run's steps."""
-    full(1)
-    return statistics.median(full(1) for _ in range(FULL_STEPS))
+
+@dataclass(frozen=True)
+class Trained:
+    """A run of a method that is done.
+
+    Attributes:
+      run: its parts.
+      log: its freezing decisions.
+      phases: that it had.
+      rows: of metrics.jsonl, one a step.
+    """
+
+    run: Run
+    log: Sequence[Mapping[str, Any]]
+    phases: Sequence[Phase]
+    rows: Sequence[Mapping[str, Any]]
 
 
-def steady_seconds(
-    rows: Sequence[Mapping[str, Any]], phases: Sequence[Phase]
-) -> tuple[float, dict[Any, int]]:
-    """Returns (seconds of all steps without what happens once, {compiled set: its steps}).
+@contextlib.contextmanager
+def compiled_steps_in(folder: Path) -> Iterator[None]:
+    """Makes jax keep what it compiles in a folder, and look nowhere else."""
+    wanted = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in wanted}
+    try:
+        for name, value in wanted.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
-    Each step counts as the median step of its set: a first step, and one that waited for the host
-    at a switch, are no steady steps.
+
+@dataclass(frozen=True)
+class Timing:
+    """Where the seconds of a run's steps went.
+
+    Attributes:
+      steady: of all steps, had each taken the mean of its set.
+      first: that the first step of each set took beyond that: it builds the set's kernels.
+    """
+
+    steady: float
+    first: float
+
+
+def steady_seconds(rows: Sequence[Mapping[str, Any]], phases: Sequence[Phase]) -> Timing:
+    """Returns where the seconds of a run's steps went.
+
+    A set's mean leaves its first step out, unless that is its only one. Means, for the host sees
+    steps end in bunches: the seconds of a single row mean little.
 
     Args:
       rows: of metrics.jsonl, one a step: "phase" and "time/step_seconds".
@@ -184,8 +240,11 @@ def steady_seconds(
     times: dict[Any, list[float]] = {}
     for row in rows:
         times.setdefault(keys[row["phase"]], []).append(row["time/step_seconds"])
-    counts = {key: len(found) for key, found in times.items()}
-    return sum(statistics.median(found) * len(found) for found in times.values()), counts
+    means = {key: statistics.mean(found[1:] or found) for key, found in times.items()}
+    return Timing(
+        steady=sum(means[key] * len(found) for key, found in times.items()),
+        first=sum(found[0] - means[key] for key, found in times.items()),
+    )
 
 
 def measure_presets(

@@ -5,6 +5,7 @@ import math
 import xml.etree.ElementTree as ET
 from argparse import Namespace
 
+import jax
 import numpy as np
 import optax
 import pytest
@@ -14,7 +15,7 @@ from benchmarks.caps import cache_bound, choose_cut, cut_shares, measured_cap, p
 from benchmarks.freezing_rows import Measuring, Rows, derived, own_speedups
 from benchmarks.naive import masked_adamw
 from benchmarks.pooled import pool
-from benchmarks.presets import steady_seconds
+from benchmarks.presets import compiled_steps_in, steady_seconds
 from benchmarks.workloads import JftLoop, Workload
 from jft.errors import ConfigError
 from jft.freeze.phases import Phase
@@ -29,7 +30,7 @@ ROW_KEYS = {
 PRESET_KEYS = {
     "workload", "preset", "steps", "phases", "sets", "freeze_area", "flop_bound", "speedup",
     "compile_seconds", "stall_seconds", "probe_seconds", "bound_efficiency",
-    "speedup_with_probes", "planned_peak_bytes",
+    "speedup_with_probes", "planned_peak_bytes", "first_step_seconds",
 }  # fmt: skip
 
 
@@ -133,16 +134,24 @@ def test_results_of_different_things_are_not_pooled():
         pool([one, {**one, "rows": [failed]}])
 
 
-def test_steady_seconds_take_the_median_of_each_trainable_set():
+def test_steady_seconds_take_the_mean_of_each_trainable_set_without_its_first_step():
     phases = [
         Phase(at, "", at, at + 1, {p: p in trains for p in "ab"}, dict.fromkeys(trains, "0"))
-        for at, trains in enumerate(("a", "ab", "a"))
+        for at, trains in enumerate(("a", "ab", "a", "b"))
     ]
-    times = [(0, 9.0), (0, 1.0), (0, 1.0), (1, 3.0), (1, 30.0), (1, 3.0), (2, 1.0)]
+    times = [(0, 9.0), (0, 1.0), (0, 2.0), (1, 5.0), (1, 0.0), (1, 6.0), (2, 3.0), (3, 7.0)]
     rows = [{"phase": phase, "time/step_seconds": seconds} for phase, seconds in times]
-    seconds, steps = steady_seconds(rows, phases)
-    assert seconds == pytest.approx(4 * 1.0 + 3 * 3.0)
-    assert sorted(steps.values()) == [3, 4]
+    found = steady_seconds(rows, phases)
+    assert found.steady == pytest.approx(4 * 2.0 + 3 * 3.0 + 7.0)
+    assert found.first == pytest.approx((9.0 - 2.0) + (5.0 - 3.0))
+
+
+def test_compiled_steps_are_kept_in_the_folder_alone_and_jax_is_left_as_it_was(tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    with compiled_steps_in(tmp_path / "one"):
+        jax.jit(lambda x: x * 3 + 1)(np.ones(7))
+    assert list((tmp_path / "one").iterdir())
+    assert jax.config.jax_compilation_cache_dir == before
 
 
 def test_the_command_writes_json_table_and_chart(tmp_path, monkeypatch, capsys):
