@@ -68,10 +68,11 @@ def markdown(result: Mapping[str, Any]) -> str:
             " bound: FLOPs of a full run over those of this one; the update that frozen parameters"
             " are spared is no part of it, so that a small model at a small batch can exceed it."
             " Speed-up: seconds of as many full steps, timed before and after, over those of this"
-            " run's steps (the row `full` shows the noise); with probes: and of its freezing"
-            " decisions. Planned peak: arguments and what the backward pass keeps. Compile and"
-            " stall are of a run before, which had to compile. First steps: what the first step of"
-            " each compiled set took beyond the others; on a CPU it builds the kernels."
+            " run's steps, the first step of each compiled set counted as the mean of the others"
+            " (the row `full` shows the noise); with probes: and of its freezing decisions. First"
+            " steps: what was left out by that; on a CPU such a step builds the kernels. Planned"
+            " peak: arguments and what the backward pass keeps. Compile and stall are of a run"
+            " before, which had to compile."
         )
     failed = [row for row in (*result["rows"], *result["presets"]) if "error" in row]
     parts += [f"failed: {row['workload']}, {row['what']}: {row['error']}" for row in failed]
