@@ -113,6 +113,7 @@ class Presets:
             "step_seconds": None,
             "full_seconds": None,
             "compile_seconds": None,
+            "timed_compile_seconds": None,
             "stall_seconds": None,
             "first_step_seconds": None,
             "probe_seconds": None,
@@ -143,13 +144,11 @@ class Presets:
         timing = steady_seconds(timed.rows, timed.phases)
         full_seconds = (before + after) / 2 * len(timed.rows)
         probes = timed.rows[-1]["time/probe_seconds"]
-        run, log, phases = first.run, first.log, first.phases
-        planned, assured = self.row(method, phases), run.plan
-        assert assured is not None  # it has splits and a device
+        planned, plan = self.row(method, timed.phases), timed.run.plan
+        assert plan is not None  # it has splits and a device
         peaks = {
-            phase.key: assured(phase, Input()).argument_bytes
-            + self._costs.residual_bytes(phase.mask)
-            for phase in {phase.key: phase for phase in phases}.values()
+            phase.key: plan(phase, Input()).argument_bytes + self._costs.residual_bytes(phase.mask)
+            for phase in {phase.key: phase for phase in timed.phases}.values()
         }
         return planned | {
             "ran": True,
@@ -164,8 +163,8 @@ class Presets:
             "timed_compile_seconds": timed.rows[-1]["time/compile_seconds"],
             "stall_seconds": first.rows[-1]["time/stall_seconds"],
             "first_step_seconds": timing.first,
-            "decisions": len(log),
-            "approximation": run.freeze.approximation,
+            "decisions": len(timed.log),
+            "approximation": timed.run.freeze.approximation,
         }
 
     def _fit(self, config: Any, workdir: Path) -> "Trained":

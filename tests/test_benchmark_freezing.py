@@ -31,6 +31,7 @@ PRESET_KEYS = {
     "workload", "preset", "steps", "phases", "sets", "freeze_area", "flop_bound", "speedup",
     "compile_seconds", "stall_seconds", "probe_seconds", "bound_efficiency",
     "speedup_with_probes", "planned_peak_bytes", "first_step_seconds",
+    "timed_compile_seconds",
 }  # fmt: skip
 
 

@@ -80,8 +80,7 @@ def make_tx(
 
     def of(values: Mapping[str, Any]) -> Callable[[Any], Any]:
         # Callables see the tree they are given: flat paths, or MaskedNodes under "optax".
-        trains = phase.entered
-        return lambda tree: {p: values[members(p)[0]] if p in trains else False for p in tree}
+        return lambda tree: {p: p in phase.entered and values[members(p)[0]] for p in tree}
 
     chain = [] if grad_clip_norm is None else [clip_by_norm(grad_clip_norm)]
     chain.append(by_cohort(phase.cohorts, direction))
