@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from jft import browse, cli, doctor
-from jft.cli import VERBS, main
+from jft import doctor
+from jft.cli import main
 from jft.errors import ConfigError, DataError, DivergedError, WeightsError
 from jft.keys import KEYS
+from jft.verbs import models
+from jft.verbs.table import FLAGS, VERBS
 
 ROOT = Path(__file__).parent.parent
 DIGITS = "configs/digits_vit.py"
@@ -245,9 +247,9 @@ def test_a_reader_that_stops_reading_is_no_error():
 
 
 def test_every_verb_names_a_function_that_exists():
-    assert callable(browse.models)
+    assert callable(models.models)
     for verb in VERBS.values():
         module, _, function = verb.run.partition(":")
         source = (ROOT / module.replace(".", "/")).with_suffix(".py").read_text()
         assert f"def {function}(args: argparse.Namespace)" in source
-    assert cli.FLAGS.keys() >= {f.rstrip("!") for verb in VERBS.values() for f in verb.flags}
+    assert FLAGS.keys() >= {f.rstrip("!") for verb in VERBS.values() for f in verb.flags}

@@ -72,7 +72,6 @@ RANKS: dict[str, float] = {
     "jft.prepare": 8,
     "jft.trained": 8.2,
     "jft.verbs": 8.5,
-    "jft.browse": 8.5,
     "jft.doctor": 8.5,
     "jft.cli": 9,
     "jft.__main__": 9,
