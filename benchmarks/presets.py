@@ -24,7 +24,8 @@ from jft.freeze.methods import METHODS
 from jft.freeze.phases import Phase
 from jft.freeze.schedule import FreezeSchedule
 from jft.overview import loss_costs
-from jft.prepare import make_parts, make_schedule
+from jft.parts import make_parts
+from jft.prepare import make_schedule
 from jft.task import make_data, make_task
 from jft.train.inputs import Input
 from jft.train.loop import fit

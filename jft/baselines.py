@@ -29,6 +29,8 @@ def check(config: ConfigDict, splits: Splits) -> None:
             raise ConfigError(f"report.baselines: {entry!r}{nearest(entry, [LOGISTIC])}")
     if LOGISTIC not in config.report.baselines:
         return
+    if splits.kind != "class":
+        raise ConfigError("report.baselines: logistic_regression needs one class an image")
     if splits.test is None:
         raise ConfigError("report.baselines: logistic_regression needs a test split")
     if splits.train.image_shape is None:

@@ -137,8 +137,18 @@ KEYS: dict[str, Key] = {
     "optim.per_phase": Key(
         False, bool, "warm-up and schedule start again in each phase as written"
     ),
-    "loss.name": Key("softmax", str, "loss"),
+    "loss.name": Key(
+        "softmax",
+        str,
+        "loss: softmax, focal; several classes an image: sigmoid, sigmoid_focal; numbers: squared,"
+        " absolute, huber",
+    ),
     "loss.args": Key({}, dict, "options of the loss, `--config.loss.args.label_smoothing=0.1`"),
+    "loss.class_weights": Key(
+        None,
+        str | list | None,
+        "factor on the training loss of each class: a list, or balanced: one over its frequency",
+    ),
     "train.steps": Key(None, int | None, "updates of the run; or set train.epochs", low=1),
     "train.epochs": Key(
         None, float | None, "passes over the training split; or set train.steps", low=0

@@ -1,8 +1,6 @@
 """From a config to the built parts of a run: each section goes to exactly one function."""
 
 import functools
-import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,19 +9,16 @@ import jax
 from ml_collections import ConfigDict
 
 from jft.baselines import check as check_baselines
+from jft.batches import eval_batch_size, evaluate_split, train_batches
 from jft.caching import make_inputs, plan_phase
 from jft.config import METRICS, diff, from_json
-from jft.data.images import make_eval_transform, make_train_transform, make_view_transform
-from jft.data.loader import make_eval_loader, make_train_loader
-from jft.data.protocol import Source
 from jft.data.sources import Splits
 from jft.errors import ConfigError, nearest
-from jft.evaluation import run_split
 from jft.freeze.masks import Mask
 from jft.freeze.methods import make_freeze
 from jft.freeze.schedule import FreezeSchedule
-from jft.losses import make_loss
 from jft.overview import describe_plan, loss_costs, plan_phases, summary, tables
+from jft.parts import loss_labels, make_parts, plain_section
 from jft.report.rundir import read_json
 from jft.report.writers import RunWriter
 from jft.run_files import write_decisions, write_run_files
@@ -62,7 +57,7 @@ def make_schedule(
         steps_per_epoch=train_examples / train.batch_size,
         name=freeze.name,
         args=freeze.args.to_dict(),
-        phases=_plain(freeze.phases),
+        phases=plain_section(freeze.phases),
         seed=config.seed,
         max_sets=freeze.max_sets,
         cut_quantum=freeze.cut_quantum,
@@ -84,7 +79,7 @@ def make_schedule(
         task.stages,
         prescribed=schedule.recipe_schedule,
         events=bool(schedule.watched),
-        **_plain(config.optim),
+        **plain_section(config.optim),
     )
     check_batch_size(train.batch_size, train.accum_steps, parallel)
     return schedule, optim
@@ -104,28 +99,6 @@ def without_spoilers(task: Task, parallel: Parallel, parts: StepParts) -> Callab
         return {**mask, **dict.fromkeys(low, False)}
 
     return adjust
-
-
-def make_parts(task: Task) -> StepParts:
-    """Returns what every step of a config is built from."""
-    config = task.config
-    train = config.train
-    return StepParts(
-        apply=task.model.apply,
-        loss=make_loss(**_plain(config.loss)),
-        transform=make_train_transform(task.preprocess, **task.augment()),
-        eval_transform=make_eval_transform(task.preprocess),
-        view_transform=make_view_transform(task.preprocess, seed=config.seed, **task.augment()),
-        seed=config.seed,
-        accum_steps=train.accum_steps,
-        nonfinite=train.nonfinite,
-        nonfinite_quota=train.nonfinite_quota,
-        log_every_steps=config.log.every_steps,
-    )
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(value.to_json()) if isinstance(value, ConfigDict) else value
 
 
 def setup(
@@ -154,7 +127,8 @@ def setup(
     if resumes and resume != "force":
         check_unchanged(config, workdir)
     splits = make_data(config)
-    task = make_task(config, splits.label_names, splits.train.image_shape, model)
+    native = splits.train.image_shape
+    task = make_task(config, splits.label_names, native, model, splits.kind)
     check_baselines(config, splits)
     conversion = read_json(workdir / "conversion.json") if resumes else None
     leaves = None
@@ -180,7 +154,7 @@ def _make_run(
 ) -> Run:
     config = task.config
     parallel = make_parallel(mode=config.parallel.mode, devices=config.parallel.devices)
-    parts = make_parts(task)
+    parts = make_parts(task, loss_labels(config, splits))
     schedule, optim = make_schedule(task, splits, parallel, parts)
     phases = schedule.phases()
     costs = loss_costs(task, parallel, parts)
@@ -251,62 +225,6 @@ def check_unchanged(config: ConfigDict, workdir: Path) -> None:
         )
 
 
-def train_batches(task: Task, source: Source, start_batch: int, views: int | None = None) -> Any:
-    """Returns this process's training batches from a position on; see `make_train_loader`."""
-    config = task.config
-    return make_train_loader(
-        source,
-        batch_size=config.train.batch_size,
-        seed=config.seed,
-        image_shape=task.image_shape,
-        start_batch=start_batch,
-        workers=config.data.workers,
-        rank=jax.process_index(),
-        ranks=jax.process_count(),
-        bad_image_quota=config.data.bad_image_quota,
-        interpolation=task.preprocess.interpolation,
-        views=views,
-    )
-
-
-def eval_batch_size(config: ConfigDict, parallel: Parallel) -> int:
-    """Returns the evaluation batch size, rounded up to a multiple of the devices."""
-    rows = config.eval.batch_size or config.train.batch_size
-    return math.ceil(rows / parallel.num_devices) * parallel.num_devices
-
-
-def evaluate_split(
-    task: Task,
-    splits: Splits,
-    workdir: Path,
-    parallel: Parallel,
-    predict_step: Any,
-    split: str,
-    step: int,
-) -> dict[str, float]:
-    """Runs one split exactly and writes eval/<split>.json; returns its scalars."""
-    source = splits[split]
-    batches = make_eval_loader(
-        source,
-        batch_size=eval_batch_size(task.config, parallel),
-        image_shape=task.image_shape,
-        workers=task.config.data.workers,
-        bad_image_quota=task.config.data.bad_image_quota,
-        interpolation=task.preprocess.interpolation,
-    )
-    scalars, _ = run_split(
-        predict_step,
-        batches,
-        num_classes=task.model.num_classes,
-        label_names=task.label_names,
-        split=split,
-        workdir=workdir if jax.process_index() == 0 else None,
-        step=step,
-        example_id=source.id,
-    )
-    return scalars
-
-
 def plan_text(config: ConfigDict, every_leaf: bool = False) -> str:
     """Returns groups, phases and their cost as text; allocates and compiles nothing.
 
@@ -316,9 +234,9 @@ def plan_text(config: ConfigDict, every_leaf: bool = False) -> str:
         learning rate and its bytes; else one line a group.
     """
     splits = make_data(config)
-    task = make_task(config, splits.label_names, splits.train.image_shape)
+    task = make_task(config, splits.label_names, splits.train.image_shape, kind=splits.kind)
     parallel = make_parallel(mode=config.parallel.mode, devices=config.parallel.devices)
-    parts = make_parts(task)
+    parts = make_parts(task, loss_labels(config, splits))
     schedule, optim = make_schedule(task, splits, parallel, parts)
     plans = plan_phases(task, parallel, schedule.phases(), optim, parts)
     return tables(task, schedule, optim, plans, every_leaf)

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from jft.data.decode import Shape
 from jft.data.images import canvas_shape
+from jft.data.protocol import Kind, label_layout
 from jft.data.sources import Splits, make_splits
 from jft.errors import ConfigError
 from jft.freeze.groups import COMMON_SETS, Groups, make_groups
@@ -32,7 +33,8 @@ class Task:
 
     Attributes:
       config: the locked config.
-      label_names: a name a class.
+      label_names: a name a class, or a value to predict.
+      kind: of the labels, see jft.data.protocol.
       native_shape: (H, W, C) that every image of the data has, or None.
       model: from the zoo, or the user's own.
       preprocess: of the model, or of its source where that has its own.
@@ -42,6 +44,7 @@ class Task:
 
     config: ConfigDict
     label_names: list[str]
+    kind: Kind
     native_shape: Shape | None
     model: Model | OwnModel
     preprocess: Preprocess
@@ -109,7 +112,11 @@ def make_data(config: ConfigDict) -> Splits:
 
 
 def make_task(
-    config: ConfigDict, label_names: list[str], native_shape: Shape | None, model: Any = None
+    config: ConfigDict,
+    label_names: list[str],
+    native_shape: Shape | None,
+    model: Any = None,
+    kind: Kind = "class",
 ) -> Task:
     """Returns the model of a config, fitted to its data.
 
@@ -118,6 +125,7 @@ def make_task(
       label_names: a name a class.
       native_shape: (H, W, C) that every image of the data has, or None.
       model: the user's own module; None makes the one of `config.model`.
+      kind: of the labels.
     """
     made = _make_model(config, model, len(label_names))
     used = made.preprocess
@@ -126,7 +134,7 @@ def make_task(
     variables = jax.eval_shape(made.init, jax.random.key(0), image)
     shapes = (flatten(variables["params"]), flatten(variables.get("batch_stats", {})))
     canvas = canvas_shape(native_shape, used)
-    return Task(config, label_names, native_shape, made, used, canvas, shapes)
+    return Task(config, label_names, kind, native_shape, made, used, canvas, shapes)
 
 
 def with_preprocess(task: Task, values: Mapping[str, Any] | None) -> Task:
@@ -181,8 +189,9 @@ def initial_leaves(task: Task) -> tuple[Flat, Flat, dict[str, Any] | None]:
 
 def batch_shapes(task: Task, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shapes and dtypes of a global batch of `rows` examples."""
+    shape, dtype = label_layout(task.kind, len(task.label_names))
     return {
         "image": jax.ShapeDtypeStruct((rows, *task.image_shape), np.uint8),
-        "label": jax.ShapeDtypeStruct((rows,), np.int32),
+        "label": jax.ShapeDtypeStruct((rows, *shape), dtype),
         "mask": jax.ShapeDtypeStruct((rows,), np.float32),
     }

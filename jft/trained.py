@@ -14,16 +14,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jft.baselines import measure
+from jft.batches import eval_batch_size, evaluate_split
 from jft.config import from_json
 from jft.data.decode import load_image
+from jft.data.protocol import KINDS, Kind
 from jft.errors import ConfigError, WeightsError, nearest
 from jft.evaluation import fetch_each
-from jft.prepare import (
-    eval_batch_size,
-    evaluate_split,
-    make_checkpoints,
-    make_parts,
-)
+from jft.parts import make_parts
+from jft.prepare import make_checkpoints
 from jft.report.html import write_report
 from jft.report.rundir import read_json, write_json
 from jft.task import Task, batch_shapes, initial_leaves, make_data, make_task, with_preprocess
@@ -74,12 +72,13 @@ def read_config(workdir: Path) -> ConfigDict:
     return from_json(path.read_text())
 
 
-def read_data(workdir: Path) -> tuple[list[str], tuple[int, int, int] | None]:
-    """Returns (label names, native image shape) of the data that a run was trained on."""
+def read_data(workdir: Path) -> tuple[list[str], tuple[int, int, int] | None, Kind]:
+    """Returns (label names, native image shape, kind) of the data that a run was trained on."""
     found = read_json(workdir / "data.json")
     try:
         shape, names = found["image_shape"], [str(name) for name in found["label_names"]]
-        return names, shape and (int(shape[0]), int(shape[1]), int(shape[2]))
+        shape = shape and (int(shape[0]), int(shape[1]), int(shape[2]))
+        return names, shape, KINDS[KINDS.index(found.get("kind", "class"))]
     except (TypeError, LookupError, ValueError) as error:
         raise ConfigError(f"{workdir / 'data.json'}: missing or damaged") from error
 
@@ -98,8 +97,8 @@ def load_trained(workdir: str | Path, model: Any = None, step: str | int = "newe
     """
     workdir = Path(workdir)
     config = read_config(workdir)
-    labels, native = read_data(workdir)
-    task = make_task(config, labels, native, model)
+    labels, native, kind = read_data(workdir)
+    task = make_task(config, labels, native, model, kind)
     task = with_preprocess(task, (read_json(workdir / "conversion.json") or {}).get("preprocess"))
 
     def rebuild(paths: list[str]) -> Flat:

@@ -30,6 +30,7 @@ from jft.tree import flatten, merge, split
 pytestmark = pytest.mark.usefixtures("quick")
 
 VIEWS = 2
+LABEL = jax.ShapeDtypeStruct((8,), np.int32)
 MODELS = {"vit_tiny": 3, "efficientnet_lite_tiny": 3}  # with a cut in the middle
 TIERS = ("device", "host", "disk")
 
@@ -207,9 +208,9 @@ def test_the_suffix_gives_logits_and_gradients_of_the_whole_model(name, tmp_path
         cache = fill(prefix, tmp_path, tier, name, source)
         batch = cache.batch(indexed)
         shapes = {n: (x.shape, x.dtype) for n, x in batch.items()}
-        assert shapes == {n: (x.shape, x.dtype) for n, x in cache.batch_shape(8).items()}
+        assert shapes == {n: (x.shape, x.dtype) for n, x in cache.batch_shape(LABEL).items()}
         entry = prefix.entry(params, stats)
-        assert cached_batch_shape(tier, 8, entry.shape, entry.dtype) == cache.batch_shape(8)
+        assert cached_batch_shape(tier, LABEL, entry.shape, entry.dtype) == cache.batch_shape(LABEL)
         part, cached = grad(trainable, features(cache.table, batch), prefix.cut)
         assert far(np.asarray(cached), np.asarray(logits)) < 1e-5
         assert part.keys() == trainable.keys()

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jft.metrics import classification_sums, confusion_matrix, finish, per_class
+from jft.metrics import batch_sums, confusion_matrix, finish, per_class
 
 
 def test_sums_of_a_batch_by_hand():
     logits = jnp.array([[2.0, 0.0], [0.0, 1.0], [3.0, 1.0], [0.0, 5.0]])
-    sums = classification_sums(
+    sums = batch_sums(
         logits, jnp.array([0, 0, 0, 1]), jnp.array([1.0, 1, 1, 0]), jnp.array([0.5, 1.5, 1, 9])
     )
     assert {name: float(value) for name, value in sums.items()} == {
@@ -24,7 +24,7 @@ def test_sums_of_a_batch_by_hand():
 @pytest.mark.parametrize("junk", [np.nan, np.inf, -1e30])
 def test_padding_adds_nothing_whatever_it_holds(junk):
     logits = jnp.array([[2.0, 0.0], [junk, junk]])
-    sums = jax.jit(classification_sums)(
+    sums = jax.jit(batch_sums)(
         logits, jnp.array([0, 1]), jnp.array([1.0, 0.0]), jnp.array([0.25, junk])
     )
     assert finish(sums) == {"loss": 0.25, "accuracy": 1.0}
@@ -35,9 +35,9 @@ def test_sums_of_parts_add_up_to_the_sums_of_the_whole():
     logits = jax.random.normal(key, (12, 5))
     label, mask = jnp.arange(12) % 5, (jnp.arange(12) < 10).astype(jnp.float32)
     loss = jnp.arange(12) / 4
-    whole = classification_sums(logits, label, mask, loss)
+    whole = batch_sums(logits, label, mask, loss)
     parts = [
-        classification_sums(logits[s], label[s], mask[s], loss[s])
+        batch_sums(logits[s], label[s], mask[s], loss[s])
         for s in (slice(0, 3), slice(3, 7), slice(7, 12))
     ]
     added = {name: sum(float(part[name]) for part in parts) for name in whole}
@@ -46,7 +46,7 @@ def test_sums_of_parts_add_up_to_the_sums_of_the_whole():
 
 def test_low_precision_logits_are_summed_in_float32():
     loss = jnp.full((512,), 1.0, jnp.bfloat16)
-    sums = classification_sums(
+    sums = batch_sums(
         jnp.zeros((512, 2), jnp.bfloat16), jnp.zeros(512, jnp.int32), jnp.ones(512), loss
     )
     assert sums["loss_sum"] == 512 and sums["loss_sum"].dtype == jnp.float32
@@ -110,3 +110,16 @@ def test_averages_equal_scikit_learn(seed):
     assert classes.recall == pytest.approx(theirs[1])
     assert classes.f1 == pytest.approx(theirs[2])
     assert classes.support.tolist() == theirs[3].tolist()
+
+
+def test_sums_of_several_labels_count_the_share_of_what_is_known():
+    logits = jnp.array([[2.0, -1.0, 3.0], [1.0, 1.0, 1.0], [jnp.nan] * 3])
+    label = jnp.array([[1.0, 0.0, 0.0], [1.0, jnp.nan, jnp.nan], [0.0, 0.0, 0.0]])
+    sums = batch_sums(logits, label, jnp.array([1.0, 1, 0]), jnp.array([1.0, 3, 9]), "multi")
+    assert finish(sums, "multi") == {"loss": 2.0, "accuracy": pytest.approx((2 / 3 + 1) / 2)}
+
+
+def test_sums_of_values_give_the_mean_absolute_error():
+    outputs, label = jnp.array([[1.0, 2.0], [0.0, 0.0]]), jnp.array([[0.0, 4.0], [1.0, 0.0]])
+    sums = batch_sums(outputs, label, jnp.ones(2), jnp.array([1.0, 2.0]), "value")
+    assert finish(sums, "value") == {"loss": 1.5, "mae": 1.0}

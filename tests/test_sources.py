@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jft.data.protocol import check_labels
+from jft.data.loader import make_eval_loader
+from jft.data.protocol import check_labels, strata
 from jft.data.sources import (
     ArraySource,
     Subset,
@@ -363,3 +364,26 @@ def test_tfds_in_another_format_says_what_to_run(prepared, tmp_path):
     assert got.value.exit_code == 3 and "\n" not in str(got.value)
     with pytest.raises(DataError, match="no data set prepared by TFDS"):
         make_splits(name="tfds", path=str(tmp_path / "squares" / "nowhere"))
+
+
+@pytest.mark.parametrize("kind", ["multi", "value"])
+def test_labels_of_other_kinds_travel_as_float_rows(kind):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (10, 4, 4, 3), dtype=np.uint8)
+    labels = rng.integers(0, 2, (10, 3)).astype(np.float32)
+    source = ArraySource(images, labels, ["a", "b", "c"], kind=kind)
+    batch = next(iter(make_eval_loader(source, batch_size=16, image_shape=(4, 4, 3))))
+    assert batch["label"].dtype == np.float32 and batch["label"].shape == (16, 3)
+    np.testing.assert_array_equal(batch["label"][:10], labels)
+    assert not batch["label"][10:].any() and batch["mask"].sum() == 10
+    wrong = labels.copy()
+    wrong[4, 1] = np.inf if kind == "value" else 2
+    with pytest.raises(DataError, match="index 4: label .* in place 1"):
+        ArraySource(images, wrong, ["a", "b", "c"], kind=kind)
+
+
+def test_strata_put_the_rarest_class_and_every_range_of_values_in_each_part():
+    labels = np.asarray([[1, 0], [1, 1], [1, np.nan], [0, 0]], np.float32)
+    assert strata(labels, "multi").tolist() == [0, 1, 0, 2]
+    values = np.linspace(5, -5, 40, dtype=np.float32)[:, None]
+    assert np.bincount(strata(values, "value")).tolist() == [4] * 10

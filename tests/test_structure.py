@@ -68,6 +68,8 @@ RANKS: dict[str, float] = {
     "jft.provenance": 2,
     "jft.caching": 7.8,
     "jft.run_files": 7.8,
+    "jft.parts": 7.8,
+    "jft.batches": 7.8,
     "jft.baselines": 8,
     "jft.prepare": 8,
     "jft.trained": 8.2,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jft.data.decode import Shape
-from jft.data.protocol import check_labels
+from jft.data.protocol import Kind, check_labels, check_targets
 from jft.errors import ConfigError, DataError, nearest
 
 MAX_BYTES = 64 << 30  # an npz may unfold 1,000-fold: what it declares is checked before it is read
@@ -29,9 +29,10 @@ class ArraySource:
 
     Args:
       images: uint8 [N, H, W] or [N, H, W, 1 or 3].
-      labels: integers [N].
+      labels: integers [N], or [N, K] of another kind.
       label_names: a name a class; "0", "1", ... by default.
       origin: where they came from, for messages.
+      kind: see jft.data.protocol.
 
     Raises:
       DataError: another shape or type, or a wrong label (named by its index).
@@ -40,15 +41,23 @@ class ArraySource:
     def __init__(
         self,
         images: np.ndarray,
-        labels: np.ndarray | Sequence[int],
+        labels: np.ndarray | Sequence[Any],
         label_names: Sequence[str] | None = None,
         origin: str = "",
+        kind: Kind = "class",
     ) -> None:
         self.origin = origin
+        self.kind: Kind = kind
         self.images = _check_images(np.asarray(images), origin)
         self.image_shape: Shape | None = self.images.shape[1:]
-        num_classes = None if label_names is None else len(label_names)
-        self._labels = check_labels(labels, num_classes, self.id)
+        if kind == "class":
+            num_classes = None if label_names is None else len(label_names)
+            self._labels = check_labels(labels, num_classes, self.id)
+        else:
+            labels = np.asarray(labels)
+            width = labels.shape[1] if labels.ndim == 2 else 1
+            label_names = label_names or [str(i) for i in range(width)]
+            self._labels = check_targets(labels, kind, len(label_names), self.id)
         if len(self._labels) != len(self.images):
             counts = f"{len(self.images)} images but {len(self._labels)} labels"
             raise DataError(_at(origin, counts))
@@ -58,14 +67,14 @@ class ArraySource:
 
     @property
     def labels(self) -> np.ndarray:
-        """int32 [N]."""
+        """[N] or [N, K], see `Source.labels`."""
         return self._labels
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        return {"image": self.images[i], "label": int(self._labels[i])}
+        return {"image": self.images[i], "label": self._labels[i]}
 
     def id(self, i: int) -> str:
         """ "file: index 17"."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jft.data.decode import Shape, decode_image
+from jft.data.protocol import Kind
 from jft.errors import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
@@ -24,6 +25,7 @@ SPLIT_NAMES = {
 class FolderSource:
     """Files with labels known from their directory; decoded on access, at native size."""
 
+    kind: Kind = "class"
     image_shape: Shape | None = None
 
     def __init__(self, paths: list[str], labels: np.ndarray, label_names: list[str]) -> None:

@@ -20,7 +20,7 @@ from absl import flags
 
 from jft.data.decode import BadImage, Shape, fit_image
 from jft.data.order import Batch, Order, Views, check_sizes
-from jft.data.protocol import Source
+from jft.data.protocol import Source, label_layout
 from jft.errors import ConfigError, DataError
 
 LOG = logging.getLogger(__name__)
@@ -45,9 +45,10 @@ class _Fetch:
         indices = np.asarray(indices)[..., self.start : self.stop]
         indices, views = indices if indices.ndim == 2 else (indices, None)
         count = self.stop - self.start
+        shape, dtype = label_layout(self.source.kind, len(self.source.label_names))
         batch = {
             "image": np.zeros((count, *self.image_shape), np.uint8),
-            "label": np.zeros(count, np.int32),
+            "label": np.zeros((count, *shape), dtype),
             "mask": np.zeros(count, np.float32),
             "example": np.full(count, -1, np.int32),
         }
@@ -74,8 +75,8 @@ class _Fetch:
                     return "no image after it could be read either"
                 continue
             index, example = found
-            if not 0 <= example["label"] < len(self.source.label_names):
-                top = len(self.source.label_names) - 1
+            top = len(self.source.label_names) - 1
+            if self.source.kind == "class" and not 0 <= example["label"] <= top:
                 return f"{self.source.id(index)}: label {example['label']}: give integers 0..{top}"
             batch["image"][row] = fit_image(example["image"], self.image_shape, self.interpolation)
             batch["label"][row] = example["label"]
@@ -219,8 +220,9 @@ def make_train_loader(
       views: K adds "view": int32 [b], epoch modulo K, to each batch.
 
     Returns:
-      An iterator of {"image": uint8 [b, H, W, C], "label": int32 [b], "mask": float32 [b], all 1,
-      "example": int32 [b], index in the split}, with `position`, `bad_images` and `close()`.
+      An iterator of {"image": uint8 [b, H, W, C], "label": int32 [b] or float32 [b, K], "mask":
+      float32 [b], all 1, "example": int32 [b], index in the split}, with `position`, `bad_images`
+      and `close()`.
 
     Raises:
       DataError: an empty split; while iterating, a bad image or label.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jft.data.protocol import Source
+from jft.data.protocol import Source, label_layout
 from jft.errors import ConfigError, DataError
 
 Batch = dict[str, np.ndarray]
@@ -146,8 +146,8 @@ def make_index_loader(
         one; None if all can be read.
 
     Returns:
-      An iterator of {"example": int32 [b], "view": int32 [b], "label": int32 [b], "mask": float32
-      [b]}, also with random access by position.
+      An iterator of {"example": int32 [b], "view": int32 [b], "label": int32 [b] or float32 [b, K],
+      "mask": float32 [b]}, also with random access by position.
 
     Raises:
       DataError: an empty split.
@@ -155,5 +155,5 @@ def make_index_loader(
     """
     start, stop = check_sizes(source, batch_size, rank, ranks)
     order = Views(Order(len(source), batch_size, seed), views)
-    labels = np.asarray(source.labels, np.int32)
+    labels = np.asarray(source.labels, label_layout(source.kind, len(source.label_names))[1])
     return IndexLoader(order, slice(start, stop), labels, replaced, start_batch)

@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from jft.data.decode import Shape
 from jft.errors import DataError
 
+Kind = Literal["class", "multi", "value"]
+"""What a label is: one class of an image; any number of classes; or numbers to predict."""
+
+KINDS: tuple[Kind, ...] = ("class", "multi", "value")
+
 
 class Source(Protocol):
     """Random access to labelled images; picklable, so that worker processes can hold it."""
 
+    kind: Kind
     label_names: list[str]
+    """K names: of the classes, or of the values."""
     image_shape: Shape | None
     """(H, W, C) that all images share, or None where they differ or are not known."""
 
     @property
     def labels(self) -> np.ndarray:
-        """int32 [N], without decoding any image."""
+        """Of kind "class" int32 [N], without decoding any image.
+
+        Of "multi" float32 [N, K] of 0, 1 and NaN where it is not known; of "value" float32 [N, K].
+        """
         ...
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """{"image": uint8 [H, W, 1 or 3], "label": int}; raises BadImage."""
+        """{"image": uint8 [H, W, 1 or 3], "label": a row of `labels`}; raises BadImage."""
         ...
 
     def id(self, i: int) -> str:
@@ -44,12 +54,13 @@ class Subset:
     def __init__(self, source: Source, indices: np.ndarray) -> None:
         self.source = source
         self.indices = np.asarray(indices, np.int64)
+        self.kind: Kind = source.kind
         self.label_names = source.label_names
         self.image_shape = source.image_shape
 
     @property
     def labels(self) -> np.ndarray:
-        """int32 [N]."""
+        """[N] or [N, K], see `Source.labels`."""
         return self.source.labels[self.indices]
 
     def __len__(self) -> int:
@@ -65,6 +76,61 @@ class Subset:
     def gather(self, indices: np.ndarray) -> np.ndarray | None:
         """uint8 [B, H, W, C] where images lie in memory, else None."""
         return self.source.gather(self.indices[indices])
+
+
+def label_layout(kind: Kind, num_labels: int) -> tuple[tuple[int, ...], type[np.generic]]:
+    """Returns shape and dtype of the label of one example; `num_labels` is K."""
+    return ((), np.int32) if kind == "class" else ((num_labels,), np.float32)
+
+
+def check_targets(
+    labels: Sequence[Any] | np.ndarray, kind: Kind, num_labels: int, name: Callable[[int], str]
+) -> np.ndarray:
+    """Labels of kind "multi" or "value" as float32 [N, K], or an error that names the first wrong.
+
+    Args:
+      labels: whatever the file held.
+      kind: "multi" takes 0, 1 and NaN (not known); "value" takes finite numbers.
+      num_labels: K.
+      name: index -> how the message names that example.
+
+    Raises:
+      DataError: another shape than [N, K], text, or a value that the kind does not have.
+    """
+    try:
+        array = np.asarray(labels, np.float32)
+    except (TypeError, ValueError):
+        raise DataError(f"labels of kind {kind!r} should be numbers, {num_labels} a row") from None
+    if array.ndim == 1 and num_labels == 1:
+        array = array[:, None]
+    if array.ndim != 2 or array.shape[1] != num_labels:
+        raise DataError(f"labels have shape {array.shape}, not [N, {num_labels}]")
+    if kind == "multi":
+        good, wanted = np.isnan(array) | (array == 0) | (array == 1), "0, 1 or nothing (not known)"
+    else:
+        good, wanted = np.isfinite(array), "a finite number"
+    if not good.all():
+        row, column = (int(at) for at in np.argwhere(~good)[0])
+        value = array[row, column].item()
+        raise DataError(f"{name(row)}: label {value!r} in place {column} is wrong: give {wanted}")
+    return array
+
+
+def strata(labels: np.ndarray, kind: Kind) -> np.ndarray:
+    """Returns int32 [N]: the class that splits and balanced orders keep in proportion.
+
+    Of kind "multi" it is the rarest class that an example has (one more for those without any),
+    so that rare ones are in every part; of "value", tenths of the first value's range of ranks.
+    """
+    if kind == "class":
+        return labels
+    if kind == "value":
+        rank = np.argsort(np.argsort(labels[:, 0], kind="stable"), kind="stable")
+        return (rank * 10 // max(len(labels), 1)).astype(np.int32)
+    has = labels == 1
+    counts = has.sum(axis=0)
+    rarest = np.where(has, counts, len(labels) + 1).argmin(axis=1)
+    return np.where(has.any(axis=1), rarest, labels.shape[1]).astype(np.int32)
 
 
 def check_labels(

@@ -13,7 +13,7 @@ import numpy as np
 from jft.data.arrays import ArraySource, load_csv, load_npz, load_sklearn
 from jft.data.decode import BadImage
 from jft.data.folder import FolderSource, load_folder
-from jft.data.protocol import Source, Subset
+from jft.data.protocol import Kind, Source, Subset, strata
 from jft.data.tfds_source import TfdsSource, load_tfds
 from jft.errors import ConfigError, DataError, WeightsError, nearest
 from jft.weights.source import locate
@@ -56,6 +56,11 @@ class Splits(Mapping[str, Source]):
     test: Source | None
     label_names: list[str]
 
+    @property
+    def kind(self) -> Kind:
+        """What a label is, see jft.data.protocol."""
+        return self.train.kind
+
     def _parts(self) -> dict[str, Source]:
         parts = {"train": self.train, "val": self.val, "test": self.test}
         return {name: source for name, source in parts.items() if source is not None}
@@ -97,10 +102,11 @@ def stratified_order(
 
 
 def _hold_out(
-    labels: np.ndarray, pool: np.ndarray, count: int, seed: int, stream: int
+    whole: Source, pool: np.ndarray, count: int, seed: int, stream: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """(taken, left) of the indices `pool`, stratified; both ascending."""
-    order = stratified_order(labels[pool], np.random.default_rng([seed, stream]))
+    classes = strata(whole.labels[pool], whole.kind)
+    order = stratified_order(classes, np.random.default_rng([seed, stream]))
     return np.sort(pool[order[:count]]), np.sort(pool[order[count:]])
 
 
@@ -178,7 +184,7 @@ def make_splits(
     for split, fraction, stream in wanted:
         if split not in sources and fraction:
             count = round(fraction * len(whole))
-            taken, left = _hold_out(whole.labels, left, count, seed, stream)
+            taken, left = _hold_out(whole, left, count, seed, stream)
             if not len(taken) or not len(left):
                 raise ConfigError(f"data.{split}_fraction={fraction} of {len(whole)} is no example")
             sources[split] = Subset(whole, taken)
@@ -186,7 +192,8 @@ def make_splits(
         if not 1 <= train_examples <= len(left):
             raise ConfigError(f"data.train_examples={train_examples}: {len(left)} are there")
         rng = np.random.default_rng([seed, 3])
-        order = stratified_order(whole.labels[left], rng, first=True)
+        classes = strata(whole.labels[left], whole.kind)
+        order = stratified_order(classes, rng, first=True)
         left = np.sort(left[order[:train_examples]])
     if len(left) < len(whole):
         sources["train"] = Subset(whole, left)
@@ -202,20 +209,45 @@ def describe(splits: Splits, decode: int = 200) -> str:
       splits: from `make_splits`.
       decode: how many images of each split to decode, evenly spread; those in memory need none.
     """
+    if splits.kind == "value":
+        lines = _describe_values(splits)
+    else:
+        lines = _describe_classes(splits)
+    for name, source in splits.items():
+        lines += _describe_images(name, source, decode)
+    return "\n".join(lines)
+
+
+def _describe_classes(splits: Splits) -> list[str]:
+    """Examples of each class and split; of kind "multi" one counts for each class that it has."""
     counts = {
-        name: np.bincount(source.labels, minlength=len(splits.label_names))
+        name: (
+            np.bincount(source.labels, minlength=len(splits.label_names))
+            if splits.kind == "class"
+            else (source.labels == 1).sum(axis=0)
+        )
         for name, source in splits.items()
     }
     width = max(5, *(len(name) for name in splits.label_names))
     lines = [f"{'class':<{width}}" + "".join(f"{name:>9}" for name in counts)]
     for label, name in enumerate(splits.label_names):
         lines.append(f"{name:<{width}}" + "".join(f"{c[label]:>9,}" for c in counts.values()))
-    lines.append(f"{'all':<{width}}" + "".join(f"{c.sum():>9,}" for c in counts.values()))
+    sizes = "".join(f"{len(source):>9,}" for source in splits.values())
+    lines.append(f"{'all':<{width}}" + sizes)
     train = counts["train"]
     lines.append(f"largest class {train.max():,}, smallest {train.min():,} training examples")
-    for name, source in splits.items():
-        lines += _describe_images(name, source, decode)
-    return "\n".join(lines)
+    return lines
+
+
+def _describe_values(splits: Splits) -> list[str]:
+    """Range and mean of each value over the training examples, and the sizes of the splits."""
+    labels = splits.train.labels
+    lines = [
+        f"{name}: {column.min():g} to {column.max():g}, mean {column.mean():g},"
+        f" standard deviation {column.std():g}"
+        for name, column in zip(splits.label_names, labels.T, strict=True)
+    ]
+    return lines + [f"{name}: {len(source):,} examples" for name, source in splits.items()]
 
 
 def _describe_images(name: str, source: Source, decode: int) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jft.data.decode import Shape, decode_image
-from jft.data.protocol import check_labels
+from jft.data.protocol import Kind, check_labels
 from jft.errors import ConfigError, DataError, nearest
 
 
@@ -23,6 +23,7 @@ class TfdsSource:
       label_key: feature that holds the label.
     """
 
+    kind: Kind = "class"
     image_shape: Shape | None = None
 
     def __init__(

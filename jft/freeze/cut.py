@@ -86,18 +86,19 @@ class PrefixCache:
             if ahead is not None:
                 yield ahead.result()
 
-    def batch_shape(self, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns shapes and dtypes of a global batch of `rows` examples."""
+    def batch_shape(self, label: jax.ShapeDtypeStruct) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns shapes and dtypes of a global batch with such labels."""
         layout = self.store.layout
-        return cached_batch_shape(self.tier, rows, layout.shape, layout.dtype)
+        return cached_batch_shape(self.tier, label, layout.shape, layout.dtype)
 
 
 def cached_batch_shape(
-    tier: str, rows: int, shape: Sequence[int], dtype: Any
+    tier: str, label: jax.ShapeDtypeStruct, shape: Sequence[int], dtype: Any
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shapes and dtypes of a global batch that a cache of that tier will give."""
+    rows = label.shape[0]
     rest = {
-        "label": jax.ShapeDtypeStruct((rows,), np.int32),
+        "label": label,
         "mask": jax.ShapeDtypeStruct((rows,), np.float32),
     }
     if tier == "device":

@@ -250,7 +250,8 @@ class Inputs:
         rows = self.image_shape["label"].shape[0]
         if chosen.kind == "cache":
             entry = self.entry(chosen.cuts)
-            return cached_batch_shape(chosen.tier, rows, entry.shape, entry.dtype)
+            label = self.image_shape["label"]
+            return cached_batch_shape(chosen.tier, label, entry.shape, entry.dtype)
         if chosen.kind == "views":
             index = jax.ShapeDtypeStruct((rows,), np.int32)
             return {**self.image_shape, "example": index, "view": index}

@@ -74,7 +74,7 @@ class Rows:
                 )
             if not row.shown:
                 continue
-            means = finish({name: values[name] for name in WINDOW_SUMS})
+            means = finish({name: values[name] for name in WINDOW_SUMS}, self.run.parts.kind)
             named = {f"train/{name}": value for name, value in means.items()}
             for name in ("grad_norm", "learning_rate", "nonfinite_steps"):
                 named[f"train/{name}"] = values[name]

@@ -12,7 +12,7 @@ import optax
 
 from jft.freeze.phases import Elements
 from jft.losses import Loss
-from jft.metrics import classification_sums
+from jft.metrics import batch_sums
 from jft.models.layers import Training
 from jft.stack_names import members
 from jft.train.state import WINDOW_SUMS, Frozen, TrainState
@@ -27,7 +27,7 @@ class StepParts:
 
     Attributes:
       apply: (variables, images, training=, rngs=, mutable=) -> logits, or (logits, state).
-      loss: (logits [B, K], label [B]) -> [B].
+      loss: (logits [B, K], label [B] or [B, K]) -> [B].
       transform: (uint8 images, key, index [B]) -> model input, augmentation included.
       eval_transform: (uint8 images) -> model input.
       view_transform: (uint8 images, example [B], view [B]) -> model input, the same at every visit;
@@ -37,6 +37,8 @@ class StepParts:
       nonfinite: "stop" or "skip".
       nonfinite_quota: skipped steps allowed in the whole run.
       log_every_steps: the running sums start anew after each multiple.
+      kind: of the labels, see jft.data.protocol.
+      eval_loss: as `loss`, for evaluation: without the weights of classes; None is `loss`.
     """
 
     apply: Callable[..., Any]
@@ -49,6 +51,8 @@ class StepParts:
     nonfinite: str = "stop"
     nonfinite_quota: int = 0
     log_every_steps: int = 10
+    kind: str = "class"
+    eval_loss: Loss | None = None
 
 
 def make_loss_sums(
@@ -87,7 +91,7 @@ def make_loss_sums(
             **begin,
         )
         losses = parts.loss(logits, batch["label"])
-        sums = classification_sums(logits, batch["label"], batch["mask"], losses)
+        sums = batch_sums(logits, batch["label"], batch["mask"], losses, parts.kind)
         moved = flatten(updated.get("batch_stats", {}))
         return sums["loss_sum"], (
             sums,
@@ -279,6 +283,7 @@ def make_eval_step(parts: StepParts) -> Callable[[Flat, Flat, Batch], dict[str, 
             variables["batch_stats"] = merge(model_state)
         logits = parts.apply(variables, parts.eval_transform(batch["image"]))
         logits = logits.astype(jnp.float32)
-        return {"logits": logits, "loss": parts.loss(logits, batch["label"])}
+        loss = parts.eval_loss or parts.loss
+        return {"logits": logits, "loss": loss(logits, batch["label"])}
 
     return step

@@ -1,0 +1,71 @@
+"""From a config to its batches on the host, and to the evaluation of a split."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from jft.data.loader import make_eval_loader, make_train_loader
+from jft.data.protocol import Source
+from jft.data.sources import Splits
+from jft.evaluation import run_split
+from jft.task import Task
+from jft.train.parallel import Parallel
+
+
+def train_batches(task: Task, source: Source, start_batch: int, views: int | None = None) -> Any:
+    """Returns this process's training batches from a position on; see `make_train_loader`."""
+    config = task.config
+    return make_train_loader(
+        source,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        image_shape=task.image_shape,
+        start_batch=start_batch,
+        workers=config.data.workers,
+        rank=jax.process_index(),
+        ranks=jax.process_count(),
+        bad_image_quota=config.data.bad_image_quota,
+        interpolation=task.preprocess.interpolation,
+        views=views,
+    )
+
+
+def eval_batch_size(config: ConfigDict, parallel: Parallel) -> int:
+    """Returns the evaluation batch size, rounded up to a multiple of the devices."""
+    rows = config.eval.batch_size or config.train.batch_size
+    return math.ceil(rows / parallel.num_devices) * parallel.num_devices
+
+
+def evaluate_split(
+    task: Task,
+    splits: Splits,
+    workdir: Path,
+    parallel: Parallel,
+    predict_step: Any,
+    split: str,
+    step: int,
+) -> dict[str, float]:
+    """Runs one split exactly and writes eval/<split>.json; returns its scalars."""
+    source = splits[split]
+    batches = make_eval_loader(
+        source,
+        batch_size=eval_batch_size(task.config, parallel),
+        image_shape=task.image_shape,
+        workers=task.config.data.workers,
+        bad_image_quota=task.config.data.bad_image_quota,
+        interpolation=task.preprocess.interpolation,
+    )
+    scalars, _ = run_split(
+        predict_step,
+        batches,
+        num_classes=task.model.num_classes,
+        label_names=task.label_names,
+        split=split,
+        workdir=workdir if jax.process_index() == 0 else None,
+        step=step,
+        example_id=source.id,
+    )
+    return scalars

@@ -1,0 +1,77 @@
+"""From a config to what every step is built from: transforms and loss."""
+
+import json
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from jft.data.images import make_eval_transform, make_train_transform, make_view_transform
+from jft.data.sources import Splits
+from jft.errors import ConfigError
+from jft.losses import Loss, balanced_pos_weights, balanced_weights, make_loss
+from jft.task import Task
+from jft.train.step import StepParts
+
+
+def make_parts(task: Task, labels: np.ndarray | None = None) -> StepParts:
+    """Returns what every step of a config is built from.
+
+    `labels` are those of the training split; without them the loss weighs all classes alike, as
+    evaluation does.
+    """
+    config = task.config
+    train = config.train
+    loss = make_task_loss(task, None)
+    return StepParts(
+        apply=task.model.apply,
+        loss=loss if labels is None else make_task_loss(task, labels),
+        eval_loss=loss,
+        kind=task.kind,
+        transform=make_train_transform(task.preprocess, **task.augment()),
+        eval_transform=make_eval_transform(task.preprocess),
+        view_transform=make_view_transform(task.preprocess, seed=config.seed, **task.augment()),
+        seed=config.seed,
+        accum_steps=train.accum_steps,
+        nonfinite=train.nonfinite,
+        nonfinite_quota=train.nonfinite_quota,
+        log_every_steps=config.log.every_steps,
+    )
+
+
+def make_task_loss(task: Task, labels: np.ndarray | None) -> Loss:
+    """Returns the loss of a config; class weights count where the training labels are given.
+
+    Raises:
+      ConfigError: weights that do not fit the classes, or a kind of label without any.
+    """
+    section = plain_section(task.config.loss)
+    weights = section.pop("class_weights")
+    if labels is None or weights is None:
+        return make_loss(kind=task.kind, **section)
+    names = task.label_names
+    if weights == "balanced" and task.kind == "multi" and section["name"] == "sigmoid":
+        args = {**section["args"], "pos_weight": balanced_pos_weights(labels).tolist()}
+        return make_loss(kind=task.kind, name="sigmoid", args=args)
+    if task.kind != "class":
+        raise ConfigError(
+            "loss.class_weights: of labels that are not one class an image, only 'balanced' with"
+            " loss.name=sigmoid; else use loss.args.pos_weight"
+        )
+    if weights == "balanced":
+        weights = balanced_weights(labels, len(names))
+    elif isinstance(weights, str):
+        raise ConfigError(f"loss.class_weights: {weights!r} should be 'balanced' or a list")
+    elif len(weights) != len(names):
+        raise ConfigError(f"loss.class_weights: {len(weights)} weights for {len(names)} classes")
+    return make_loss(kind=task.kind, class_weights=weights, **section)
+
+
+def loss_labels(config: ConfigDict, splits: Splits) -> np.ndarray | None:
+    """The training labels if the loss needs them: to read them may mean to read every record."""
+    return None if config.loss.class_weights is None else splits.train.labels
+
+
+def plain_section(value: Any) -> Any:
+    """Returns a section of a config as a plain dict; other values as they are."""
+    return json.loads(value.to_json()) if isinstance(value, ConfigDict) else value
