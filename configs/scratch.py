@@ -5,14 +5,13 @@
 Same data, model, steps and augmentation; everything trains from the first step.
 """
 
-from pathlib import Path
-
 from jft.config import read_file
+from jft.config_file import locate
 
 
 def get_config(arg: str = ""):
     """Returns the config; `arg` is "" or "tiny"."""
-    config = read_file(Path(__file__).with_name("quickstart.py"), arg)
+    config = read_file(locate("quickstart")[0], arg)
     config.init.source = None
     config.freeze.name, config.freeze.args = "full", {}
     config.report.baselines = []

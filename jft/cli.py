@@ -6,6 +6,7 @@ A verb's module is imported when it is called, so that help and a usage error an
 import argparse
 import importlib
 import os
+import re
 import sys
 import textwrap
 import traceback
@@ -41,8 +42,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.filename is None:
             return _bug()
         return _fail(ConfigError(f"{error.filename}: {error.strerror}"), EXIT_USAGE, debug)
-    except Exception:
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return _fail(ConfigError(_out_of_memory(error)), EXIT_USAGE, debug)
         return _bug()
+
+
+def _out_of_memory(error: Exception) -> str:
+    """Returns one line with what the device was asked for, where it says so, and what helps."""
+    asked = re.search(r"allocate ([\d.]+ ?[KMGT]?i?B)(?:ytes)?|(\d[\d,]*) bytes", str(error))
+    size = f" ({asked[0]})" if asked else ""
+    return (
+        f"the device is out of memory{size}: lower train.batch_size, raise train.accum_steps, set"
+        " train.dtype=bfloat16, or train less at a time (freeze.phases); jft plan shows the bytes"
+    )
 
 
 def _fail(error: Exception, code: int, debug: bool) -> int:

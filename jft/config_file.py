@@ -40,11 +40,16 @@ def locate(spec: str) -> tuple[Path, str]:
             beside = path.parent.glob("*" + path.suffix) if path.parent.is_dir() else ()
             raise ConfigError(f"--config={spec}: no such file{nearest(name, map(str, beside))}")
         return path, arg
-    built_in = {path.stem: path for folder in BUILTIN for path in sorted(folder.glob("[!_]*.py"))}
-    if name not in built_in:
-        hint = nearest(name, built_in) or f"; built in are {', '.join(built_in)}"
+    known = built_in()
+    if name not in known:
+        hint = nearest(name, known) or f"; built in are {', '.join(known)}"
         raise ConfigError(f"--config={spec}: no built-in config {name!r}{hint}")
-    return built_in[name], arg
+    return known[name], arg
+
+
+def built_in() -> dict[str, Path]:
+    """Returns {name: file} of the configs that come with jft."""
+    return {path.stem: path for folder in BUILTIN for path in sorted(folder.glob("[!_]*.py"))}
 
 
 def read_file(path: str | Path, arg: str = "") -> Any:

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
@@ -67,6 +68,7 @@ def run(args: argparse.Namespace) -> int:  # noqa: ARG001
         Check(OK, "python", sys.version.split()[0]),
         *_packages(versions),
         *known_bad(versions),
+        *neighbours(versions),
         *_accelerator_plugins(versions),
     ]
     checks += [*_devices(), *_folders(), *_machine()]
@@ -95,6 +97,29 @@ def known_bad(versions: Mapping[str, str]) -> list[Check]:
         if all(_holds(need, versions) for need in pair.needs)
     ]
     return found or [Check(OK, "known-bad pairs", "none installed")]
+
+
+def neighbours(versions: Mapping[str, str]) -> list[Check]:
+    """Returns a WARN check for each installed package that wants other versions of jft's own.
+
+    Several JAX libraries cap or pin what jft needs newer, and pip may have overridden them: they
+    cannot share one environment, and it is they that break.
+    """
+    own = {"jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "safetensors", "numpy"}
+    own |= {"ml-dtypes", "pillow", "huggingface-hub", "tensorflow-datasets", "protobuf"}
+    checks = []
+    for distribution in importlib.metadata.distributions():
+        name = _normal(distribution.metadata["Name"] or "")
+        for requirement in distribution.requires or ():
+            parts = _REQUIREMENT.fullmatch(requirement.replace("(", "").replace(")", "").strip())
+            if not parts or parts["marker"] or _normal(parts["name"]) not in own & versions.keys():
+                continue
+            wanted = f"{parts['name']}{parts['limits'].strip()}"
+            if parts["limits"] and "~" not in wanted and not _holds(wanted, versions):
+                have = versions[_normal(parts["name"])]
+                text = f"wants {wanted}, here is {have}: give it an environment of its own"
+                checks.append(Check(WARN, name, text))
+    return checks
 
 
 def _holds(requirement: str, versions: Mapping[str, str]) -> bool:
@@ -188,6 +213,9 @@ def _devices() -> list[Check]:
     kinds = sorted({device.device_kind for device in devices})
     text = f"{len(devices)} x {', '.join(kinds)} ({devices[0].platform})"
     checks = [Check(OK, "devices", text)]
+    if devices[0].platform == "gpu" and importlib.util.find_spec("tensorflow"):
+        hint = "it takes all GPU memory where something imports it; jft itself never does"
+        checks.append(Check(WARN, "tensorflow", hint))
     if devices[0].platform == "cpu" and Path("/proc/driver/nvidia/version").exists():
         hint = "an NVIDIA driver is here, but jax uses the CPU: pip install 'jft[cuda13]'"
         checks.append(Check(WARN, "devices", hint))

@@ -22,8 +22,9 @@ from jft.errors import ConfigError, WeightsError, nearest
 from jft.evaluation import fetch_each
 from jft.parts import make_parts
 from jft.prepare import make_checkpoints
+from jft.report.card import model_card
 from jft.report.html import write_report
-from jft.report.rundir import read_json, write_json
+from jft.report.rundir import read_json, write_atomic, write_json
 from jft.task import Task, batch_shapes, initial_leaves, make_data, make_task, with_preprocess
 from jft.train.checkpoint import Checkpoints
 from jft.train.parallel import Parallel, make_parallel
@@ -202,13 +203,13 @@ def predict(
 def export(
     workdir: str | Path, out: str | Path, model: Any = None, step: str | int = "newest"
 ) -> Path:
-    """Writes safetensors, config.json and preprocessing in the names of the run's source."""
+    """Writes safetensors, config.json, preprocessing and a card, in the names of the source."""
     trained = load_trained(workdir, model, step)
     conversion = read_json(Path(workdir) / "conversion.json") or {}
     variables = {"params": merge(trained.params)}
     if trained.model_state:
         variables["batch_stats"] = merge(trained.model_state)
-    return export_weights(
+    folder = export_weights(
         trained.task.model,
         variables,
         out,
@@ -222,6 +223,8 @@ def export(
             "config": json.loads((Path(workdir) / "config.json").read_text()),
         },
     )
+    write_atomic(folder / "README.md", model_card(workdir))
+    return folder
 
 
 def report(workdir: str | Path) -> Path:

@@ -17,6 +17,9 @@ FLAGS: dict[str, dict[str, Any]] = {
         "default": "newest",
         "help": "checkpoint to use: newest, best or a number of updates (default: newest)",
     },
+    "--to": {"metavar": "hf:OWNER/NAME", "help": "repository to upload to"},
+    "--private": {"action": "store_true", "help": "a repository that is made is private"},
+    "--yes": {"action": "store_true", "help": "really upload"},
     "--model": {"metavar": "NAME", "help": "model to check the weights against"},
     "--dry_run": {
         "action": "store_true",
@@ -74,12 +77,29 @@ VERBS: dict[str, Verb] = {
         "write safetensors and config.json in the source's names",
         ("--workdir!", "--step", "--out!"),
     ),
+    "push": Verb(
+        "jft.verbs.push:push",
+        "upload an export to the Hugging Face hub; lists the files unless --yes",
+        ("--workdir!", "--to!", "--step", "--private", "--yes"),
+    ),
     "plan": Verb(
         "jft.verbs.runs:plan",
         "groups, phases, FLOPs and bytes before a run",
         ("--config!", "--leaves"),
     ),
     "report": Verb("jft.verbs.runs:report", "write report.html of a run again", ("--workdir!",)),
+    "recipes": Verb(
+        "jft.verbs.recipes:recipes",
+        "`list` the built-in configs, `show` one, or `copy` it to change it",
+        ("--out",),
+        ("list | show NAME | copy NAME", "*", "what to do; list by default"),
+    ),
+    "config": Verb(
+        "jft.verbs.recipes:config",
+        "`show`: every key of a config with its value, type and meaning",
+        ("--config!",),
+        ("show", "+", "the only action"),
+    ),
     "models": Verb(
         "jft.verbs.models:models",
         "list models, or `show NAME`",

@@ -1,0 +1,103 @@
+"""Every code block of docs/ runs: `sh` and `python`, page by page, in order; `text` is prose.
+
+A page's blocks share a working directory with configs/, a folder of photos and one new picture.
+Lines that start with `jft` run in this process; a block with anything else runs by bash.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jft.cli import main
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
+
+
+def blocks_of(page: Path) -> list[tuple[str, str]]:
+    return [(kind, text) for kind, text in FENCE.findall(page.read_text())]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = rng.integers(0, 256, (40, 36 + i, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
+    Image.fromarray(pixels).save(tmp_path / "new.jpg")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def commands_of(block: str) -> list[list[str]] | None:
+    """Returns the words of each line, or None unless every line is a plain `jft` command."""
+    joined = block.replace("\\\n", " ")
+    # A bar inside quotes belongs to a schedule, not to the shell.
+    if re.search(r"[|<>;&$]", re.sub(r"'[^']*'|\"[^\"]*\"", "", joined)):
+        return None
+    lines = [shlex.split(line, comments=True) for line in joined.splitlines()]
+    lines = [words for words in lines if words]
+    return lines if all(words[0] == "jft" for words in lines) else None
+
+
+def run_shell(block: str) -> None:
+    bin_folder = str(Path(sys.executable).parent)
+    env = dict(os.environ, PATH=bin_folder + os.pathsep + os.environ["PATH"])
+    env.pop("XLA_FLAGS", None)
+    done = subprocess.run(["bash", "-ec", block], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_code_block_of_a_page_runs(page, folder, capsys, quick):
+    scope: dict[str, object] = {}
+    for kind, block in blocks_of(page):
+        if kind == "python":
+            exec(compile(block, str(page), "exec"), scope)
+        elif kind == "sh":
+            lines = commands_of(block)
+            if lines is None:
+                run_shell(block)
+                continue
+            for words in lines:
+                code = main(words[1:])
+                assert code == 0, (words, capsys.readouterr().err)
+
+
+def test_blocks_say_what_they_are():
+    """A fence without a language would be neither run nor known as prose."""
+    known = {"sh", "python", "text", "eval", ""}
+    for page in PAGES:
+        for kind, text in blocks_of(page):
+            assert kind in known, f"{page.name}: ```{kind}"
+            bare = kind == "" and re.search(r"^\$? ?jft ", text, re.M)
+            assert not bare, f"{page.name}: commands in a block without `sh`: {text[:60]!r}"
+
+
+def test_every_page_stands_in_the_contents_and_links_to_what_is_there():
+    index = (DOCS / "index.md").read_text()
+    for page in PAGES:
+        assert page.stem == "index" or re.search(rf"^{page.stem}$", index, re.M), page.name
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (DOCS / link).exists(), f"{page.name}: {link}"
+
+
+def test_every_recipe_stands_on_its_page_with_command_hardware_and_time():
+    text = (DOCS / "recipes.md").read_text()
+    for file in sorted((ROOT / "configs").glob("[!_]*.py")):
+        assert f"| `{file.stem}` |" in text, file.stem
+        assert "Hardware and time:" in file.read_text(), file.name
+        assert "Expect:" in file.read_text(), file.name
