@@ -17,8 +17,9 @@ from jft.models.table import FORMS, Entry, Table, choose_table, to_jft, to_sourc
 from jft.models.zoo import FAMILIES, list_models, make_model
 from jft.tree import flatten, unflatten
 
-TINY = ("efficientnet_lite_tiny", "vit_tiny")
+TINY = ("efficientnet_lite_tiny", "efficientnet_tiny", "vit_tiny")
 SMALL = {
+    "efficientnet_tiny": {"blocks": ((1, 3, 1, 1, 64), (2, 5, 2, 2, 32))},
     "efficientnet_lite_tiny": {"blocks": ((1, 3, 1, 1, 8), (1, 5, 2, 2, 8)), "final_features": 16},
     "vit_tiny": {"depth": 2},
 }

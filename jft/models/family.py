@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from flax import linen as nn
@@ -46,6 +46,23 @@ class Preprocess:
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What is known of a variant's published weights; None where it is not known for sure.
+
+    Attributes:
+      source: `init.source` that loads them.
+      licence: of the weights, as an SPDX name.
+      top1: accuracy on ImageNet's validation images in percent, at the variant's image size.
+      cite: where `top1` is stated.
+    """
+
+    source: str | None = None
+    licence: str | None = None
+    top1: float | None = None
+    cite: str | None = None
+
+
+@dataclass(frozen=True)
 class Family:
     """One model family.
 
@@ -62,6 +79,7 @@ class Family:
       source_config: module -> content of config.json in the source's format.
       variant_from_config: content of a source's config.json -> the module fields it fixes.
       faults: (module, image_size) -> {argument: what is wrong with it}.
+      facts: variant name -> what is known of its published weights.
     """
 
     name: str
@@ -74,6 +92,7 @@ class Family:
     source_config: Callable[[Any], dict[str, Any]]
     variant_from_config: Callable[[Mapping[str, Any]], dict[str, Any]]
     faults: Callable[[Any, int], dict[str, str]]
+    facts: Mapping[str, Facts] = field(default_factory=dict)
 
 
 def range_faults(
