@@ -185,6 +185,7 @@ FAMILY = Family(
     source_config=source_config,
     variant_from_config=variant_from_config,
     faults=_faults,
+    first_conv="stem/conv/kernel",
     facts={
         f"efficientnet_b{number}": _facts(number, top1)
         for number, top1 in enumerate((77.1, 79.1, 80.1, 81.6, 82.9))

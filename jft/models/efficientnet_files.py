@@ -37,6 +37,7 @@ TORCH_TABLE = Table(
         *_squeeze_entries("_blocks.{i}._se_reduce", "_blocks.{i}._se_expand"),
     ),
     ignore=TORCH_IGNORE,
+    title="EfficientNet-PyTorch",
 )
 
 _BLOCK = "{p}encoder.blocks.{i}"
@@ -60,6 +61,7 @@ HF_TABLE = Table(
     ),
     ignore=(r".*\.num_batches_tracked",),
     prefixes=("efficientnet.", ""),
+    title="Hugging Face",
 )
 
 # Names in Hugging Face's config.json. Its rates and momenta shape training only.

@@ -92,7 +92,7 @@ class EfficientNetLite(nn.Module):
 
 
 # Names of the PyTorch port (PyPI efficientnet-lite-pytorch).
-TORCH_TABLE = Table(entries=TORCH_ENTRIES, ignore=TORCH_IGNORE)
+TORCH_TABLE = Table(entries=TORCH_ENTRIES, ignore=TORCH_IGNORE, title="the PyTorch port")
 
 # variant -> width, depth, image size, dropout: the original's efficientnet_lite_builder.py.
 _SCALES = {
@@ -190,4 +190,5 @@ FAMILY = Family(
         "efficientnet_lite3": _facts(3, 79.8),
         "efficientnet_lite4": _facts(4, 81.5),
     },
+    first_conv="stem/conv/kernel",
 )
