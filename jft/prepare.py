@@ -84,6 +84,7 @@ def make_schedule(
         task.stages,
         prescribed=schedule.recipe_schedule,
         events=bool(schedule.watched),
+        scanned=task.scanned is not None,
         **_plain(config.optim),
     )
     check_batch_size(train.batch_size, train.accum_steps, parallel)
