@@ -10,7 +10,7 @@ import importlib
 import inspect
 import json
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -22,13 +22,15 @@ from jft.values import Key, key_of, plain
 
 __all__ = ["base", "load_config", "read_file", "to_json", "from_json", "diff", "arg_keys"]
 
-# Sections {name, args}: the table that `name` chooses from. Resolved late, so that `--help` and a
-# misspelt key need not import jax.
+# Sections {name, args}: the table that `name` chooses from; a key like optim.schedule chooses by
+# itself, and has its args beside it. Resolved late, so that `--help` and a misspelt key need not
+# import jax.
 CHOICES = {
     "model": "jft.models.zoo:FAMILIES",
     "data": "jft.data.sources:SOURCES",
     "freeze": "jft.freeze.methods:METHODS",
-    "optim": "jft.train.optim:OPTIMIZERS",
+    "optim": "jft.train.optimizers:OPTIMIZERS",
+    "optim.schedule": "jft.train.schedules:SCHEDULES",
     "loss": "jft.losses:LOSSES",
 }
 # What jft itself gives to the chosen function, hence no config key.
@@ -111,8 +113,8 @@ def arg_keys(section: str, name: str, where: str = "") -> dict[str, Key]:
     if name not in choices:
         known = ", ".join(sorted(choices))
         hint = nearest(name, choices) or f"; known: {known}"
-        raise ConfigError(f"{where or f'config.{section}.name'}: no {section} {name!r}{hint}")
-    target, fixed = choices[name]
+        raise ConfigError(f"{where or f'config.{_keys(section)[0]}'}: no {section} {name!r}{hint}")
+    target, fixed = choices[name] if section == "model" else (choices[name], {})
     parameters = inspect.signature(target).parameters.values()
     given = (*_GIVEN, *(key.rpartition(".")[2] for key in KEYS if key.startswith(f"{section}.")))
     hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
@@ -127,17 +129,24 @@ def arg_keys(section: str, name: str, where: str = "") -> dict[str, Key]:
     return keys
 
 
-def _choices(section: str) -> dict[str, tuple[Callable[..., Any], Mapping[str, Any]]]:
-    """Returns {name: (function or class whose signature gives the args, defaults over its own)}."""
+def _choices(section: str) -> Mapping[str, Any]:
+    """Returns {name: function whose signature gives the args}; of models (class, defaults)."""
     module, _, table = CHOICES[section].partition(":")
     found = getattr(importlib.import_module(module), table)
     if section != "model":
-        return {name: (target, {}) for name, target in found.items()}
+        return found
     return {
         variant: (family.module, fields)
         for family in found.values()
         for variant, fields in family.variants.items()
     }
+
+
+def _keys(section: str) -> tuple[str, str]:
+    """Returns the keys of the name that is chosen and of its args."""
+    if section in KEYS:
+        return section, f"{section}_args"
+    return f"{section}.name", f"{section}.args"
 
 
 def _resolve(raw: Mapping[str, Any], texts: Mapping[str, str], where: Where) -> ConfigDict:
@@ -157,17 +166,15 @@ def _resolve(raw: Mapping[str, Any], texts: Mapping[str, str], where: Where) -> 
         elif values["freeze.phases"] is not None:
             raise ConfigError("--config.freeze.name and --config.freeze.phases: give one of them")
     for section in CHOICES:
-        chosen = f"{section}.name"
+        chosen, options = _keys(section)
         here = f"--config.{chosen}" if chosen in texts else where(chosen)
         keys = arg_keys(section, values[chosen], here)
-        known |= {f"{section}.args.{name}": key for name, key in keys.items()}
-        given = values[f"{section}.args"]
-        if chosen in texts and f"{section}.args" not in texts and texts[chosen] != raw.get(chosen):
+        known |= {f"{options}.{name}": key for name, key in keys.items()}
+        given = values[options]
+        if chosen in texts and options not in texts and texts[chosen] != raw.get(chosen):
             # Another name on the command line: options that only the file's choice had fall away.
             given = {name: value for name, value in given.items() if name in keys}
-        values[f"{section}.args"] = _resolve_args(
-            section, values[chosen], keys, given, texts, where
-        )
+        values[options] = _resolve_args(options, values[chosen], keys, given, texts, where)
     for name in texts:
         if name not in known:
             raise ConfigError(f"--config.{name}: no such key{nearest_key(name, known)}")
@@ -180,7 +187,7 @@ def _resolve(raw: Mapping[str, Any], texts: Mapping[str, str], where: Where) -> 
 
 
 def _resolve_args(
-    section: str,
+    options: str,
     chosen: str,
     keys: Mapping[str, Key],
     given: Mapping[str, Any],
@@ -188,7 +195,7 @@ def _resolve_args(
     where: Where,
 ) -> dict[str, Any]:
     args: dict[str, Any] = {}
-    start = f"{section}.args."
+    start = f"{options}."
     written = {where(start + name): name for name in given}
     written |= {f"--config.{n}": n.removeprefix(start) for n in texts if n.startswith(start)}
     for spot, name in written.items():
@@ -196,7 +203,7 @@ def _resolve_args(
             hint = nearest(name, keys) or f"; {chosen} takes {', '.join(keys) or 'none'}"
             raise ConfigError(f"{spot}: no such key{hint}")
     for name, key in keys.items():
-        dotted = f"{section}.args.{name}"
+        dotted = f"{options}.{name}"
         if dotted in texts:
             args[name] = key.parse(texts[dotted], f"--config.{dotted}")
         elif name in given:
@@ -287,7 +294,7 @@ def _flat(config: ConfigDict) -> dict[str, Any]:
     for name in KEYS:
         section, _, last = name.rpartition(".")
         value = (config[section] if section else config)[last]
-        if last == "args" and section in CHOICES:
+        if any(name == _keys(choice)[1] for choice in CHOICES):
             flat |= {f"{name}.{arg}": item for arg, item in plain(value.to_dict()).items()}
         else:
             flat[name] = plain(value)

@@ -107,18 +107,47 @@ KEYS: dict[str, Key] = {
         "split: frozen leaves stay out of the step; optax: reference by optax.partition",
         choices=("split", "optax"),
     ),
-    "optim.name": Key("adamw", str, "optimizer: adamw, sgd"),
+    "optim.name": Key(
+        "adamw",
+        str,
+        "optimizer: adamw, sgd, adam, nadamw, lion, adafactor, lamb, lars, muon, prodigy,"
+        " schedule_free_adamw, or another of docs/optimization.md",
+    ),
     "optim.args": Key({}, dict, "options of the optimizer, `--config.optim.args.b2=0.95`"),
     "optim.learning_rate": Key(1e-3, float, "peak learning rate", low=0),
     "optim.schedule": Key(
         "cosine",
         str,
         "shape of the learning rate after warm-up",
-        choices=("cosine", "constant", "slanted_triangle"),
+        choices=(
+            "cosine",
+            "constant",
+            "linear",
+            "polynomial",
+            "exponential",
+            "rsqrt",
+            "step",
+            "one_cycle",
+            "cosine_restarts",
+            "wsd",
+            "slanted_triangle",
+        ),
+    ),
+    "optim.schedule_args": Key(
+        {}, dict, "options of the schedule, `--config.optim.schedule_args.timescale=1000`"
+    ),
+    "optim.group_schedules": Key(
+        [],
+        list,
+        "[pattern, schedule] or [pattern, schedule, {option: value}]: leaves with another schedule",
     ),
     "optim.warmup_steps": Key(0, int, "updates of linear warm-up from 0", low=0),
     "optim.final_lr_scale": Key(
-        0.0, float, "last learning rate over the peak, for cosine", low=0, high=1
+        0.0,
+        float,
+        "last learning rate over the peak: cosine, linear, polynomial, exponential, restarts, wsd",
+        low=0,
+        high=1,
     ),
     "optim.weight_decay": Key(0.0, float, "decoupled weight decay", low=0),
     "optim.decay_rules": Key(

@@ -80,6 +80,7 @@ def make_schedule(
         prescribed=schedule.recipe_schedule,
         events=bool(schedule.watched),
         **plain_section(config.optim),
+        scanned=task.scanned is not None,
     )
     check_batch_size(train.batch_size, train.accum_steps, parallel)
     return schedule, optim

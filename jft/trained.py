@@ -26,6 +26,7 @@ from jft.report.card import model_card
 from jft.report.html import write_report
 from jft.report.rundir import read_json, write_atomic, write_json
 from jft.task import Task, batch_shapes, initial_leaves, make_data, make_task, with_preprocess
+from jft.train.averages import eval_params
 from jft.train.checkpoint import Checkpoints
 from jft.train.parallel import Parallel, make_parallel
 from jft.train.state import Frozen, leaves_by_path
@@ -42,7 +43,7 @@ class Trained:
       task: data and model.
       parallel: the devices.
       parts: transforms and loss.
-      params: {path: leaf}.
+      params: {path: leaf}, as they are evaluated; see `jft.train.averages`.
       model_state: {path: leaf}.
       step: updates it had.
     """
@@ -111,7 +112,8 @@ def load_trained(workdir: str | Path, model: Any = None, step: str | int = "newe
     restored = checkpoints.restore(step=_step_of(checkpoints, step), rebuild=rebuild)
     if restored is None:
         raise WeightsError(f"{workdir}: the run has no checkpoint yet")
-    leaves = {**restored.frozen, **restored.state}
+    evaluated = {f"params/{path}": leaf for path, leaf in eval_params(restored.state).items()}
+    leaves = {**restored.frozen, **restored.state, **evaluated}
     flats = []
     for kind, shapes in zip(("params", "model_state"), task.shapes, strict=True):
         missing = [path for path in shapes if f"{kind}/{path}" not in leaves]

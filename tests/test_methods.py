@@ -21,7 +21,8 @@ from jft.errors import ConfigError
 from jft.freeze.groups import COMMON_SETS, make_groups
 from jft.freeze.methods import METHODS, make_freeze
 from jft.freeze.phases import Elements
-from jft.train.rates import leaf_factors, make_rates, make_schedule
+from jft.train.rates import leaf_factors, make_rates
+from jft.train.schedules import make_schedule
 
 CONSTANT = {"schedule": "constant", "warmup_steps": 0, "per_phase": False}
 DEPTHS = pytest.mark.parametrize("depth", [4, 12])

@@ -8,9 +8,11 @@ import pytest
 from jft.errors import ConfigError
 from jft.freeze.groups import make_groups
 from jft.freeze.methods import make_phases
-from jft.train.optim import by_cohort, make_decay_mask, make_optim
-from jft.train.rates import make_multipliers, make_rates, make_schedule
+from jft.train.optim import make_decay_mask, make_optim
+from jft.train.rates import make_multipliers, make_rates
+from jft.train.schedules import make_schedule
 from jft.train.state import leaves_by_path
+from jft.train.transforms import by_cohort
 
 STAGES = ("stem", "blocks_0", "head")
 PARAMS = {
@@ -86,7 +88,7 @@ def test_leaves_of_two_dimensions_decay_unless_rules_say_otherwise():
         ({"learning_rate": 0.0}, "optim.learning_rate"),
         ({"grad_clip_norm": -1.0}, "optim.grad_clip_norm"),
         ({"schedule": "cosin"}, "no schedule 'cosin' .did you mean 'cosine'"),
-        ({"name": "adam"}, "no optimizer 'adam' .did you mean 'adamw'"),
+        ({"name": "adamm"}, "no optimizer 'adamm' .did you mean 'adam'"),
         ({"args": {"beta": 1}}, "optim.args"),
         ({"warmup_steps": -1}, "optim.warmup_steps"),
     ],
@@ -144,7 +146,7 @@ def test_updates_equal_those_of_optax(name, args, reference):
 def test_cohorts_update_as_optax_partition_does_without_its_empty_nodes():
     cohorts = (("head/kernel", "head/bias"), ("blocks_0/kernel",), ("stem/kernel", "stem/bias"))
     labels = {path: f"cohort_{at}" for at, paths in enumerate(cohorts) for path in paths}
-    ours = by_cohort(cohorts, optax.scale_by_adam)
+    ours = by_cohort(cohorts, lambda _: optax.scale_by_adam())
     theirs = optax.partition({label: optax.scale_by_adam() for label in labels.values()}, labels)
     a, b = ours.init(PARAMS), theirs.init(PARAMS)
     for step in range(3):
@@ -177,5 +179,5 @@ def test_a_fresh_state_compiles_nothing_after_the_warm_up(caplog):
         section.warm_up(leaves.values())
         assert "ompil" in caplog.text
         caplog.clear()
-        section.direction().init(leaves)
+        section.fresh(leaves)
     assert "ompil" not in caplog.text

@@ -11,6 +11,7 @@ import jax
 from jft.errors import DivergedError
 from jft.freeze.phases import Phase
 from jft.report.writers import RunWriter
+from jft.train.averages import eval_params
 from jft.train.checkpoint import Restored
 from jft.train.compiled import CompiledSteps
 from jft.train.decisions import Decisions
@@ -23,7 +24,7 @@ from jft.train.rows import Rows
 from jft.train.run import Outcome, Run, batch_shape, from_checkpoint, pack, phase_of
 from jft.train.signals import StopSignals
 from jft.train.stacks import Apart, unstack
-from jft.train.state import make_state, switch_phase
+from jft.train.state import leaves_by_path, make_state, switch_phase
 from jft.train.step import make_eval_step
 from jft.tree import Flat
 
@@ -138,6 +139,11 @@ class _Trainer:
         params = unstack({**self.state.params, **self.frozen.params})
         return params, {**self.state.model_state, **self.frozen.model_state}
 
+    def eval_leaves(self) -> tuple[Flat, Flat]:
+        """Returns the same with the parameters that are evaluated, where others are trained."""
+        params = unstack({**eval_params(leaves_by_path(self.state)), **self.frozen.params})
+        return params, {**self.state.model_state, **self.frozen.model_state}
+
     def choose(self, phase: Phase) -> Input:
         """Returns what a phase reads."""
         return self.feed.choose(phase, self.run.freeze.phases(self.decisions.log))
@@ -245,7 +251,7 @@ class _Trainer:
     def predict_step(self) -> Callable[[Mapping[str, Any]], dict[str, jax.Array]]:
         """Returns the evaluation step on the present parameters."""
         run = self.run
-        params, stats = self.leaves()
+        params, stats = self.eval_leaves()
         if self.eval_step is None:
             step = make_eval_step(run.parts)
             self.eval_step = run.parallel.compile_eval(step, params, stats, run.eval_batch_shape)
@@ -298,4 +304,4 @@ class _Trainer:
         state = {0: "done", 75: "preempted", 130: "interrupted"}[exit_code]
         reason = None if exit_code == 0 else f"stopped by a signal at step {self.step}, saved"
         self.writer.status(state=state, step=self.step, eta_seconds=None, exit_reason=reason)
-        return Outcome(exit_code, self.step, dict(self.results), *self.leaves())
+        return Outcome(exit_code, self.step, dict(self.results), *self.eval_leaves())

@@ -1,34 +1,40 @@
-"""The optax transformation over the trainable leaves of a phase."""
+"""The optimizer of a run: what it does in each phase, over the trainable leaves alone."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from jft.errors import ConfigError, nearest
+from jft.errors import ConfigError
 from jft.freeze.phases import Phase
 from jft.stack_names import members
-from jft.train.rates import Schedule, leaf_factors, make_multipliers, make_rates, make_schedule
+from jft.train.averages import anchors, averages
+from jft.train.optimizers import Decays, Optimizer, make_optimizer
+from jft.train.rates import (
+    LeafRates,
+    leaf_factors,
+    make_group_schedules,
+    make_multipliers,
+    make_rates,
+)
+from jft.train.schedules import Schedule, make_schedule
+from jft.train.transforms import (
+    at_rate,
+    averaged,
+    by_cohort,
+    by_schedule,
+    clip_by_norm,
+    per_leaf,
+    scale_by,
+)
 from jft.tree import Flat, match
 
 FROZEN = "frozen"
 TRAINABLE = "trainable"
-
-
-def adamw(*, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
-    """Adam's direction; decay is decoupled (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
-    return optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
-
-
-def sgd(*, momentum: float = 0.9, nesterov: bool = False) -> optax.GradientTransformation:
-    """Momentum SGD; `momentum=0` keeps no state."""
-    return optax.trace(decay=momentum, nesterov=nesterov) if momentum else optax.identity()
-
-
-OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"adamw": adamw, "sgd": sgd}
 
 
 def make_decay_mask(
@@ -47,30 +53,20 @@ def make_decay_mask(
     return {path: value for path, (value, _) in found.items()}
 
 
-def make_direction(*, name: str = "adamw", args: dict[str, Any] | None = None):
-    """Returns a function that makes the direction transform `name` of OPTIMIZERS, checked."""
-    if name not in OPTIMIZERS:
-        raise ConfigError(f"optim.name: no optimizer {name!r}{nearest(name, OPTIMIZERS)}")
-    try:
-        OPTIMIZERS[name](**(args or {}))
-    except TypeError as error:
-        raise ConfigError(f"optim.args: {error}") from error
-    return lambda: OPTIMIZERS[name](**(args or {}))
-
-
 def make_tx(
     phase: Phase,
     *,
-    direction: Callable[[], optax.GradientTransformation],
-    schedule: Schedule,
+    optimizer: Optimizer,
+    schedules: Sequence[Schedule],
+    follows: Mapping[str, int],
     decay_mask: Mapping[str, bool],
     weight_decay: float = 0.0,
     grad_clip_norm: float | None = None,
     enforce: str = "split",
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns the optimizer of one phase: clip, direction, decoupled decay, learning rate.
+    """Returns the optimizer of one phase: clip, direction, decay, learning rate.
 
-    Leaves that entered in different phases have their own direction state and counter, so a leaf
+    Leaves that entered in different phases have their own optimizer state and counter, so a leaf
     that starts late gets Adam's own bias correction. The update takes `step=`, the run's step, and
     `rates=` from `make_rates`: phases that differ in nothing else share one compiled step.
 
@@ -78,15 +74,24 @@ def make_tx(
     leaves: `optax.partition` hands the trainable ones on and zeroes the others; the reference.
     """
 
-    def of(values: Mapping[str, Any]) -> Callable[[Any], Any]:
+    def decays(tree: Any) -> dict[str, bool]:
         # Callables see the tree they are given: flat paths, or MaskedNodes under "optax".
-        return lambda tree: {p: p in phase.entered and values[members(p)[0]] for p in tree}
+        return {p: p in phase.entered and decay_mask[members(p)[0]] for p in tree}
 
+    def own_decays(tree: Any) -> dict[str, bool]:
+        return {p: decay_mask[members(p)[0]] for p in tree}
+
+    rates = LeafRates(
+        tuple(schedules), follows, tuple(sorted(m for p in phase.entered for m in members(p)))
+    )
     chain = [] if grad_clip_norm is None else [clip_by_norm(grad_clip_norm)]
-    chain.append(by_cohort(phase.cohorts, direction))
-    if weight_decay:
-        chain.append(optax.add_decayed_weights(weight_decay, mask=of(decay_mask)))
-    chain.append(scale_by_rate(schedule, sorted(m for p in phase.entered for m in members(p))))
+    chain.append(by_cohort(phase.cohorts, make_cohort(optimizer, rates, weight_decay, own_decays)))
+    if optimizer.form == "direction":
+        if weight_decay:
+            chain.append(optax.add_decayed_weights(weight_decay, mask=decays))
+        chain.append(scale_by(rates, lambda step, now: -rates.of_leaves(step, now)))
+    elif optimizer.form == "rated":
+        chain.append(scale_by(rates, leaf_factors))
     tx = optax.chain(*chain)
     if enforce == "optax":
         rest = {TRAINABLE: tx, FROZEN: optax.set_to_zero()}
@@ -95,106 +100,89 @@ def make_tx(
     return optax.with_extra_args_support(tx)
 
 
-def clip_by_norm(max_norm: float) -> optax.GradientTransformation:
-    """Returns a stateless transform: update * min(1, max_norm / norm over all leaves).
+def make_cohort(
+    optimizer: Optimizer, rates: LeafRates, weight_decay: float, decays: Decays
+) -> Callable[[Sequence[str]], optax.GradientTransformation]:
+    """Returns what makes the transform of one cohort from the paths of its leaves."""
+    if optimizer.form == "direction":
+        return lambda paths: per_leaf(optimizer, optimizer.make(), paths)
+    form = averaged if optimizer.form == "averaged" else at_rate
+    make = functools.partial(form, optimizer, rates, weight_decay, decays)
+    return functools.partial(by_schedule, make, rates)
 
-    Pascanu et al. 2013 (arXiv:1211.5063), as `optax.clip_by_global_norm`, which divides leaf by
-    leaf; one factor for all costs one product, fused into what follows.
+
+@dataclass(frozen=True)
+class OptimSection:
+    """The parts of the `optim` section that do not depend on the phase.
+
+    Attributes:
+      optimizer: by name, with its arguments.
+      schedules: the run's own first, then those of group_schedules.
+      follows: {leaf: index of its schedule}, where it is not the run's.
+      multipliers: {leaf: factor on its rate}.
+      decay_mask: {leaf: whether it decays}.
+      weight_decay: how much.
+      grad_clip_norm: of the trainable gradients, or None.
     """
 
-    def update(updates: Any, params: Any = None) -> Any:
-        del params
-        factor = jnp.minimum(1.0, max_norm / optax.tree.norm(updates))
-        return jax.tree.map(lambda u: (u * factor).astype(u.dtype), updates)
-
-    return optax.stateless(update)
-
-
-def by_cohort(
-    cohorts: Sequence[Sequence[str]], direction: Callable[[], optax.GradientTransformation]
-) -> optax.GradientTransformationExtraArgs:
-    """Returns a transform of a flat dict in which each cohort has a direction of its own.
-
-    As `optax.partition`, whose state it has, but each direction sees its own leaves alone. There
-    the state holds an empty node for every leaf of the others: hundreds of cohorts of single leaves
-    would be tens of thousands of nodes that the host goes through at every step.
-
-    Args:
-      cohorts: see `Phase.cohorts`; a leaf in none of them stays as it is.
-      direction: makes the transform of one.
-    """
-    parts = {
-        f"cohort_{at}": (optax.with_extra_args_support(direction()), paths)
-        for at, paths in enumerate(cohorts)
-    }
-
-    def init(params: Flat) -> optax.transforms.PartitionState:
-        own = {name: tx.init({p: params[p] for p in paths}) for name, (tx, paths) in parts.items()}
-        return optax.transforms.PartitionState(
-            {name: optax.MaskedState(held) for name, held in own.items()}
-        )
-
-    def update(updates: Flat, state: Any, params: Flat | None = None, **extra: Any) -> Any:
-        moved, held = dict(updates), {}
-        for name, (tx, paths) in parts.items():
-            found, inner = tx.update(
-                {p: updates[p] for p in paths},
-                state.inner_states[name].inner_state,
-                None if params is None else {p: params[p] for p in paths},
-                **extra,
-            )
-            moved |= found
-            held[name] = optax.MaskedState(inner)
-        return moved, optax.transforms.PartitionState(held)
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def scale_by_rate(
-    schedule: Schedule, paths: Sequence[str]
-) -> optax.GradientTransformationExtraArgs:
-    """Returns a stateless transform: update * -(learning rate at `step`) * the leaf's factor.
-
-    Args:
-      schedule: of the run.
-      paths: trainable leaves in the order of the vectors of `rates`; those of single blocks, where
-        the updates are of stacks.
-    """
-    place = {path: at for at, path in enumerate(paths)}
-
-    def scaled(path: str, leaf: jax.Array, factors: jax.Array) -> jax.Array:
-        held = members(path)
-        if held == (path,):
-            return leaf * factors[place[path]]
-        own = factors[np.asarray([place[member] for member in held])]
-        return leaf * own.reshape(-1, *(1,) * (leaf.ndim - 1))
-
-    def update(updates, state, params=None, *, step, rates, **_):
-        del params
-        factors = -(schedule(step) * rates["phase"]) * leaf_factors(step, rates)
-        moves = {
-            path: jax.tree.map(lambda u, path=path: scaled(path, u, factors), leaf)
-            for path, leaf in updates.items()
-        }
-        return moves, state
-
-    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
-
-
-class OptimSection(NamedTuple):
-    """The parts of the `optim` section that do not depend on the phase."""
-
-    direction: Callable[[], optax.GradientTransformation]
-    schedule: Schedule
+    optimizer: Optimizer
+    schedules: tuple[Schedule, ...]
+    follows: dict[str, int]
     multipliers: dict[str, float]
     decay_mask: dict[str, bool]
     weight_decay: float
     grad_clip_norm: float | None
 
+    @property
+    def schedule(self) -> Schedule:
+        """The run's own schedule, which metrics show."""
+        return self.schedules[0]
+
+    @property
+    def traits(self) -> dict[str, Any]:
+        """{leaf: what the leaves of one stack must have in common}."""
+        return {p: (decays, self.follows.get(p, 0)) for p, decays in self.decay_mask.items()}
+
     def tx(self, phase: Phase, enforce: str = "split") -> optax.GradientTransformationExtraArgs:
-        """Returns the optimizer of `phase`."""
-        parts = {name: value for name, value in self._asdict().items() if name != "multipliers"}
-        return make_tx(phase, enforce=enforce, **parts)
+        """Returns the optimizer of `phase`.
+
+        Raises:
+          ConfigError: the phase asks of the optimizer what it cannot do.
+        """
+        self._check(phase)
+        return make_tx(
+            phase,
+            optimizer=self.optimizer,
+            schedules=self.schedules,
+            follows=self.follows,
+            decay_mask=self.decay_mask,
+            weight_decay=self.weight_decay,
+            grad_clip_norm=self.grad_clip_norm,
+            enforce=enforce,
+        )
+
+    def _check(self, phase: Phase) -> None:
+        name, form = self.optimizer.name, self.optimizer.form
+        own = phase.anneal or any(scale != 1.0 for scale in phase.scales.values())
+        if own and form == "one_rate":
+            raise ConfigError(
+                f"optim.name: {name} has one rate for all leaves that began together, and phase"
+                f" {phase.name!r} gives them rates of their own"
+            )
+        fixed = phase.elements is not None and phase.elements.kind == "fixed"
+        if fixed and form in ("one_rate", "averaged"):
+            raise ConfigError(
+                f"optim.name: {name} keeps where a leaf was, so that phase {phase.name!r} cannot"
+                " freeze single elements of it"
+            )
+
+    def fresh(self, leaves: Flat) -> Any:
+        """Returns the fresh state of a cohort of such leaves."""
+        rates = LeafRates(self.schedules, {}, tuple(sorted(leaves)))
+        make = make_cohort(
+            self.optimizer, rates, self.weight_decay, lambda tree: dict.fromkeys(tree, True)
+        )
+        return make(sorted(leaves)).init(leaves)
 
     def warm_up(self, leaves: Iterable[Any]) -> None:
         """Compiles what makes the fresh state of such leaves: small programs, some a shape.
@@ -202,11 +190,23 @@ class OptimSection(NamedTuple):
         A switch of phases would wait for each of them.
         """
         for shape, dtype in sorted({(leaf.shape, str(leaf.dtype)) for leaf in leaves}):
-            self.direction().init({"leaf": jnp.zeros(shape, dtype)})
+            self.fresh({"leaf": jnp.zeros(shape, dtype)})
 
     def rates(self, phase: Phase) -> Flat:
         """Returns the rates of `phase`, as its step takes them."""
         return make_rates(phase, self.multipliers)
+
+    def eval_params(self, opt_state: Any, params: Flat, phase: Phase | None = None) -> Flat:
+        """Returns the params to evaluate and export with, see `jft.train.averages`.
+
+        With most optimizers that is `params`.
+        """
+        del phase  # the state says by itself what is averaged
+        names = jax.tree_util.tree_flatten_with_path(opt_state)[0]
+        held = anchors(
+            {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in names}
+        )
+        return {**params, **averages(params, held)}
 
 
 def make_optim(
@@ -218,6 +218,8 @@ def make_optim(
     args: dict[str, Any] | None = None,
     learning_rate: float = 1e-3,
     schedule: str = "cosine",
+    schedule_args: Mapping[str, Any] | None = None,
+    group_schedules: Sequence[Sequence[Any]] = (),
     warmup_steps: int = 0,
     final_lr_scale: float = 0.0,
     per_phase: bool = False,
@@ -228,11 +230,13 @@ def make_optim(
     grad_clip_norm: float | None = None,
     prescribed: Mapping[str, Any] | None = None,
     events: bool = False,
+    scanned: bool = False,
 ) -> OptimSection:
     """Returns the optimizer section of a run, every argument checked.
 
     Args: see the functions above; `shapes` maps every path to something with a shape, `prescribed`
-      is what the freezing method says of the schedule (`Recipe.schedule`) and comes first.
+      is what the freezing method says of the schedule (`Recipe.schedule`) and comes first,
+      `scanned` says that equal blocks run as a loop.
     """
     for key, value in (("learning_rate", learning_rate), ("grad_clip_norm", grad_clip_norm)):
         if value is not None and not value > 0:
@@ -240,21 +244,42 @@ def make_optim(
     for key, value in (("weight_decay", weight_decay), ("warmup_steps", warmup_steps)):
         if value < 0:
             raise ConfigError(f"optim.{key}: {value!r} should not be negative")
-    own = {"schedule": schedule, "warmup_steps": warmup_steps, "per_phase": per_phase}
-    rate = make_schedule(
-        spans,
-        events=events,
-        learning_rate=learning_rate,
-        final_lr_scale=final_lr_scale,
-        **{**own, **(prescribed or {})},
-    )
+    own = {"schedule": schedule, "args": schedule_args, "warmup_steps": warmup_steps}
+    if "schedule" in (prescribed or {}):
+        own["args"] = None  # they were the other one's
+    own = {**own, "per_phase": per_phase, **(prescribed or {})}
+    same = dict(events=events, learning_rate=learning_rate, final_lr_scale=final_lr_scale)
+    groups, follows = make_group_schedules(list(shapes), group_schedules)
+    key = "optim.group_schedules"
+    beside = [{**own, "schedule": chosen, "args": given, "where": key} for chosen, given in groups]
+    optimizer = make_optimizer(name=name, args=args)
+    multipliers = make_multipliers(list(shapes), stages, lr_rules=lr_rules, layer_decay=layer_decay)
+    _check_together(optimizer, [each["schedule"] for each in (own, *beside)], multipliers)
+    if scanned and optimizer.stacks == "never":
+        raise ConfigError(f"train.scan_blocks: the state of {name} is lists, and cannot be stacked")
     return OptimSection(
-        direction=make_direction(name=name, args=args),
-        schedule=rate,
-        multipliers=make_multipliers(
-            list(shapes), stages, lr_rules=lr_rules, layer_decay=layer_decay
-        ),
+        optimizer=optimizer,
+        schedules=tuple(make_schedule(spans, **same, **each) for each in (own, *beside)),
+        follows=follows,
+        multipliers=multipliers,
         decay_mask=make_decay_mask(shapes, decay_rules),
         weight_decay=weight_decay,
         grad_clip_norm=grad_clip_norm,
     )
+
+
+def _check_together(
+    optimizer: Optimizer, schedules: Sequence[str], multipliers: Mapping[str, float]
+) -> None:
+    """Raises ConfigError where an optimizer would not do what other keys say."""
+    name = optimizer.name
+    if optimizer.form == "averaged" and set(schedules) != {"constant"}:
+        raise ConfigError(
+            f"optim.schedule: {name} averages instead of following a schedule; set it to constant"
+            " (optim.warmup_steps stays)"
+        )
+    if optimizer.form == "one_rate" and any(factor != 1.0 for factor in multipliers.values()):
+        raise ConfigError(
+            f"optim.lr_rules, optim.layer_decay: {name} has one rate for all leaves that began"
+            " together; leave them out"
+        )

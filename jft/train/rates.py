@@ -1,113 +1,18 @@
-"""Learning rates: the schedule of a run, factors of its leaves, and those of a phase."""
+"""Learning rates of leaves: factors, what a phase says of them, and the rates inside a step."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from jft.errors import ConfigError, nearest
+from jft.errors import ConfigError
 from jft.freeze.phases import Phase
+from jft.stack_names import members
+from jft.train.schedules import Schedule
 from jft.tree import Flat, match
-
-Schedule = Callable[[Any], jax.Array]
-
-
-def cosine(peak: float, steps: int, final_lr_scale: float) -> optax.Schedule:
-    """Half a cosine from `peak` to `peak * final_lr_scale` over `steps` (arXiv:1608.03983)."""
-    return optax.cosine_decay_schedule(peak, max(steps, 1), alpha=final_lr_scale)
-
-
-def constant(peak: float, steps: int, final_lr_scale: float) -> optax.Schedule:  # noqa: ARG001
-    """The peak rate throughout."""
-    return optax.constant_schedule(peak)
-
-
-def slanted_triangle(
-    peak: float,
-    steps: int,
-    final_lr_scale: float,  # noqa: ARG001
-    *,
-    cut_frac: float = 0.1,
-    ratio: float = 32.0,
-) -> optax.Schedule:
-    """A short linear rise and a long linear fall (Howard & Ruder 2018, arXiv:1801.06146).
-
-    With cut = floor(steps * cut_frac) and p = step / cut before the cut, then
-    1 - (step - cut) / (cut * (1 / cut_frac - 1)): peak * (1 + p * (ratio - 1)) / ratio.
-    """
-    cut = max(int(steps * cut_frac), 1)
-
-    def at(step: Any) -> jax.Array:
-        fall = 1.0 - (step - cut) / (cut * (1.0 / cut_frac - 1.0))
-        share = jnp.clip(jnp.where(step < cut, step / cut, fall), 0.0, 1.0)
-        return peak * (1.0 + share * (ratio - 1.0)) / ratio
-
-    return at
-
-
-SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {
-    "cosine": cosine,
-    "constant": constant,
-    "slanted_triangle": slanted_triangle,
-}
-
-
-def make_schedule(
-    spans: Sequence[tuple[int, int]],
-    *,
-    learning_rate: float,
-    schedule: str = "cosine",
-    warmup_steps: int = 0,
-    final_lr_scale: float = 0.0,
-    per_phase: bool = False,
-    args: Mapping[str, Any] | None = None,
-    hold_steps: int = 1,
-    events: bool = False,
-) -> Schedule:
-    """Returns learning rate as a function of the run's step, so resuming needs no other state.
-
-    Factors of phases and leaves come on top of it, see `make_rates`.
-
-    Args:
-      spans: (start, stop) of the phases as written, from the run's start to its end.
-      learning_rate: the peak.
-      schedule: a name of SCHEDULES.
-      warmup_steps: linear from 0 to the peak, counted within the schedule.
-      final_lr_scale: the last rate over the peak.
-      per_phase: restart warm-up and schedule at each span, else one schedule spans the run.
-      args: of the schedule.
-      hold_steps: the rate moves only after so many steps, as after a sweep over all blocks.
-      events: whether something may end a span early.
-    """
-    if schedule not in SCHEDULES:
-        raise ConfigError(f"optim.schedule: no schedule {schedule!r}{nearest(schedule, SCHEDULES)}")
-    moving = schedule != "constant" or warmup_steps
-    if per_phase and moving and events:
-        raise ConfigError("optim.per_phase: a phase that an event ends has no known length")
-
-    def span(start: int, stop: int) -> optax.Schedule:
-        warmup = min(warmup_steps, max(stop - start - 1, 0))
-        length = stop - start - warmup
-        tail = SCHEDULES[schedule](learning_rate, length, final_lr_scale, **(args or {}))
-        if not warmup:
-            return tail
-        # Step 0 of a warm-up already moves: rate (i + 1) / warmup, not i / warmup.
-        ramp = optax.linear_schedule(learning_rate / warmup, learning_rate, max(warmup - 1, 1))
-        return optax.join_schedules([ramp, tail], [warmup])
-
-    if per_phase:
-        parts = [span(start, stop) for start, stop in spans]
-        rate = optax.join_schedules(parts, [stop for _, stop in spans[:-1]])
-    else:
-        rate = span(spans[0][0], spans[-1][1])
-
-    def at(step: Any) -> jax.Array:
-        return jnp.asarray(rate(step // hold_steps * hold_steps), jnp.float32)
-
-    return at
 
 
 def make_multipliers(
@@ -151,12 +56,17 @@ def leaf_factors(step: Any, rates: Flat) -> jax.Array:
     """Returns the factor [leaves] on the run's rate at `step`: scale, warm ramp and own anneal."""
     factors = jnp.asarray(rates["scale"])
     if "enter" in rates:
-        ramp = (step - rates["enter"] + 1) / jnp.maximum(rates["warm"], 1)
-        factors = factors * jnp.minimum(ramp, 1.0)
+        factors = factors * warm_factors(step, rates)
     if "stop" in rates:
         done = jnp.minimum(step / jnp.maximum(rates["stop"], 1), 1.0)
         factors = factors * jnp.where(rates["stop"] > 0, 0.5 * (1.0 + jnp.cos(jnp.pi * done)), 1.0)
     return factors.astype(jnp.float32)
+
+
+def warm_factors(step: Any, rates: Flat) -> jax.Array:
+    """Returns the warm ramp of each leaf [leaves] at `step`; a cohort's leaves share theirs."""
+    ramp = (step - rates["enter"] + 1) / jnp.maximum(rates["warm"], 1)
+    return jnp.minimum(ramp, 1.0)
 
 
 def make_rates(phase: Phase, multipliers: Mapping[str, float]) -> Flat:
@@ -176,3 +86,71 @@ def make_rates(phase: Phase, multipliers: Mapping[str, float]) -> Flat:
     if phase.anneal is not None:
         rates["stop"] = np.asarray([phase.anneal.get(path, 0) for path in paths], np.int32)
     return {name: np.asarray(value) for name, value in rates.items()}
+
+
+@dataclass(frozen=True)
+class LeafRates:
+    """The rates of the trainable leaves of a phase, as its compiled step computes them.
+
+    Attributes:
+      schedules: of the run; the first is the run's own, the others are of `optim.group_schedules`.
+      follows: {leaf: index of its schedule}; leaves that are not in it follow the run's.
+      order: the trainable leaves, single ones, in the order of the vectors of `make_rates`.
+    """
+
+    schedules: tuple[Schedule, ...]
+    follows: Mapping[str, int]
+    order: tuple[str, ...]
+
+    def group(self, path: str) -> int:
+        """Returns the index of the schedule of a leaf or stack."""
+        return self.follows.get(members(path)[0], 0)
+
+    def of_group(self, group: int, step: Any, rates: Flat) -> jax.Array:
+        """Returns the rate [] of the leaves of one schedule, before their own factors."""
+        return self.schedules[group](step) * rates["phase"]
+
+    def of_cohort(self, paths: Sequence[str], step: Any, rates: Flat) -> jax.Array:
+        """Returns the rate [] of leaves with one history, the warm ramp that they share included.
+
+        Their own constant factors, if they have any, are not in it.
+        """
+        rate = self.of_group(self.group(paths[0]), step, rates)
+        if "enter" in rates:
+            rate = rate * warm_factors(step, rates)[self.order.index(members(paths[0])[0])]
+        return rate
+
+    def of_leaves(self, step: Any, rates: Flat) -> jax.Array:
+        """Returns the rate [leaves] of each leaf, everything included."""
+        if len(self.schedules) == 1:
+            return self.of_group(0, step, rates) * leaf_factors(step, rates)
+        each = jnp.stack([schedule(step) for schedule in self.schedules]) * rates["phase"]
+        groups = np.asarray([self.group(path) for path in self.order])
+        return each[groups] * leaf_factors(step, rates)
+
+
+def make_group_schedules(
+    paths: Sequence[str], rules: Sequence[Sequence[Any]]
+) -> tuple[list[tuple[str, dict[str, Any]]], dict[str, int]]:
+    """Returns the schedules beside the run's as [(name, args)], and {leaf: 1 + index} of those.
+
+    Args:
+      paths: every leaf.
+      rules: ordered [pattern, schedule] or [pattern, schedule, {arg: value}]; first match wins.
+
+    Raises:
+      ConfigError: a rule has another form, or its pattern matches nothing.
+    """
+    key = "optim.group_schedules"
+    for rule in rules:
+        if not isinstance(rule, list | tuple) or len(rule) not in (2, 3):
+            raise ConfigError(f"{key}: {rule!r} should be [pattern, schedule, options or nothing]")
+        if len(rule) == 3 and not isinstance(rule[2], Mapping):
+            raise ConfigError(f"{key}: {rule[2]!r} should be a dict of the schedule's options")
+    if not rules:
+        return [], {}
+    found = [(str(rule[1]), dict(rule[2]) if len(rule) == 3 else {}) for rule in rules]
+    numbered = [(rule[0], at) for at, rule in enumerate(rules, 1)]
+    if numbered[-1][0] != ".*":
+        numbered.append((".*", 0))
+    return found, {path: at for path, (at, _) in match(paths, numbered, key).items() if at}

@@ -102,8 +102,8 @@ class Run:
 
     def stacks(self, phase: Phase) -> Stacks:
         """Returns how the leaves are laid out while `phase` runs."""
-        decays = self.optim.decay_mask
-        return make_stacks(phase, self.shapes[0], self.stages, self.scanned, decays)
+        traits = self.optim.traits
+        return make_stacks(phase, self.shapes[0], self.stages, self.scanned, traits)
 
     @property
     def total_steps(self) -> int:

@@ -71,16 +71,21 @@ class Stacks:
         Args:
           tree: state, frozen leaves or a flat dict; arrays, on hosts or devices, or tracers.
         """
+        return stack(tree, self.paths) if self.ranges else tree
 
-        def one(node: Any) -> Any:
-            if not _is_flat(node) or not any(path in self.paths for path in node):
-                return node
-            made = {path: leaf for path, leaf in node.items() if path not in self.paths}
-            for stack in {self.paths[path]: None for path in node if path in self.paths}:
-                made[stack] = _stacked([node[path] for path in members(stack)])
-            return made
 
-        return jax.tree.map(one, tree, is_leaf=_is_flat) if self.ranges else tree
+def stack(tree: Any, paths: Mapping[str, str]) -> Any:
+    """Returns `tree` with the flat dicts in it stacked; `paths` is {leaf: stack that holds it}."""
+
+    def one(node: Any) -> Any:
+        if not _is_flat(node) or not any(path in paths for path in node):
+            return node
+        made = {path: leaf for path, leaf in node.items() if path not in paths}
+        for name in {paths[path]: None for path in node if path in paths}:
+            made[name] = _stacked([node[path] for path in members(name)])
+        return made
+
+    return jax.tree.map(one, tree, is_leaf=_is_flat)
 
 
 def unstack(tree: Any) -> Any:
@@ -174,19 +179,19 @@ def make_stacks(
     shapes: Mapping[str, Any],
     stages: Sequence[str],
     prefix: str | None,
-    decay_mask: Mapping[str, bool],
+    traits: Mapping[str, Any],
 ) -> Stacks:
     """Returns the stacks of a phase: the longest runs of stages `prefix`_i that train alike.
 
     Alike are stages with the same leaves by name, shape and dtype, of which the same ones train,
-    in the same cohorts, and decay. A stage that is like none beside it stays as it is.
+    in the same cohorts, with the same traits. A stage that is like none beside it stays as it is.
 
     Args:
       phase: of the run, over single leaves.
       shapes: {path: shape and dtype} of all parameters.
       stages: of the model, from input to output.
       prefix: "blocks" for stages blocks_0, blocks_1, ...; None for no stacks at all.
-      decay_mask: {path: whether it decays}.
+      traits: {path: what the leaves of a stack must have in common while they train}.
     """
     if prefix is None:
         return Stacks()
@@ -194,8 +199,8 @@ def make_stacks(
     patterns: dict[str, dict[str, Any]] = {}
     for path, leaf in shapes.items():
         stage, _, rest = path.partition("/")
-        decays = decay_mask[path] if path in cohort else None
-        found = (tuple(leaf.shape), np.dtype(leaf.dtype).name, cohort.get(path), decays)
+        own = traits[path] if path in cohort else None
+        found = (tuple(leaf.shape), np.dtype(leaf.dtype).name, cohort.get(path), own)
         patterns.setdefault(stage, {})[rest] = found
     ranges = _alike(patterns, stages, prefix)
     paths = {

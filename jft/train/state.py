@@ -1,6 +1,7 @@
 """The state of a run: what a step changes (TrainState) and what it only reads (Frozen)."""
 
 import dataclasses
+import itertools
 import re
 from typing import Any
 
@@ -12,6 +13,7 @@ import optax
 
 from jft.errors import WeightsError
 from jft.freeze.phases import Phase
+from jft.train.averages import anchors, averages, training_points
 from jft.tree import Flat, split
 
 WINDOW_SUMS = ("loss_sum", "correct_sum", "weight_sum")
@@ -133,19 +135,24 @@ def switch_phase(
 
     Optimizer state moves by path. Leaves that stay keep their moments and counter, leaves that
     enter start fresh. The state of leaves that leave is dropped, or with state "park" kept on the
-    host, as {slot of the leaf: numpy array}, until they return.
+    host, as {slot of the leaf: numpy array}, until they return. Where the optimizer averages, a
+    leaf whose training ends, or begins anew, holds its average from then on.
     """
+    stays = {path for path, token in phase.entered.items() if old.entered.get(path) == token}
     params = {**state.params, **frozen.params}
+    averaged = anchors(leaves_by_path(state.opt_state))
+    params |= averages(params, {p: held for p, held in averaged.items() if p not in stays})
     model_state = {**state.model_state, **frozen.model_state}
     trainable, rest = split_phase(phase, params, model_state, enforce)
     held = slots(state.opt_state, old)
     parked = dict(parked or {}) if phase.state == "park" else {}
-    stays = {path for path, token in phase.entered.items() if old.entered.get(path) == token}
+    returned: set[str] = set()
     sources = {slot: leaf for slot, leaf in held.items() if slot[0] in stays}
     if phase.state == "park":
         back = {slot: leaf for slot, leaf in parked.items() if _leaf_of(slot) in phase.entered}
         for slot in back:
             del parked[slot]
+        returned = {_leaf_of(slot) for slot in back}
         sources |= {tuple(slot.split(_BETWEEN)): leaf for slot, leaf in back.items()}
         gone = {slot: leaf for slot, leaf in held.items() if slot[0] not in phase.entered}
         parked |= {_BETWEEN.join(slot): np.asarray(leaf) for slot, leaf in gone.items()}
@@ -157,8 +164,10 @@ def switch_phase(
         )
     ]
     opt_state = jax.tree_util.tree_unflatten(structure, moved)
+    averaged = anchors(leaves_by_path(opt_state))
+    points = training_points(params, {p: averaged[p] for p in returned & averaged.keys()})
     state = dataclasses.replace(
-        state, params=trainable[0], model_state=trainable[1], opt_state=opt_state
+        state, params={**trainable[0], **points}, model_state=trainable[1], opt_state=opt_state
     )
     return state, Frozen(*rest), parked
 
@@ -179,12 +188,14 @@ def _slot(name: str, phase: Phase) -> tuple[tuple[str, ...], str]:
     cohort = phase.cohorts[int(found[1])]
     slot = f"{name[: found.start()]}*{name[found.end() :]}"
     members = set(cohort)
-    at = slot.find("/")
-    while at >= 0:
-        if slot[at + 1 :] in members:
-            return (slot[at + 1 :],), slot[:at]
-        at = slot.find("/", at + 1)
+    for start, end in itertools.combinations(_bounds(slot), 2):
+        if slot[start + 1 : end] in members:
+            return (slot[start + 1 : end],), f"{slot[:start]}{slot[end:]}"
     return cohort, slot
+
+
+def _bounds(name: str) -> list[int]:
+    return [*(at for at, letter in enumerate(name) if letter == "/"), len(name)]
 
 
 def slots(opt_state: Any, phase: Phase) -> dict[tuple[str, ...], Any]:

@@ -1,0 +1,273 @@
+"""Every optimizer by name: optax's own numbers, one switch of phases, one resume, bit for bit."""
+
+import dataclasses
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+
+from jft.errors import ConfigError
+from jft.freeze.groups import make_groups
+from jft.freeze.methods import make_phases
+from jft.train.optim import make_optim
+from jft.train.optimizers import OPTIMIZERS, REFUSED
+from jft.train.state import Frozen, TrainState, fill, leaves_by_path, make_state, switch_phase
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+STAGES = ("stem", "head")
+RNG = np.random.default_rng(0)
+# Few leaves: each costs every name its share of the compilation.
+SHAPES = {"stem/kernel": (3, 4), "head/kernel": (4, 2), "head/bias": (2,)}
+PARAMS = {path: RNG.normal(size=shape).astype(np.float32) for path, shape in SHAPES.items()}
+DECAY = 0.1
+# Those that find their rate themselves take a factor on it.
+RATES = dict.fromkeys(("dadapt_adamw", "dog", "dowg", "prodigy", "cocob"), 1.0)
+MASK = {path: leaf.ndim >= 2 for path, leaf in PARAMS.items()}
+# Their own decay has no mask.
+UNMASKED = ("dadapt_adamw", "madgrad", "muon", "novograd", "prodigy")
+FREE = ("schedule_free_adamw", "schedule_free_sgd")
+ALL = [[".*", True]]
+
+
+def phases_of(text="all", steps=100, **kw):
+    groups = make_groups(sorted(PARAMS))
+    return make_phases(groups, total_steps=steps, steps_per_epoch=10, phases=text, **kw)
+
+
+def section_of(name, steps=100, **kw):
+    kw = dict(learning_rate=RATES.get(name, 3e-2), schedule="constant", weight_decay=DECAY) | kw
+    return make_optim([(0, steps)], PARAMS, STAGES, name=name, **kw)
+
+
+def gradients(params, step):
+    """Of another bowl at each step."""
+    return {path: 0.5 * leaf + 0.1 * (step % 3) - 0.2 for path, leaf in params.items()}
+
+
+def run(tx, extra, steps=10):
+    """The params after so many updates from PARAMS."""
+
+    @jax.jit
+    def all_steps(params):
+        def body(carry, step):
+            params, state = carry
+            updates, state = tx.update(gradients(params, step), state, params, **extra(step))
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(body, (params, tx.init(params)), jnp.arange(steps))[0]
+
+    return all_steps(jax.tree.map(jnp.asarray, PARAMS))
+
+
+def ours(section, steps=10):
+    phase = phases_of()[0]
+    rates = section.rates(phase)
+    return run(section.tx(phase), lambda step: dict(step=step, rates=rates), steps)
+
+
+def reference(name, rate):
+    """optax's optimizer with the same hyper-parameters; decay as its own signature has it."""
+    own = {"adamw": optax.adamw, "sgd": functools.partial(optax.sgd, momentum=0.9)}
+    plain = name.removeprefix("optax.")
+    make = own.get(name) or getattr(optax, plain, None) or getattr(optax.contrib, plain)
+    takes = inspect.signature(make).parameters
+    mask = next((key for key in ("mask", "weight_decay_mask") if key in takes), None)
+    if name == "muon":
+        return make(rate, weight_decay=DECAY, adam_weight_decay=DECAY)
+    if name == "adafactor":  # its decay does not follow the rate
+        return make(rate, weight_decay_rate=rate * DECAY, weight_decay_mask=MASK)
+    if "learning_rate" not in takes:
+        return optax.chain(make(), optax.add_decayed_weights(DECAY, MASK), optax.scale(-rate))
+    if name in UNMASKED or name in FREE:
+        return make(rate, weight_decay=DECAY)
+    if mask:
+        return make(rate, weight_decay=DECAY, **{mask: MASK})
+    decay = DECAY if callable(rate) else rate * DECAY
+    by_rate = optax.scale_by_learning_rate(rate) if callable(rate) else optax.scale(-1)
+    after = optax.chain(optax.set_to_zero(), optax.add_decayed_weights(decay, MASK), by_rate)
+    return sum_of(make(rate), after)
+
+
+def sum_of(one, other):
+    """The updates of both, each from the same gradients."""
+
+    def update(updates, state, params):
+        a, first = one.update(updates, state[0], params)
+        b, second = other.update(updates, state[1], params)
+        return jax.tree.map(jnp.add, a, b), (first, second)
+
+    return optax.GradientTransformation(lambda p: (one.init(p), other.init(p)), update)
+
+
+def assert_close(a, b, bar=1e-6):
+    assert a.keys() == b.keys()
+    for path in a:
+        np.testing.assert_allclose(a[path], b[path], rtol=bar, atol=bar, err_msg=path)
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "optax.adamw", "optax.contrib.lion"])
+def test_ten_updates_equal_those_of_optax(name):
+    rules = ALL if name in UNMASKED or name in FREE else []
+    params, _ = ours(section_of(name, decay_rules=rules))
+    rate = RATES.get(name, 3e-2)
+    theirs, _ = run(reference(name.replace("contrib.", ""), rate), lambda step: {})
+    assert_close(params, theirs)
+    assert all(np.any(params[path] != PARAMS[path]) for path in PARAMS)
+
+
+SCHEDULED = (
+    "adafactor cocob dadapt_adamw dog fromage lamb lars lion madgrad muon novograd prodigy rmsprop"
+)
+
+
+@pytest.mark.parametrize("name", SCHEDULED.split())
+def test_a_schedule_enters_as_optax_has_it(name):
+    shape = dict(schedule="cosine", warmup_steps=4, decay_rules=ALL if name in UNMASKED else [])
+    args = {"momentum": 0.9} if name == "rmsprop" else {}
+    section = section_of(name, steps=12, args=args, **shape)
+    if name == "adafactor":
+        section = dataclasses.replace(section, weight_decay=0.0)
+        theirs = optax.adafactor(section.schedule)
+    elif name == "rmsprop":
+        section = dataclasses.replace(section, weight_decay=0.0)
+        theirs = optax.rmsprop(section.schedule, **args)
+    else:
+        theirs = reference(name, section.schedule)
+    assert_close(ours(section)[0], run(theirs, lambda step: {})[0])
+
+
+def test_schedule_free_warms_up_as_optax_has_it():
+    section = section_of("schedule_free_adamw", warmup_steps=4, decay_rules=ALL)
+    base = optax.chain(
+        optax.scale_by_rms(decay=0.999, eps=1e-8, eps_in_sqrt=False, bias_correction=True),
+        optax.add_decayed_weights(DECAY),
+        optax.scale_by_learning_rate(section.schedule),
+    )
+    # optax asks for the rate of the averaging weight at counts from 1, of the base from 0.
+    theirs = optax.contrib.schedule_free(base, lambda count: section.schedule(count - 1))
+    (params, state), (expected, held) = ours(section), run(theirs, lambda step: {})
+    assert_close(params, expected)
+    evaluated = section.eval_params(state, params)
+    assert_close(evaluated, optax.contrib.schedule_free_eval_params(held, expected))
+    assert any(np.abs(evaluated[path] - params[path]).max() > 1e-3 for path in params)
+
+
+@pytest.mark.parametrize("name", UNMASKED)
+def test_only_leaves_that_decay_decay(name):
+    """Without a mask in optax: those that decay differ, by the decay, and no other does."""
+    steps = 1 if name in ("prodigy", "dadapt_adamw") else 10
+    part = ours(section_of(name), steps)[0]
+    none = ours(section_of(name, weight_decay=0.0), steps)[0]
+    everything = ours(section_of(name, decay_rules=ALL), steps)[0]
+    for path, decays in MASK.items():
+        np.testing.assert_array_equal(part[path], (everything if decays else none)[path])
+        if steps > 1:
+            assert np.any(everything[path] != none[path])
+
+
+class Rehearsal:
+    """A run without a model: phases, compiled updates, and a state that may be saved anywhere."""
+
+    def __init__(self, name, text="head@4 | all@8 | head", enforce="split", **kw):
+        self.section, self.enforce = section_of(name, steps=12, grad_clip_norm=1.0, **kw), enforce
+        self.phases, self.compiled = phases_of(text, steps=12), {}
+
+    def tx(self, phase):
+        return self.section.tx(phase, self.enforce)
+
+    def start(self):
+        phase = self.phases[0]
+        params = jax.tree.map(jnp.asarray, PARAMS)
+        return (*make_state(phase, self.tx(phase), params, {}, self.enforce), {})
+
+    def switch(self, held, at):
+        state, frozen, parked = held
+        old, phase = self.phases[at - 1], self.phases[at]
+        tx = self.tx(phase)
+        return switch_phase(state, frozen, old, phase, tx, self.enforce, parked)
+
+    def go(self, held, at, count):
+        """Runs some steps of phase `at`; the state is donated, as it is by the real step."""
+        state, frozen, parked = held
+        phase = self.phases[at]
+        if phase.key not in self.compiled:
+            tx, mask = self.tx(phase), phase.mask
+
+            def update(state, rates):
+                grads = gradients(state.params, state.step)
+                found = tx.update(
+                    grads, state.opt_state, state.params, step=state.step, rates=rates
+                )
+                moved = {p: x + found[0][p] if mask[p] else x for p, x in state.params.items()}
+                return dataclasses.replace(
+                    state, step=state.step + 1, params=moved, opt_state=found[1]
+                )
+
+            self.compiled[phase.key] = jax.jit(update, donate_argnums=0)
+        state, rates = jax.device_put((state, self.section.rates(phase)), may_alias=False)
+        for _ in range(count):
+            state = self.compiled[phase.key](state, rates)
+        return state, frozen, parked
+
+    def saved(self, held, at):
+        """What comes back from a checkpoint: by names, on the host, in the form the phase says."""
+        state, frozen, parked = held
+        tx = self.tx(self.phases[at])
+        template = jax.eval_shape(
+            lambda p: make_state(self.phases[at], tx, p, {}, self.enforce), PARAMS
+        )
+        disk = [{n: np.array(x) for n, x in leaves_by_path(t).items()} for t in (state, frozen)]
+        restored = [fill(t, flat) for t, flat in zip(template, disk, strict=True)]
+        return (*restored, {slot: np.array(leaf) for slot, leaf in parked.items()})
+
+    def whole(self, save_at=()):
+        """The end of the run; saved and restored in phase 1 and right before a switch, if asked."""
+        held = self.start()
+        for at in range(len(self.phases)):
+            held = self.switch(held, at) if at else held
+            held = self.go(held, at, 2)
+            held = self.saved(held, at) if "middle" in save_at and at == 1 else held
+            held = self.go(held, at, 2)
+            held = self.saved(held, at) if "end" in save_at else held
+        return held
+
+    def evaluated(self, held):
+        state, frozen, _ = held
+        params = self.section.eval_params(state.opt_state, state.params, self.phases[-1])
+        return {p: np.asarray(x) for p, x in {**params, **frozen.params}.items()}
+
+
+def bits(held):
+    state, frozen, parked = held
+    flat = leaves_by_path(state) | {f"frozen/{p}": x for p, x in frozen.params.items()} | parked
+    return {name: np.asarray(leaf).tobytes() for name, leaf in flat.items()}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_run_with_two_switches_resumes_bitwise(name):
+    rehearsal = Rehearsal(name)
+    straight = rehearsal.whole()
+    assert bits(rehearsal.whole(save_at=("middle", "end"))) == bits(straight)
+    state, frozen, _ = straight
+    assert int(state.step) == 12
+    held = [path for path in PARAMS for leaf in leaves_by_path(state.opt_state) if path in leaf]
+    assert all(path.startswith("head/") for path in held), "state of frozen leaves"
+    ends = {**state.params, **frozen.params}
+    for path, leaf in ends.items():
+        assert np.all(np.isfinite(leaf)) and np.any(np.asarray(leaf) != PARAMS[path]), path
+
+
+KINDS = ("lion", "lamb", "muon", "adafactor", "prodigy", "dog", "sm3", "schedule_free_adamw")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_reference_by_optax_partition_gives_the_same(name):
+    split, masked = Rehearsal(name), Rehearsal(name, enforce="optax")
+    first, second = split.evaluated(split.whole()), masked.evaluated(masked.whole())
+    assert_close(first, second, 1e-6)
