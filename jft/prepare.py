@@ -191,10 +191,6 @@ def _make_run(
     images = functools.partial(train_batches, task, splits.train)
     inputs = make_inputs(task, splits.train, parallel, optim, parts, costs, workdir, images)
 
-    def make_writer(step: int | None) -> RunWriter:
-        primary, events = jax.process_index() == 0, config.log.tensorboard
-        return RunWriter(workdir, step, total_steps=steps, primary=primary, tensorboard=events)
-
     def record(log: Sequence[Mapping[str, Any]]) -> None:
         taken = schedule.phases(log)
         plans = plan_phases(task, parallel, taken, optim, parts, costs)
@@ -214,7 +210,7 @@ def _make_run(
         evaluate=functools.partial(evaluate_split, task, splits, workdir, parallel),
         splits=evaluated_splits(config, splits),
         checkpoints=checkpoints,
-        make_writer=make_writer,
+        make_writer=functools.partial(make_writer, config, workdir, steps),
         begin=lambda: write_run_files(task, splits, workdir, describe(phases, plans), conversion),
         record=record,
         info={"source": config.init.source, "label_names": task.label_names},
@@ -227,6 +223,21 @@ def _make_run(
         inputs=inputs,
         summary=summary(task, splits, parallel, schedule, optim, plans, conversion),
         scanned=task.scanned,
+        flops={phase.key: plan.flops for phase, plan in zip(phases, plans, strict=True)},
+        examples={name: len(source) for name, source in splits.items()},
+    )
+
+
+def make_writer(
+    config: ConfigDict, workdir: Path, total_steps: int, resume_step: int | None
+) -> RunWriter:
+    """Returns the writer of a run's logs, from the section config.log."""
+    return RunWriter(
+        workdir,
+        resume_step,
+        total_steps=total_steps,
+        primary=jax.process_index() == 0,
+        tensorboard=config.log.tensorboard,
     )
 
 

@@ -59,6 +59,7 @@ RANKS: dict[str, float] = {
     "jft.train.guarantee": 5.6,
     "jft.train.compiled": 5.7,
     "jft.train.decisions": 5.7,
+    "jft.train.eta": 5.7,
     "jft.train.rows": 5.8,
     "jft.train.loop": 6,
     "jft.config_file": 7,

@@ -92,8 +92,9 @@ class RunWriter:
             values: floats, ints or strings (numpy and fetched jax scalars too) by name.
             time: what depends on the clock, by its name without "time/"; shown where known:
                 examples_per_second, tokens_per_second, mfu (0..1), data_wait_percent (0..100),
-                compile_seconds (all so far), eta_seconds. The report also reads step_seconds
-                and elapsed_seconds (all so far, compilation included).
+                compile_seconds (all so far), eta_seconds, device_peak_bytes, host_peak_bytes. The
+                report also reads step_seconds and elapsed_seconds (all so far, compilation
+                included).
         """
         if self._log is None:
             return
@@ -107,6 +108,21 @@ class RunWriter:
             if not self._try("tb", lambda: events.write(step, numbers)):
                 self._drop_events()
         self._progress.update(step, named, times)
+
+    def tick(self, step: int) -> None:
+        """Moves the bar on a terminal; for every step, and without cost elsewhere."""
+        if self._primary:
+            self._progress.tick(step)
+
+    def phase(self, index: int, name: str) -> None:
+        """Says what phase begins."""
+        if self._primary:
+            self._progress.phase(index, name)
+
+    def evaluating(self, split: str, done: int, total: int | None) -> None:
+        """Says how many examples of a split are under way, of how many."""
+        if self._primary:
+            self._progress.evaluating(split, done, total)
 
     def message(self, text: str) -> None:
         """Prints one line beside the progress."""

@@ -65,6 +65,8 @@ class Run:
       plan: (phase, what it reads) -> what its compiled step is compared with; None compares
         nothing.
       inputs: what each phase reads; None reads images from `batches` throughout.
+      flops: {Phase.key: FLOPs of a step on one device that reads images} of the phases foreseen.
+      examples: {split: number of examples} of what is evaluated.
       scanned: prefix of the stages that run as loops, or None.
     """
 
@@ -94,6 +96,8 @@ class Run:
     plan: Callable[[Phase, Input], PhasePlan] | None = None
     inputs: Inputs | None = None
     scanned: str | None = None
+    flops: Mapping[Any, float] = field(default_factory=dict)
+    examples: Mapping[str, int] = field(default_factory=dict)
 
     def rebuild(self, paths: list[str]) -> Flat:
         """Returns frozen leaves of a checkpoint anew from what the run started from."""
