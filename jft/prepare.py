@@ -23,8 +23,9 @@ from jft.freeze.masks import Mask
 from jft.freeze.methods import make_freeze
 from jft.freeze.schedule import FreezeSchedule
 from jft.losses import make_loss
-from jft.overview import describe_plan, loss_costs, plan_phases, summary, tables
+from jft.overview import describe_plan, loss_costs, memory, plan_phases, summary, tables
 from jft.report.rundir import read_json
+from jft.report.tables import Overview
 from jft.report.writers import RunWriter
 from jft.run_files import write_decisions, write_run_files
 from jft.task import Task, batch_shapes, initial_leaves, make_data, make_task, with_preprocess
@@ -221,7 +222,7 @@ def _make_run(
         stop_step=steps,
         plan=functools.partial(plan_phase, task, parallel, optim, parts, costs, inputs),
         inputs=inputs,
-        summary=summary(task, splits, parallel, schedule, optim, plans, conversion),
+        summary=summary(task, splits, parallel, schedule, optim, plans, costs, conversion),
         scanned=task.scanned,
         flops={phase.key: plan.flops for phase, plan in zip(phases, plans, strict=True)},
         examples={name: len(source) for name, source in splits.items()},
@@ -318,8 +319,8 @@ def evaluate_split(
     return scalars
 
 
-def plan_text(config: ConfigDict, every_leaf: bool = False) -> str:
-    """Returns groups, phases and their cost as text; allocates and compiles nothing.
+def plan_overview(config: ConfigDict, every_leaf: bool = False) -> Overview:
+    """Returns groups, phases and their cost to show; allocates and compiles nothing.
 
     Args:
       config: from `load_config`.
@@ -331,5 +332,7 @@ def plan_text(config: ConfigDict, every_leaf: bool = False) -> str:
     parallel = make_parallel(mode=config.parallel.mode, devices=config.parallel.devices)
     parts = make_parts(task)
     schedule, optim = make_schedule(task, splits, parallel, parts)
-    plans = plan_phases(task, parallel, schedule.phases(), optim, parts)
-    return tables(task, schedule, optim, plans, every_leaf)
+    phases, costs = schedule.phases(), loss_costs(task, parallel, parts)
+    plans = plan_phases(task, parallel, phases, optim, parts, costs)
+    held = functools.partial(memory, task, parallel, phases, plans, costs)
+    return Overview([*tables(task, schedule, optim, plans, every_leaf), held])

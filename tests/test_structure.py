@@ -51,6 +51,7 @@ RANKS: dict[str, float] = {
     "jft.weights.export": 5,
     "jft.plan": 5,
     "jft.plan_text": 5,
+    "jft.memory": 5,
     "jft.hlo": 5,
     "jft.flops": 5,
     "jft.train.run": 5.5,

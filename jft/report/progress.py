@@ -46,7 +46,9 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """An amount of memory: "812 MB", "13.2 GB" (powers of ten)."""
+    """An amount of memory: "151 kB", "812 MB", "13.2 GB" (powers of ten)."""
+    if count < 0.9995e6:
+        return f"{count / 1e3:.0f} kB"
     if count < 0.9995e9:
         return f"{count / 1e6:.0f} MB"
     return f"{count / 1e9:.3g} GB"

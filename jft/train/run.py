@@ -14,6 +14,7 @@ from jft.errors import ConfigError
 from jft.freeze.phases import Phase
 from jft.freeze.schedule import FreezeSchedule
 from jft.plan import PhasePlan
+from jft.report.tables import Overview
 from jft.report.writers import RunWriter
 from jft.train.checkpoint import Checkpoints, Restored
 from jft.train.inputs import Input, Inputs
@@ -92,7 +93,7 @@ class Run:
     eval_every_steps: int | None = None
     save_every_steps: int | None = None
     stop_step: int | None = None
-    summary: str = ""
+    summary: Overview = Overview(())
     plan: Callable[[Phase, Input], PhasePlan] | None = None
     inputs: Inputs | None = None
     scanned: str | None = None

@@ -9,7 +9,7 @@ from pathlib import Path
 from jft import trained
 from jft.config import load_config
 from jft.errors import ConfigError
-from jft.prepare import plan_text, setup
+from jft.prepare import plan_overview, setup
 from jft.report.rundir import write_atomic
 from jft.train.loop import fit
 
@@ -21,12 +21,12 @@ def train(args: argparse.Namespace) -> int:
         # Never in the real run directory: the real run would resume from the trial's step.
         with tempfile.TemporaryDirectory(prefix="jft-dry-run-") as folder:
             run = setup(config, Path(folder), dry_run=True)
-            print(run.summary, flush=True)
+            run.summary.show()
             return fit(run).exit_code
     if not args.workdir:
         raise ConfigError("jft train: --workdir=DIR is missing")
     run = setup(config, Path(args.workdir), resume=args.resume)
-    print(run.summary, flush=True)
+    run.summary.show()
     outcome = fit(run)
     if outcome.exit_code == 0:
         print(f"wrote {trained.report(args.workdir)}")
@@ -60,7 +60,7 @@ def export(args: argparse.Namespace) -> None:
 def plan(args: argparse.Namespace) -> None:
     """Prints groups, phases, FLOPs and bytes of a config; allocates nothing."""
     config = load_config(args.config, args.overrides)
-    print(plan_text(config, every_leaf=args.leaves))
+    plan_overview(config, every_leaf=args.leaves).show()
 
 
 def report(args: argparse.Namespace) -> None:
