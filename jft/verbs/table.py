@@ -22,6 +22,16 @@ FLAGS: dict[str, dict[str, Any]] = {
         "action": "store_true",
         "help": "one step, one evaluation and one save in a temporary folder",
     },
+    "--steps": {
+        "metavar": "N",
+        "default": "100",
+        "help": "updates of a learning-rate range test (default: 100)",
+    },
+    "--phase": {
+        "metavar": "N",
+        "default": "0",
+        "help": "phase to test the learning rate of, by its number, or all (default: 0)",
+    },
     "--leaves": {
         "action": "store_true",
         "help": "one line a leaf: the pattern that matched, rate, decay, bytes",
@@ -78,6 +88,11 @@ VERBS: dict[str, Verb] = {
         "jft.verbs.runs:plan",
         "groups, phases, FLOPs and bytes before a run",
         ("--config!", "--leaves"),
+    ),
+    "lr-find": Verb(
+        "jft.verbs.lr_find:run",
+        "find a learning rate: the loss while the rate rises",
+        ("--config!", "--phase", "--steps", "--out"),
     ),
     "report": Verb("jft.verbs.runs:report", "write report.html of a run again", ("--workdir!",)),
     "models": Verb(
