@@ -1,6 +1,8 @@
 """From a config to the built parts of a run: each section goes to exactly one function."""
 
+import dataclasses
 import functools
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +14,7 @@ from ml_collections import ConfigDict
 
 from jft.baselines import check as check_baselines
 from jft.caching import make_inputs, plan_phase
-from jft.config import METRICS, diff, from_json
+from jft.config import METRICS
 from jft.data.images import make_eval_transform, make_train_transform, make_view_transform
 from jft.data.loader import make_eval_loader, make_train_loader
 from jft.data.protocol import Source
@@ -26,8 +28,7 @@ from jft.losses import make_loss
 from jft.overview import describe_plan, loss_costs, memory, plan_phases, summary, tables
 from jft.report.rundir import read_json
 from jft.report.tables import Overview
-from jft.report.writers import RunWriter
-from jft.run_files import write_decisions, write_run_files
+from jft.run_files import check_unchanged, make_writer, write_decisions, write_run_files
 from jft.task import Task, batch_shapes, initial_leaves, make_data, make_task, with_preprocess
 from jft.train.checkpoint import Checkpoints
 from jft.train.optim import OptimSection, make_optim
@@ -35,6 +36,9 @@ from jft.train.parallel import Parallel, check_batch_size, make_parallel
 from jft.train.run import Run
 from jft.train.step import StepParts
 from jft.tree import Flat
+
+# A dry run evaluates so many batches of each split.
+DRY_RUN_BATCHES = 4
 
 
 def total_steps(config: ConfigDict, train_examples: int) -> int:
@@ -144,7 +148,7 @@ def setup(
       workdir: the run directory; a run that is in it is resumed.
       model: the user's own Linen module instead of `config.model`.
       resume: "auto" refuses changed keys, "force" takes them.
-      dry_run: one update, one evaluation and one save.
+      dry_run: one update, a few batches of each evaluation, one save, no cache and no trackers.
 
     Raises:
       ConfigError, DataError, WeightsError: with one line that says what is wrong.
@@ -185,17 +189,15 @@ def _make_run(
     schedule, optim = make_schedule(task, splits, parallel, parts)
     phases = schedule.phases()
     costs = loss_costs(task, parallel, parts)
-    plans = plan_phases(task, parallel, phases, optim, parts, costs)
+    planned = functools.partial(plan_phases, task, parallel, optim=optim, parts=parts, costs=costs)
+    plans = planned(phases)
     describe = functools.partial(describe_plan, task, schedule, optim)
-    steps = 1 if dry_run else phases[-1].stop_step
+    steps, most_batches = (1, DRY_RUN_BATCHES) if dry_run else (phases[-1].stop_step, None)
 
     images = functools.partial(train_batches, task, splits.train)
     inputs = make_inputs(task, splits.train, parallel, optim, parts, costs, workdir, images)
-
-    def record(log: Sequence[Mapping[str, Any]]) -> None:
-        taken = schedule.phases(log)
-        plans = plan_phases(task, parallel, taken, optim, parts, costs)
-        write_decisions(workdir, log, describe(taken, plans))
+    if dry_run:  # a cache takes a pass over all training examples
+        inputs = dataclasses.replace(inputs, mode="off")
 
     return Run(
         workdir=workdir,
@@ -208,12 +210,14 @@ def _make_run(
         start=start,
         batches=images,
         batch_shape=batch_shapes(task, config.train.batch_size),
-        evaluate=functools.partial(evaluate_split, task, splits, workdir, parallel),
+        evaluate=functools.partial(
+            evaluate_split, task, splits, workdir, parallel, most_batches=most_batches
+        ),
         splits=evaluated_splits(config, splits),
         checkpoints=checkpoints,
         make_writer=functools.partial(make_writer, config, workdir, steps),
         begin=lambda: write_run_files(task, splits, workdir, describe(phases, plans), conversion),
-        record=record,
+        record=functools.partial(_record, schedule, workdir, planned, describe),
         info={"source": config.init.source, "label_names": task.label_names},
         enforce=config.freeze.enforce,
         eval_batch_shape=batch_shapes(task, eval_batch_size(config, parallel)),
@@ -225,21 +229,20 @@ def _make_run(
         summary=summary(task, splits, parallel, schedule, optim, plans, costs, conversion),
         scanned=task.scanned,
         flops={phase.key: plan.flops for phase, plan in zip(phases, plans, strict=True)},
-        examples={name: len(source) for name, source in splits.items()},
+        examples=eval_examples(config, splits, parallel, most_batches),
     )
 
 
-def make_writer(
-    config: ConfigDict, workdir: Path, total_steps: int, resume_step: int | None
-) -> RunWriter:
-    """Returns the writer of a run's logs, from the section config.log."""
-    return RunWriter(
-        workdir,
-        resume_step,
-        total_steps=total_steps,
-        primary=jax.process_index() == 0,
-        tensorboard=config.log.tensorboard,
-    )
+def _record(
+    schedule: FreezeSchedule,
+    workdir: Path,
+    planned: Callable[..., Any],
+    describe: Callable[..., dict[str, Any]],
+    log: Sequence[Mapping[str, Any]],
+) -> None:
+    """Writes what the decisions of a run made of it."""
+    phases = schedule.phases(log)
+    write_decisions(workdir, log, describe(phases, planned(phases)))
 
 
 def make_checkpoints(config: ConfigDict, workdir: Path) -> Checkpoints:
@@ -248,19 +251,6 @@ def make_checkpoints(config: ConfigDict, workdir: Path) -> Checkpoints:
     mode = "min" if (best or "").endswith("loss") else "max"
     keep = config.checkpoint.keep
     return Checkpoints(workdir, keep=keep, best_metric=best, best_mode=mode)
-
-
-def check_unchanged(config: ConfigDict, workdir: Path) -> None:
-    """Raises ConfigError naming the keys that differ from those the run was started with."""
-    saved = workdir / "config.json"
-    if not saved.exists():
-        return
-    changed = diff(from_json(saved.read_text()), config)
-    if changed:
-        raise ConfigError(
-            f"{workdir} was started with other values of {', '.join(changed)};"
-            " use another --workdir, or --resume=force to go on with the new ones"
-        )
 
 
 def train_batches(task: Task, source: Source, start_batch: int, views: int | None = None) -> Any:
@@ -287,6 +277,17 @@ def eval_batch_size(config: ConfigDict, parallel: Parallel) -> int:
     return math.ceil(rows / parallel.num_devices) * parallel.num_devices
 
 
+def eval_examples(
+    config: ConfigDict, splits: Splits, parallel: Parallel, most_batches: int | None = None
+) -> dict[str, int]:
+    """Returns {split: examples that an evaluation reads}."""
+    found = {name: len(source) for name, source in splits.items()}
+    if most_batches is None:
+        return found
+    most = most_batches * eval_batch_size(config, parallel)
+    return {name: min(count, most) for name, count in found.items()}
+
+
 def evaluate_split(
     task: Task,
     splits: Splits,
@@ -295,8 +296,13 @@ def evaluate_split(
     predict_step: Any,
     split: str,
     step: int,
+    *,
+    most_batches: int | None = None,
 ) -> dict[str, float]:
-    """Runs one split exactly and writes eval/<split>.json; returns its scalars."""
+    """Runs one split exactly and writes eval/<split>.json; returns its scalars.
+
+    Of a dry run `most_batches` alone are evaluated.
+    """
     source = splits[split]
     batches = make_eval_loader(
         source,
@@ -308,7 +314,7 @@ def evaluate_split(
     )
     scalars, _ = run_split(
         predict_step,
-        batches,
+        itertools.islice(batches, most_batches),
         num_classes=task.model.num_classes,
         label_names=task.label_names,
         split=split,

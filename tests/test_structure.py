@@ -76,6 +76,7 @@ RANKS: dict[str, float] = {
     "jft.prepare": 8,
     "jft.trained": 8.2,
     "jft.lr_find": 8.2,
+    "jft.dry_run": 8.2,
     "jft.verbs": 8.5,
     "jft.doctor": 8.5,
     "jft.cli": 9,

@@ -3,11 +3,11 @@
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 from jft import trained
 from jft.config import load_config
+from jft.dry_run import dry_run
 from jft.errors import ConfigError
 from jft.prepare import plan_overview, setup
 from jft.report.rundir import write_atomic
@@ -18,11 +18,7 @@ def train(args: argparse.Namespace) -> int:
     """Trains or resumes, writes the report, and returns the run's exit code."""
     config = load_config(args.config, args.overrides)
     if args.dry_run:
-        # Never in the real run directory: the real run would resume from the trial's step.
-        with tempfile.TemporaryDirectory(prefix="jft-dry-run-") as folder:
-            run = setup(config, Path(folder), dry_run=True)
-            run.summary.show()
-            return fit(run).exit_code
+        return dry_run(config)
     if not args.workdir:
         raise ConfigError("jft train: --workdir=DIR is missing")
     run = setup(config, Path(args.workdir), resume=args.resume)

@@ -20,7 +20,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--model": {"metavar": "NAME", "help": "model to check the weights against"},
     "--dry_run": {
         "action": "store_true",
-        "help": "one step, one evaluation and one save in a temporary folder",
+        "help": "do everything once in a temporary folder, compare what is saved, and stop",
     },
     "--steps": {
         "metavar": "N",
