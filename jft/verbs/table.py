@@ -94,6 +94,12 @@ VERBS: dict[str, Verb] = {
         "find a learning rate: the loss while the rate rises",
         ("--config!", "--phase", "--steps", "--out"),
     ),
+    "compare": Verb(
+        "jft.verbs.compare:run",
+        "runs beside each other: config, metrics, curves, cost",
+        ("--out",),
+        ("DIR", "+", "run directories, two or more"),
+    ),
     "report": Verb("jft.verbs.runs:report", "write report.html of a run again", ("--workdir!",)),
     "models": Verb(
         "jft.verbs.models:models",
