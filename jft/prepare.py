@@ -215,7 +215,7 @@ def _make_run(
         ),
         splits=evaluated_splits(config, splits),
         checkpoints=checkpoints,
-        make_writer=functools.partial(make_writer, config, workdir, steps),
+        make_writer=functools.partial(make_writer, config, workdir, steps, tracked=not dry_run),
         begin=lambda: write_run_files(task, splits, workdir, describe(phases, plans), conversion),
         record=functools.partial(_record, schedule, workdir, planned, describe),
         info={"source": config.init.source, "label_names": task.label_names},

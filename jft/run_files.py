@@ -1,5 +1,6 @@
 """The files of a run directory: what a run is, what it became, and the writer of its logs."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from jft.data.sources import Splits
 from jft.errors import ConfigError
 from jft.provenance import describe_run
 from jft.report.rundir import write_atomic, write_json
+from jft.report.trackers import Trackers
 from jft.report.writers import RunWriter
 from jft.task import Task
 
@@ -58,13 +60,27 @@ def check_unchanged(config: ConfigDict, workdir: Path) -> None:
 
 
 def make_writer(
-    config: ConfigDict, workdir: Path, total_steps: int, resume_step: int | None
+    config: ConfigDict,
+    workdir: Path,
+    total_steps: int,
+    resume_step: int | None,
+    *,
+    tracked: bool = True,
 ) -> RunWriter:
-    """Returns the writer of a run's logs, from the section config.log."""
+    """Returns the writer of a run's logs, from the section config.log.
+
+    Without `tracked`, as in a dry run, no tracker hears of it.
+    """
+    log = config.log
+    trackers = None
+    if log.trackers and tracked:
+        kept = json.loads(to_json(config))
+        trackers = Trackers(log.trackers, workdir, config=kept, project=log.project, name=log.name)
     return RunWriter(
         workdir,
         resume_step,
         total_steps=total_steps,
         primary=jax.process_index() == 0,
-        tensorboard=config.log.tensorboard,
+        tensorboard=log.tensorboard,
+        trackers=trackers,
     )
