@@ -1,5 +1,6 @@
 """From a config to its batches on the host, and to the evaluation of a split."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,17 @@ def eval_batch_size(config: ConfigDict, parallel: Parallel) -> int:
     return math.ceil(rows / parallel.num_devices) * parallel.num_devices
 
 
+def eval_examples(
+    config: ConfigDict, splits: Splits, parallel: Parallel, most_batches: int | None = None
+) -> dict[str, int]:
+    """Returns {split: examples that an evaluation reads}."""
+    found = {name: len(source) for name, source in splits.items()}
+    if most_batches is None:
+        return found
+    most = most_batches * eval_batch_size(config, parallel)
+    return {name: min(count, most) for name, count in found.items()}
+
+
 def evaluate_split(
     task: Task,
     splits: Splits,
@@ -47,8 +59,13 @@ def evaluate_split(
     predict_step: Any,
     split: str,
     step: int,
+    *,
+    most_batches: int | None = None,
 ) -> dict[str, float]:
-    """Runs one split exactly and writes eval/<split>.json; returns its scalars."""
+    """Runs one split exactly and writes eval/<split>.json; returns its scalars.
+
+    Of a dry run `most_batches` alone are evaluated.
+    """
     source = splits[split]
     batches = make_eval_loader(
         source,
@@ -60,7 +77,7 @@ def evaluate_split(
     )
     scalars, _ = run_split(
         predict_step,
-        batches,
+        itertools.islice(batches, most_batches),
         num_classes=task.model.num_classes,
         label_names=task.label_names,
         split=split,

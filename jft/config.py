@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from jft.config_file import Where, locate, place, read_file, read_json, read_text
 from jft.errors import ConfigError, nearest
 from jft.keys import KEYS, nearest_key
+from jft.report.trackers import TRACKERS
 from jft.values import Key, key_of, plain
 
 __all__ = ["base", "load_config", "read_file", "to_json", "from_json", "diff", "arg_keys"]
@@ -233,6 +234,12 @@ def _check_together(values: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"config.eval.splits: no split {split!r}{nearest(str(split), _SPLITS)};"
                 f" there are {', '.join(_SPLITS)}"
+            )
+    for tracker in values["log.trackers"]:
+        if tracker not in TRACKERS:
+            raise ConfigError(
+                f"config.log.trackers: no tracker {tracker!r}{nearest(str(tracker), TRACKERS)};"
+                f" there are {', '.join(TRACKERS)}"
             )
     best = values["checkpoint.best"]
     if best is not None and best not in METRICS:

@@ -228,6 +228,13 @@ KEYS: dict[str, Key] = {
     "parallel.devices": Key(None, int | None, "devices to use; None is all", low=1),
     "log.every_steps": Key(10, int, "updates between lines of metrics.jsonl", low=1),
     "log.tensorboard": Key(True, bool, "write TensorBoard files", free=True),
+    "log.trackers": Key(
+        [], list, "further writers of the rows: wandb, mlflow, trackio (docs/seeing.md)", free=True
+    ),
+    "log.project": Key("jft", str, "project of the trackers, experiment in MLflow", free=True),
+    "log.name": Key(
+        None, str | None, "name of the run at the trackers; None is the run directory's", free=True
+    ),
     "report.baselines": Key(
         [],
         list,

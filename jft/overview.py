@@ -1,5 +1,7 @@
 """What a run will do and cost, from shapes alone: plan.json and the tables to show before it."""
 
+import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,10 +15,13 @@ from jft.errors import ConfigError
 from jft.freeze.explain import explain
 from jft.freeze.phases import Phase
 from jft.freeze.schedule import FreezeSchedule
+from jft.memory import memory_text
 from jft.plan import Costs, PhaseParts, PhasePlan, make_plan
 from jft.plan import to_dict as plan_dict
 from jft.plan_text import plan_table
+from jft.report.tables import Overview, Table
 from jft.task import Task, batch_shapes
+from jft.train.hardware import limit_bytes
 from jft.train.optim import OptimSection
 from jft.train.parallel import Parallel
 from jft.train.state import WINDOW_SUMS, Frozen, first_trainable_stage, frozen_norms
@@ -127,15 +132,37 @@ def tables(
     optim: OptimSection,
     plans: list[PhasePlan],
     every_leaf: bool = False,
-) -> str:
-    """Returns the groups table (or one line a leaf) and the phases table."""
+) -> list[Table]:
+    """Returns the table of groups (or one line a leaf) and that of phases."""
     params, section = task.shapes[0], task.config.optim
     rates = _rates(schedule.phases(), optim.multipliers, section.learning_rate)
     decays = {path: section.weight_decay * optim.decay_mask[path] for path in params}
     table = explain(task.groups(), schedule.phases(), params, rates, decays, every_leaf=every_leaf)
-    bounded = schedule.approximation
-    note = f"\napproximates its method: {bounded}" if bounded else ""
-    return f"{table}\n\n{plan_table(plans)}{note}"
+    phases, bounded = plan_table(plans), schedule.approximation
+    if bounded:
+        note = f"approximates its method: {bounded}"
+        phases = dataclasses.replace(phases, notes=(*phases.notes, note))
+    return [table, phases]
+
+
+def memory(
+    task: Task,
+    parallel: Parallel,
+    phases: Sequence[Phase],
+    plans: Sequence[PhasePlan],
+    costs: Costs,
+) -> str:
+    """Returns how much memory the costliest phase may take of a device, with advice."""
+    train = task.config.train
+    return memory_text(
+        plans,
+        [phase.mask for phase in phases],
+        costs,
+        rows=train.batch_size // parallel.num_devices,
+        accum_steps=train.accum_steps,
+        devices=parallel.num_devices,
+        limit=limit_bytes(list(parallel.mesh.devices.flat)),
+    )
 
 
 def _rates(
@@ -158,13 +185,23 @@ def summary(
     schedule: FreezeSchedule,
     optim: OptimSection,
     plans: list[PhasePlan],
+    costs: Costs,
     conversion: Mapping[str, Any] | None,
-) -> str:
+) -> Overview:
     """Returns what to show before the first step: weights, groups, phases, data, devices."""
     sizes = ", ".join(f"{name} {len(source):,}" for name, source in splits.items())
     kinds = ", ".join(sorted({device.device_kind for device in parallel.mesh.devices.flat}))
-    parts = [conversion["text"]] if conversion else ["weights   random, no source"]
-    parts.append(tables(task, schedule, optim, plans))
-    parts.append(f"data      {sizes}; {len(task.label_names)} classes")
-    parts.append(f"devices   {parallel.num_devices} x {kinds}, {parallel.mode}")
-    return "\n\n".join(parts)
+    train, count = task.config.train, parallel.num_devices
+    rows = f"{train.batch_size // count} rows of each batch on each"
+    if train.accum_steps > 1:
+        rows += f", in {train.accum_steps} micro-batches"
+    return Overview(
+        [
+            conversion["text"] if conversion else "weights   random, no source",
+            *tables(task, schedule, optim, plans),
+            f"data      {sizes}; {len(task.label_names)} classes",
+            f"devices   {count} x {kinds}, {parallel.mode}: {rows}",
+            # Counted when it is shown: it traces the backward pass once more.
+            functools.partial(memory, task, parallel, schedule.phases(), plans, costs),
+        ]
+    )

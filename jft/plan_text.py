@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jft.freeze.explain import align
 from jft.plan import PhasePlan
+from jft.report.tables import Table
 
 _TITLES: tuple[str, ...] = (
     *("phase", "train", "steps", "class", "cut", "trainable", "frozen"),
@@ -16,8 +16,8 @@ MOST_ROWS = 24
 MOST_SPOILERS = 3
 
 
-def plan_table(plans: Sequence[PhasePlan]) -> str:
-    """Returns the phases as an aligned text table, with a line for each leaf that spoils a cut.
+def plan_table(plans: Sequence[PhasePlan]) -> Table:
+    """Returns the phases as a table, with a line for each leaf that spoils a cut.
 
     "memory" is that of leaves, optimizer state and batch on one device, without activations.
     """
@@ -40,11 +40,12 @@ def plan_table(plans: Sequence[PhasePlan]) -> str:
                 _megabytes(plan.all_reduce_bytes),
             ]
         )
-    lines = [align(rows, left={1, 3, 4})]  # words; numbers align right
+    lines = []
     if len(shown) < len(plans):
         lines.append(f"... and {len(plans) - len(shown):,} more phases")
     spoilers = [text for plan in shown if (text := spoiler_text(plan))]
-    return "\n".join(lines + spoilers[:MOST_SPOILERS] + [run_text(plans)])
+    notes = (*lines, *spoilers[:MOST_SPOILERS], run_text(plans))
+    return Table(rows, frozenset({1, 3, 4}), notes=notes)  # words; numbers align right
 
 
 def run_text(plans: Sequence[PhasePlan]) -> str:

@@ -1,27 +1,27 @@
 """From a config to the built parts of a run: each section goes to exactly one function."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from jft.baselines import check as check_baselines
-from jft.batches import eval_batch_size, evaluate_split, train_batches
+from jft.batches import eval_batch_size, eval_examples, evaluate_split, train_batches
 from jft.caching import make_inputs, plan_phase
-from jft.config import METRICS, diff, from_json
+from jft.config import METRICS
 from jft.data.sources import Splits
 from jft.errors import ConfigError, nearest
 from jft.freeze.masks import Mask
 from jft.freeze.methods import make_freeze
 from jft.freeze.schedule import FreezeSchedule
-from jft.overview import describe_plan, loss_costs, plan_phases, summary, tables
+from jft.overview import describe_plan, loss_costs, memory, plan_phases, summary, tables
 from jft.parts import loss_labels, make_parts, plain_section
 from jft.report.rundir import read_json
-from jft.report.writers import RunWriter
-from jft.run_files import write_decisions, write_run_files
+from jft.report.tables import Overview
+from jft.run_files import check_unchanged, make_writer, write_decisions, write_run_files
 from jft.task import Task, batch_shapes, initial_leaves, make_data, make_task, with_preprocess
 from jft.train.checkpoint import Checkpoints
 from jft.train.optim import OptimSection, make_optim
@@ -29,6 +29,9 @@ from jft.train.parallel import Parallel, check_batch_size, make_parallel
 from jft.train.run import Run
 from jft.train.step import StepParts
 from jft.tree import Flat
+
+# A dry run evaluates so many batches of each split.
+DRY_RUN_BATCHES = 4
 
 
 def total_steps(config: ConfigDict, train_examples: int) -> int:
@@ -117,7 +120,7 @@ def setup(
       workdir: the run directory; a run that is in it is resumed.
       model: the user's own Linen module instead of `config.model`.
       resume: "auto" refuses changed keys, "force" takes them.
-      dry_run: one update, one evaluation and one save.
+      dry_run: one update, a few batches of each evaluation, one save, no cache and no trackers.
 
     Raises:
       ConfigError, DataError, WeightsError: with one line that says what is wrong.
@@ -159,21 +162,15 @@ def _make_run(
     schedule, optim = make_schedule(task, splits, parallel, parts)
     phases = schedule.phases()
     costs = loss_costs(task, parallel, parts)
-    plans = plan_phases(task, parallel, phases, optim, parts, costs)
+    planned = functools.partial(plan_phases, task, parallel, optim=optim, parts=parts, costs=costs)
+    plans = planned(phases)
     describe = functools.partial(describe_plan, task, schedule, optim)
-    steps = 1 if dry_run else phases[-1].stop_step
+    steps, most_batches = (1, DRY_RUN_BATCHES) if dry_run else (phases[-1].stop_step, None)
 
     images = functools.partial(train_batches, task, splits.train)
     inputs = make_inputs(task, splits.train, parallel, optim, parts, costs, workdir, images)
-
-    def make_writer(step: int | None) -> RunWriter:
-        primary, events = jax.process_index() == 0, config.log.tensorboard
-        return RunWriter(workdir, step, total_steps=steps, primary=primary, tensorboard=events)
-
-    def record(log: Sequence[Mapping[str, Any]]) -> None:
-        taken = schedule.phases(log)
-        plans = plan_phases(task, parallel, taken, optim, parts, costs)
-        write_decisions(workdir, log, describe(taken, plans))
+    if dry_run:  # a cache takes a pass over all training examples
+        inputs = dataclasses.replace(inputs, mode="off")
 
     return Run(
         workdir=workdir,
@@ -186,12 +183,14 @@ def _make_run(
         start=start,
         batches=images,
         batch_shape=batch_shapes(task, config.train.batch_size),
-        evaluate=functools.partial(evaluate_split, task, splits, workdir, parallel),
+        evaluate=functools.partial(
+            evaluate_split, task, splits, workdir, parallel, most_batches=most_batches
+        ),
         splits=evaluated_splits(config, splits),
         checkpoints=checkpoints,
-        make_writer=make_writer,
+        make_writer=functools.partial(make_writer, config, workdir, steps, tracked=not dry_run),
         begin=lambda: write_run_files(task, splits, workdir, describe(phases, plans), conversion),
-        record=record,
+        record=functools.partial(_record, schedule, workdir, planned, describe),
         info={"source": config.init.source, "label_names": task.label_names},
         enforce=config.freeze.enforce,
         eval_batch_shape=batch_shapes(task, eval_batch_size(config, parallel)),
@@ -200,9 +199,23 @@ def _make_run(
         stop_step=steps,
         plan=functools.partial(plan_phase, task, parallel, optim, parts, costs, inputs),
         inputs=inputs,
-        summary=summary(task, splits, parallel, schedule, optim, plans, conversion),
+        summary=summary(task, splits, parallel, schedule, optim, plans, costs, conversion),
         scanned=task.scanned,
+        flops={phase.key: plan.flops for phase, plan in zip(phases, plans, strict=True)},
+        examples=eval_examples(config, splits, parallel, most_batches),
     )
+
+
+def _record(
+    schedule: FreezeSchedule,
+    workdir: Path,
+    planned: Callable[..., Any],
+    describe: Callable[..., dict[str, Any]],
+    log: Sequence[Mapping[str, Any]],
+) -> None:
+    """Writes what the decisions of a run made of it."""
+    phases = schedule.phases(log)
+    write_decisions(workdir, log, describe(phases, planned(phases)))
 
 
 def make_checkpoints(config: ConfigDict, workdir: Path) -> Checkpoints:
@@ -213,21 +226,8 @@ def make_checkpoints(config: ConfigDict, workdir: Path) -> Checkpoints:
     return Checkpoints(workdir, keep=keep, best_metric=best, best_mode=mode)
 
 
-def check_unchanged(config: ConfigDict, workdir: Path) -> None:
-    """Raises ConfigError naming the keys that differ from those the run was started with."""
-    saved = workdir / "config.json"
-    if not saved.exists():
-        return
-    changed = diff(from_json(saved.read_text()), config)
-    if changed:
-        raise ConfigError(
-            f"{workdir} was started with other values of {', '.join(changed)};"
-            " use another --workdir, or --resume=force to go on with the new ones"
-        )
-
-
-def plan_text(config: ConfigDict, every_leaf: bool = False) -> str:
-    """Returns groups, phases and their cost as text; allocates and compiles nothing.
+def plan_overview(config: ConfigDict, every_leaf: bool = False) -> Overview:
+    """Returns groups, phases and their cost to show; allocates and compiles nothing.
 
     Args:
       config: from `load_config`.
@@ -239,5 +239,7 @@ def plan_text(config: ConfigDict, every_leaf: bool = False) -> str:
     parallel = make_parallel(mode=config.parallel.mode, devices=config.parallel.devices)
     parts = make_parts(task, loss_labels(config, splits))
     schedule, optim = make_schedule(task, splits, parallel, parts)
-    plans = plan_phases(task, parallel, schedule.phases(), optim, parts)
-    return tables(task, schedule, optim, plans, every_leaf)
+    phases, costs = schedule.phases(), loss_costs(task, parallel, parts)
+    plans = plan_phases(task, parallel, phases, optim, parts, costs)
+    held = functools.partial(memory, task, parallel, phases, plans, costs)
+    return Overview([*tables(task, schedule, optim, plans, every_leaf), held])

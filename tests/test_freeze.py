@@ -181,13 +181,13 @@ def test_the_explain_table_says_where_each_leaf_trains_and_why(groups):
     shapes = {path: np.zeros((2, 3), np.float32) for path in PATHS}
     rates = dict.fromkeys(PATHS, [0.1]) | {"head/bias": [0.2]}
     decays = dict.fromkeys(PATHS, 0.0)
-    table = explain(groups, plan, shapes, rates, decays).splitlines()
+    table = str(explain(groups, plan, shapes, rates, decays)).splitlines()
     rows = {line.split("  ")[0]: line for line in table}
     assert rows["block[0]"].split()[-4:] == ["-", "1", "of", "3"]
     assert rows["block[11]"].split()[-2:] == ["-", "train"]
     assert "0.1-0.2" in rows["head"] and rows["head"].endswith("train    train")
     assert rows["all"].split()[-2:] == ["12", "114"]
-    leaves = explain(groups, plan, shapes, rates, decays, every_leaf=True).splitlines()
+    leaves = str(explain(groups, plan, shapes, rates, decays, every_leaf=True)).splitlines()
     assert len(leaves) == len(PATHS) + 2
     assert any("blocks_10/attn/bias" in line and r"blocks_(\d+)/.*" in line for line in leaves)
 

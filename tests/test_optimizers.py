@@ -11,12 +11,11 @@ import optax
 import optax.contrib
 import pytest
 
-from jft.errors import ConfigError
 from jft.freeze.groups import make_groups
 from jft.freeze.methods import make_phases
 from jft.train.optim import make_optim
-from jft.train.optimizers import OPTIMIZERS, REFUSED
-from jft.train.state import Frozen, TrainState, fill, leaves_by_path, make_state, switch_phase
+from jft.train.optimizers import OPTIMIZERS
+from jft.train.state import fill, leaves_by_path, make_state, switch_phase
 
 pytestmark = pytest.mark.usefixtures("quick")
 

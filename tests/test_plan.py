@@ -184,13 +184,13 @@ def test_a_low_trainable_leaf_that_spoils_the_cut_is_named_with_its_cost():
     assert low.spoilers == ("embed/pos",)
     assert low.spoiler_flops == low.flops - head.flops > 0
     assert not head.spoilers and not everything.spoilers and not bias.spoilers
-    text = plan_table([head, low])
+    text = str(plan_table([head, low]))
     assert "embed/pos" in text and f"bound is {head.bound:.2f}x" in text
 
 
 def test_the_table_is_aligned_and_plan_json_has_its_shape():
     params, phases, plans = network_plan(HEAD, BIAS, ALL)
-    lines = plan_table(plans).splitlines()[:-1]
+    lines = str(plan_table(plans)).splitlines()[:-1]
     assert len(lines) == 4 and len({line.index("x  ") for line in lines[1:]}) == 1
     groups = {path: path.split("/")[0] for path in params}
     content = to_dict(plans, params, [phase.mask for phase in phases], groups, {"head": 1e-3})

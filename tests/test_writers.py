@@ -278,18 +278,80 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_terminal_gets_one_bar_with_names_taken_literally(monkeypatch):
+@pytest.fixture
+def terminal(monkeypatch):
+    """A progress on a terminal 120 columns wide, its stream, and its clock."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
-    stream = Terminal()
-    progress = Progress(10, stream=stream)
+    stream, now = Terminal(), [0.0]
+    return Progress(10, stream=stream, clock=lambda: now[0]), stream, now
+
+
+def test_a_terminal_gets_a_bar_with_names_taken_literally(terminal):
+    progress, stream, now = terminal
+    progress.phase(0, "block[-3:]")
     for step in (1, 5, 10):
-        progress.update(step, {"phase": "block[-3:]", "train/loss": 0.25})
+        now[0] += 1
+        progress.update(
+            step,
+            {"phase": 0, "train/loss": 0.25, "train/learning_rate": 1e-3},
+            {"host_peak_bytes": 812e6, "mfu": 0.4, "eta_seconds": 90.0},
+        )
     progress.message("a message with [brackets]")
     progress.close()
     shown = stream.getvalue()
-    assert "step 5/10" in shown and "block[-3:]" in shown and "[brackets]" in shown
-    assert "━" in shown
+    for words in ("step 5/10", "phase 0 (block[-3:])", "[brackets]", "━", "loss 0.25  lr 0.001"):
+        assert words in shown
+    assert "mfu 40%  host 812 MB" in shown and "eta 1m30s" in shown
+
+
+def test_the_bar_moves_between_rows_and_is_drawn_at_most_a_few_times_a_second(terminal):
+    progress, stream, now = terminal
+    progress.update(1, {"phase": 0, "train/loss": 0.25})
+    before = stream.getvalue()
+    for step in (2, 3):
+        progress.tick(step)
+    progress.update(3, {"phase": 0, "train/loss": 0.2})
+    assert stream.getvalue() == before
+    now[0] += 1
+    progress.tick(4)
+    assert "step 4/10" in stream.getvalue() and "loss 0.2" in stream.getvalue()
+
+
+def test_an_evaluation_says_how_far_it_is_and_stays_in_view(terminal):
+    progress, stream, now = terminal
+    progress.evaluating("val", 120, 400)
+    now[0] += 1
+    progress.evaluating("val", 512, 400)
+    progress.update(5, {"phase": 0, "eval/accuracy": 0.5})
+    now[0] += 1
+    before = len(stream.getvalue())
+    progress.update(6, {"phase": 0, "train/loss": 0.2})
+    shown = stream.getvalue()
+    assert "evaluating val 120/400" in shown and "evaluating val 400/400" in shown
+    assert "evaluating" not in shown[before:]
+    assert "eval accuracy 50.00%  at step 5" in shown[before:]
+
+
+def test_the_eta_on_a_terminal_counts_down_between_rows(terminal):
+    progress, stream, now = terminal
+    progress.update(1, {"train/loss": 1.0}, {"eta_seconds": 90.0})
+    now[0] += 30
+    progress.tick(2)
+    assert "eta 1m00s" in stream.getvalue()
+
+
+def test_a_long_evaluation_off_a_terminal_is_told_once_an_interval():
+    now = [0.0]
+    progress = quiet(100, interval_seconds=10, clock=lambda: now[0])
+    progress.update(50, {"phase": 0, "train/loss": 1.0})
+    for done in range(1, 26):
+        now[0] += 1
+        progress.evaluating("val", 16 * done, 400)
+    assert progress._stream.getvalue().splitlines()[1:] == [
+        "step 50/100  evaluating val 160/400",
+        "step 50/100  evaluating val 320/400",
+    ]
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(), ValueError("I/O operation on closed file")])

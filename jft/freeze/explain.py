@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from jft.freeze.groups import Groups
 from jft.freeze.phases import Phase
+from jft.report.tables import Table
 from jft.tree import Flat, count_bytes, count_params
 
 MOST_COLUMNS = 8
@@ -17,8 +18,8 @@ def explain(
     decays: Mapping[str, float],
     *,
     every_leaf: bool = False,
-) -> str:
-    """Returns an aligned table with one line a structural group, or a leaf.
+) -> Table:
+    """Returns a table with one line a structural group, or a leaf.
 
     Args:
       groups: of the model.
@@ -59,7 +60,7 @@ def explain(
         total.append(f"{count_params(part):,}")
     total += [] if few else [""]
     rows.append(total)
-    return align(rows, left={0, 1} if every_leaf else {0})
+    return Table(rows, frozenset({0, 1} if every_leaf else {0}), sums=True)
 
 
 def _span(values: Iterable[float]) -> str:
@@ -71,16 +72,3 @@ def _span(values: Iterable[float]) -> str:
 def _trains(phase: Phase, paths: Sequence[str]) -> str:
     count = sum(phase.mask[path] for path in paths)
     return "train" if count == len(paths) else f"{count} of {len(paths)}" if count else "-"
-
-
-def align(rows: Sequence[Sequence[str]], left: set[int]) -> str:
-    """Returns rows of cells as text; the columns in `left` align left, the others right."""
-    widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if at in left else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)

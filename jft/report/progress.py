@@ -1,4 +1,4 @@
-"""What a running job shows: a bar on a terminal, plain lines anywhere else."""
+"""What a running job shows: a few live lines on a terminal, plain lines anywhere else."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
-from rich import progress as bars
 from rich.console import Console
-from rich.text import Text
+
+from jft.report.terminal import Display
 
 # Clock-dependent values of a row: name, label, format. Anything else under time/ is not shown.
 _TIMES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
@@ -19,7 +19,13 @@ _TIMES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("mfu", "mfu ", lambda value: f"{100 * value:.0f}%"),
     ("data_wait_percent", "data wait ", lambda value: f"{value:.0f}%"),
     ("compile_seconds", "compile ", lambda value: format_seconds(value)),
+    ("device_peak_bytes", "device ", lambda value: format_bytes(value)),
+    ("host_peak_bytes", "host ", lambda value: format_bytes(value)),
 )
+_TRAIN = ("loss", "accuracy", "learning_rate")  # of the values under train/, in this order
+_SHORT = {"learning_rate": "lr"}
+_MOST_METRICS = 6  # of an evaluation
+_REDRAW_SECONDS = 0.25  # a drawing takes one to two milliseconds
 
 
 def format_seconds(seconds: float) -> str:
@@ -39,33 +45,59 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes // 1440}d{minutes // 60 % 24:02d}h"
 
 
-def describe(values: Mapping[str, Any], times: Mapping[str, Any]) -> str:
-    """One row in words: phase, losses and accuracies, then speed; without the step and the ETA."""
+def format_bytes(count: float) -> str:
+    """An amount of memory: "151 kB", "812 MB", "13.2 GB" (powers of ten)."""
+    if count < 0.9995e6:
+        return f"{count / 1e3:.0f} kB"
+    if count < 0.9995e9:
+        return f"{count / 1e6:.0f} MB"
+    return f"{count / 1e9:.3g} GB"
+
+
+def learned(values: Mapping[str, Any]) -> list[str]:
+    """The losses, rates and metrics of a row in words."""
     parts = []
-    if "phase" in values:
-        parts.append(f"phase {values['phase']}")
-    for name in sorted(values, key=lambda name: (not name.startswith("train/"), name)):
-        value, short = values[name], name.removeprefix("train/").replace("/", " ")
-        if isinstance(value, float) and name.rpartition("/")[2] in _SHOWN:
-            percent = name.endswith("accuracy") and math.isfinite(value)
-            parts.append(f"{short} {100 * value:.2f}%" if percent else f"{short} {value:.4g}")
-        if name.endswith("nonfinite_steps") and value:
-            parts.append(f"{value:.0f} steps not finite")
-    for name, label, text in _TIMES:
-        if isinstance(times.get(name), int | float):
-            parts.append(label + text(times[name]))
-    return "  ".join(parts)
+    for name in _TRAIN:
+        value = values.get(f"train/{name}")
+        if isinstance(value, float):
+            parts.append(_metric(_SHORT.get(name, name), value))
+    if values.get("train/nonfinite_steps"):
+        parts.append(f"{values['train/nonfinite_steps']:.0f} steps not finite")
+    return parts + evaluated(values)
 
 
-_SHOWN = {"loss", "accuracy", "macro_f1"}
+def evaluated(values: Mapping[str, Any]) -> list[str]:
+    """The metrics of an evaluation in words, the first few in alphabetical order."""
+    names = [name for name in sorted(values) if _of_evaluation(name)]
+    floats = [(name, values[name]) for name in names if isinstance(values[name], float)]
+    return [_metric(name.replace("/", " "), value) for name, value in floats[:_MOST_METRICS]]
+
+
+def spent(times: Mapping[str, Any]) -> list[str]:
+    """Speed, waiting and memory of a row in words."""
+    return [
+        label + text(times[name])
+        for name, label, text in _TIMES
+        if isinstance(times.get(name), int | float)
+    ]
+
+
+def _metric(name: str, value: float) -> str:
+    percent = name.endswith("accuracy") and math.isfinite(value)
+    return f"{name} {100 * value:.2f}%" if percent else f"{name} {value:.4g}"
+
+
+def _of_evaluation(name: str) -> bool:
+    return "/" in name and not name.startswith("train/")
 
 
 class Progress:
     """Shows rows as they are logged; never raises because of the stream it writes to.
 
-    On a terminal there is one live bar, redrawn when a row arrives and by no thread of its own.
-    Elsewhere a row becomes one line, at most one per `interval_seconds`, except that evaluations,
-    the first row of a phase and the last step are always printed.
+    On a terminal there are a few live lines, drawn by no thread of their own: when something is
+    told, and at most a few times a second. Elsewhere a row becomes one line, at most one per
+    `interval_seconds`, except that evaluations, the first row of a phase and the last step are
+    always printed; an evaluation that takes longer than that says how far it is.
     """
 
     def __init__(
@@ -83,17 +115,17 @@ class Progress:
         self._interval, self._clock = interval_seconds, clock
         self._last_line, self._last_phase = -math.inf, None
         self._first: tuple[int, float] | None = None
-        self._bar: bars.Progress | None = None
+        self._given: tuple[float, float] | None = None  # an estimate, and when it was made
+        self._names: dict[Any, str] = {}
+        self._step, self._phase, self._activity = start_step, None, ""
+        self._learned: list[str] = []
+        self._evaluated: list[str] = []
+        self._spent: list[str] = []
+        self._drawn = -math.inf
+        self._display: Display | None = None
         console = Console(file=self._stream)
         if console.is_terminal and not console.is_dumb_terminal:
-            self._bar = bars.Progress(
-                bars.BarColumn(bar_width=24),
-                _PlainText(),
-                console=console,
-                auto_refresh=False,
-                transient=False,
-            )
-            self._task = self._bar.add_task("", total=total_steps, completed=start_step)
+            self._display = Display(console, total_steps)
 
     def update(
         self, step: int, values: Mapping[str, Any], times: Mapping[str, Any] | None = None
@@ -101,25 +133,57 @@ class Progress:
         """Shows one row; `times` holds clock-dependent values by their name without "time/"."""
         times = times or {}
         eta = self.eta_seconds(step, times)
-        of_total = f"/{self.total_steps}" if self.total_steps else ""
-        text = f"step {step}{of_total}  {describe(values, times)}".rstrip()
-        if eta is not None and step != self.total_steps:
-            text += f"  eta {format_seconds(eta)}"
-        if self._bar is not None:
-            if "\n" not in text:
-                self._draw(step, text)
+        if self._display is not None:
+            self._step, self._activity = step, ""
+            self._phase = values.get("phase", self._phase)
+            self._spent = spent(times) or self._spent
+            found = evaluated(values)
+            if found:
+                self._evaluated = [*found, f"at step {step}"]
+            else:
+                self._learned = learned(values) or self._learned
+            self._draw(now=bool(found) or step == self.total_steps)
         elif self._is_due(step, values):
+            phase = [f"phase {values['phase']}"] if "phase" in values else []
+            words = "  ".join([*phase, *learned(values), *spent(times)])
+            text = f"step {step}{self._of_total()}  {words}".rstrip()
+            if eta is not None and step != self.total_steps:
+                text += f"  eta {format_seconds(eta)}"
             self._print(text)
 
-    def eta_seconds(self, step: int, times: Mapping[str, Any] | None = None) -> float | None:
-        """The row's own estimate, else the pace since the first row; None while unknown.
+    def phase(self, index: int, name: str) -> None:
+        """Says what phase begins; the live lines name it."""
+        self._names[index] = name
+        self._phase = index
+        self._draw()
 
-        The first row is where the pace starts, so that compiling the first step is not in it.
+    def tick(self, step: int) -> None:
+        """Moves the bar to a step whose row is not there yet; costs next to nothing."""
+        if self._display is not None:
+            self._step = step
+            self._draw()
+
+    def evaluating(self, split: str, done: int, total: int | None) -> None:
+        """Says how many examples of a split are under way."""
+        of = f"/{total:,}" if total else ""
+        self._activity = f"evaluating {split} {min(done, total or done):,}{of}"
+        if self._display is not None:
+            self._draw()
+        elif self._clock() - self._last_line >= self._interval:
+            self._last_line = self._clock()
+            self._print(f"step {self._step}{self._of_total()}  {self._activity}")
+
+    def eta_seconds(self, step: int, times: Mapping[str, Any] | None = None) -> float | None:
+        """The row's own estimate, else the last one given, else the pace; None while unknown.
+
+        The pace starts at the first row, so that compiling the first step is not in it.
         """
-        given = (times or {}).get("eta_seconds")
+        self._step = step
+        given, now = (times or {}).get("eta_seconds"), self._clock()
         if isinstance(given, int | float):
-            return float(given)
-        now = self._clock()
+            self._given = (float(given), now)
+        if self._given is not None:
+            return max(0.0, self._given[0] - (now - self._given[1]))
         if self._first is None:
             self._first = (step, now)
         first_step, first_time = self._first
@@ -128,38 +192,51 @@ class Progress:
         return (self.total_steps - step) * (now - first_time) / (step - first_step)
 
     def message(self, text: str) -> None:
-        """Prints a line of its own, above the bar where there is one."""
+        """Prints a line of its own, above the live lines where there are any."""
         self._print(text)
 
     def close(self) -> None:
-        """Leaves the bar as it stands; later messages are plain lines."""
-        if self._bar is not None:
-            bar, self._bar = self._bar, None
-            self._guard(bar.stop)
+        """Leaves the live lines as they stand; later messages are plain lines."""
+        if self._display is not None:
+            self._draw(now=True)
+            display, self._display = self._display, None
+            self._guard(display.stop)
+
+    def _of_total(self) -> str:
+        return f"/{self.total_steps}" if self.total_steps else ""
 
     def _is_due(self, step: int, values: Mapping[str, Any]) -> bool:
         now, phase = self._clock(), values.get("phase")
-        is_eval = any("/" in name and not name.startswith("train/") for name in values)
+        is_eval = any(_of_evaluation(name) for name in values)
         due = is_eval or phase != self._last_phase or step == self.total_steps
         if not due and now - self._last_line < self._interval:
             return False
         self._last_line, self._last_phase = now, phase
         return True
 
-    def _draw(self, step: int, text: str) -> None:
-        def draw() -> None:
-            assert self._bar is not None
-            if not self._bar.live.is_started:
-                self._bar.start()
-            self._bar.update(self._task, completed=step, description=text)
-            self._bar.refresh()
-
-        self._guard(draw)
+    def _draw(self, now: bool = False) -> None:
+        """Draws the live lines, unless they were drawn just before."""
+        display, clock = self._display, self._clock()
+        if display is None or not now and clock - self._drawn < _REDRAW_SECONDS:
+            return
+        self._drawn = clock
+        head = [f"step {self._step}{self._of_total()}"]
+        if self._phase is not None:
+            name = self._names.get(self._phase)
+            head.append(f"phase {self._phase}" + (f" ({name})" if name else ""))
+        if self._activity:
+            head.append(self._activity)
+        if self._given is not None and self._step != self.total_steps:
+            eta = max(0.0, self._given[0] - (clock - self._given[1]))
+            head.append(f"eta {format_seconds(eta)}")
+        lines = [["  ".join(head)], self._learned + self._evaluated, self._spent]
+        texts = ["  ".join(words) for words in lines]
+        self._guard(lambda: display.show(self._step, texts))
 
     def _print(self, text: str) -> None:
-        bar = self._bar
-        if bar is not None:
-            self._guard(lambda: bar.console.print(Text(text)))
+        display = self._display
+        if display is not None:
+            self._guard(lambda: display.message(text))
         else:
             # A name that the stream's encoding lacks becomes "?", it must not lose the line.
             encoding = getattr(self._stream, "encoding", None) or "utf-8"
@@ -173,10 +250,3 @@ class Progress:
             action()
         except (OSError, ValueError):  # ValueError: "I/O operation on closed file"
             pass
-
-
-class _PlainText(bars.ProgressColumn):
-    """The row's words, taken literally: phase names such as "block[-3:]" are not rich markup."""
-
-    def render(self, task: bars.Task) -> Text:
-        return Text(task.description, overflow="ellipsis", no_wrap=True)

@@ -1,4 +1,4 @@
-"""Writes what a run tells: metrics.jsonl, TensorBoard events, status.json and the progress.
+"""Writes what a run tells: metrics.jsonl, TensorBoard, trackers, status.json and the progress.
 
 None of them may stop a training: a write that fails costs one warning line. What the disk refused
 of metrics.jsonl is kept and written as soon as there is room again.
@@ -18,6 +18,7 @@ from typing import Any
 from jft.errors import ConfigError
 from jft.report.progress import Progress
 from jft.report.rundir import parse_row, write_atomic, write_json
+from jft.report.trackers import Trackers
 
 STATES = ("running", "done", "preempted", "interrupted", "diverged", "failed")
 
@@ -41,6 +42,7 @@ class RunWriter:
         total_steps: int | None = None,
         primary: bool = True,
         tensorboard: bool = True,
+        trackers: Trackers | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Opens the logs.
@@ -51,6 +53,7 @@ class RunWriter:
             total_steps: steps of the whole run, for the ETA and status.json.
             primary: False (process 1, 2, ...) writes and shows nothing.
             tensorboard: also write event files to tb/.
+            trackers: also hand rows to these; started and closed here.
             progress: where rows are shown; made when None.
 
         Raises:
@@ -60,6 +63,7 @@ class RunWriter:
         self._warned: set[str] = set()
         self._log: _AppendLog | None = None
         self._events: _Events | None = None
+        self._trackers: Trackers | None = None
         if not primary:
             return
         self._progress = progress or Progress(total_steps, start_step=resume_step or 0)
@@ -73,6 +77,9 @@ class RunWriter:
         self._log = _AppendLog(self.workdir / "metrics.jsonl")
         if tensorboard:
             self._start_events(resume_step)
+        if trackers is not None:
+            self._trackers = trackers
+            trackers.start(resumes=resume_step is not None)
 
     def __enter__(self) -> RunWriter:
         """Closes the logs at the end of a `with` block."""
@@ -92,8 +99,9 @@ class RunWriter:
             values: floats, ints or strings (numpy and fetched jax scalars too) by name.
             time: what depends on the clock, by its name without "time/"; shown where known:
                 examples_per_second, tokens_per_second, mfu (0..1), data_wait_percent (0..100),
-                compile_seconds (all so far), eta_seconds. The report also reads step_seconds
-                and elapsed_seconds (all so far, compilation included).
+                compile_seconds (all so far), eta_seconds, device_peak_bytes, host_peak_bytes. The
+                report also reads step_seconds and elapsed_seconds (all so far, compilation
+                included).
         """
         if self._log is None:
             return
@@ -101,12 +109,30 @@ class RunWriter:
         times = {name: _scalar(value) for name, value in (time or {}).items()}
         self._log.rows.append(row_bytes(step, named, times))
         self._try("metrics.jsonl", self._log.append)
+        numbers = {**named, **{f"time/{name}": value for name, value in times.items()}}
+        if self._trackers is not None:
+            self._trackers.log(step, numbers)
+            self._tell_of_trackers()
         if self._events is not None:
-            numbers = {**named, **{f"time/{name}": value for name, value in times.items()}}
             events = self._events
             if not self._try("tb", lambda: events.write(step, numbers)):
                 self._drop_events()
         self._progress.update(step, named, times)
+
+    def tick(self, step: int) -> None:
+        """Moves the bar on a terminal; for every step, and without cost elsewhere."""
+        if self._primary:
+            self._progress.tick(step)
+
+    def phase(self, index: int, name: str) -> None:
+        """Says what phase begins."""
+        if self._primary:
+            self._progress.phase(index, name)
+
+    def evaluating(self, split: str, done: int, total: int | None) -> None:
+        """Says how many examples of a split are under way, of how many."""
+        if self._primary:
+            self._progress.evaluating(split, done, total)
 
     def message(self, text: str) -> None:
         """Prints one line beside the progress."""
@@ -140,6 +166,8 @@ class RunWriter:
             "exit_reason": exit_reason,
         }
         path, durable = self.workdir / "status.json", state != "running"
+        if durable and self._trackers is not None:
+            self._trackers.ends(state)
         self._try("status.json", lambda: write_json(path, content, durable=durable))
 
     def close(self) -> None:
@@ -150,6 +178,9 @@ class RunWriter:
         self._log.close()
         self._log = None
         self._drop_events()
+        if self._trackers is not None:
+            self._trackers.close()
+            self._tell_of_trackers()
         self._progress.close()
 
     def _start_events(self, resume_step: int | None) -> None:
@@ -159,6 +190,10 @@ class RunWriter:
             self.message("warning: no TensorBoard files without: pip install tensorboardX")
         except Exception as error:  # whatever a third-party writer raises, training goes on
             self._warn("tb", error)
+
+    def _tell_of_trackers(self) -> None:
+        for text in self._trackers.warnings() if self._trackers is not None else ():
+            self.message(text)
 
     def _drop_events(self) -> None:
         if self._events is not None:

@@ -25,12 +25,15 @@ class CompiledSteps:
 
     Attributes:
       seconds: spent on tracing, lowering and compilation so far.
+      planned_flops: {(Phase.key, Input.key): FLOPs of a step on one device} of what is compiled,
+        where the run has a plan.
     """
 
     def __init__(self, run: Run, choose: Callable[[Phase], Input], message: Callable[[str], None]):
         """Takes the run, what each phase reads, and where to say what is compiled when."""
         self.run, self.choose, self.message = run, choose, message
         self.seconds = 0.0
+        self.planned_flops: dict[Any, float] = {}
         self._interval = sys.getswitchinterval()
         sys.setswitchinterval(min(self._interval, SWITCH_SECONDS))
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="jft-compile")
@@ -63,11 +66,12 @@ class CompiledSteps:
         compiled, seconds = compile_phase(self.run, phase, chosen)
         if self.run.plan is None:
             return compiled, seconds, ""
+        plan = self.run.plan(phase, chosen)
+        self.planned_flops[phase.key, chosen.key] = plan.flops
         try:
             cost = hlo.count(compiled)
         except ValueError as error:  # a backend that does not show its programs
             return compiled, seconds, f"not compared with the plan: {error}"
-        plan = self.run.plan(phase, chosen)
         devices = self.run.parallel.num_devices
         text = check_cost(cost, plan, phase.mask, self.run.stages, devices)
         return compiled, seconds, text
@@ -84,6 +88,10 @@ class CompiledSteps:
             self._shown.add(key)
             self.message(f"step of phase {phase.index}: {text}")
         return compiled, seconds
+
+    def flops(self, phase: Phase) -> float | None:
+        """Returns the FLOPs of a compiled step on one device, or None where no plan has them."""
+        return self.planned_flops.get((phase.key, self.choose(phase).key))
 
     def ahead(self, phases: Sequence[Phase], stop: Callable[[], bool] = lambda: False) -> None:
         """Compiles all sets of `phases` now, if they come too fast to do it along the way.

@@ -1,6 +1,7 @@
 """The loop: phases, steps, logging, evaluation, checkpoints, signals. It takes built parts only."""
 
 import dataclasses
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -29,6 +30,8 @@ from jft.train.step import make_eval_step
 from jft.tree import Flat
 
 SHOWN_PHASES = 12  # of hundreds the plan gives the sum
+
+Predict = Callable[[Mapping[str, Any]], dict[str, jax.Array]]
 
 # Steps the host may run ahead of the device: enough to hide its work, few enough batches to hold.
 IN_FLIGHT_STEPS = 8
@@ -79,7 +82,8 @@ class _Trainer:
         beside: dict[str, Flat] = {}
         self.eval_step: Any = None
         self.in_flight: deque[jax.Array] = deque()
-        self.rows = Rows(run, writer, lambda: self.steps.seconds)
+        self.eval_compile_seconds = 0.0
+        self.rows = Rows(run, writer, lambda: self.steps.seconds + self.eval_compile_seconds)
         self.last: dict[str, Any] = {}
         self.results: dict[str, float] = {}
         self.step, self.evaluated_step, self.entered = 0, -1, False
@@ -193,6 +197,8 @@ class _Trainer:
             stacked = run.stacks(phase).stack((self.state, self.frozen))
             self.state, self.frozen = run.parallel.place(stacked)
             self.current, compile_seconds = self.steps.get(phase)
+            phases = run.freeze.phases(self.decisions.log)
+            self.rows.enter(phase, phases, self.steps.flops(phase))
             trains = [p for p in phase.entered if p not in elements or elements[p].any()]
             self.guard.freeze(self.frozen.params | self.frozen.model_state, trains)
             self.show_phase(phase, compile_seconds, time.monotonic() - began)
@@ -202,8 +208,9 @@ class _Trainer:
                 self.steps.start(following)
 
     def show_phase(self, phase: Phase, compile_seconds: float, stall: float) -> None:
-        """Says that a phase begins; of many short ones only the first few."""
+        """Says that a phase begins; of many short ones only the first few get a line."""
         self.rows.stall_seconds += stall
+        self.writer.phase(phase.index, phase.name)
         if phase.index < SHOWN_PHASES or stall > 1.0:
             last = f"at most {phase.stop_step}" if phase.event else str(phase.stop_step)
             self.writer.message(
@@ -220,6 +227,7 @@ class _Trainer:
         self.decisions.before_update(self.step, self.state.params)
         self.state, self.last = self.current(self.state, self.frozen, placed)
         self.step += 1
+        self.writer.tick(self.step)
         self.in_flight.append(self.last["loss_sum"])
         if len(self.in_flight) > IN_FLIGHT_STEPS:
             self.in_flight.popleft().block_until_ready()
@@ -248,13 +256,15 @@ class _Trainer:
             self.rows.add(self.step, self.phase.index, self.last, shown=False)
         self.rows.write(wait=True)
 
-    def predict_step(self) -> Callable[[Mapping[str, Any]], dict[str, jax.Array]]:
+    def predict_step(self) -> Predict:
         """Returns the evaluation step on the present parameters."""
         run = self.run
         params, stats = self.eval_leaves()
         if self.eval_step is None:
+            began = time.monotonic()
             step = make_eval_step(run.parts)
             self.eval_step = run.parallel.compile_eval(step, params, stats, run.eval_batch_shape)
+            self.eval_compile_seconds += time.monotonic() - began
         compiled = self.eval_step
 
         def predict(batch: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -263,21 +273,34 @@ class _Trainer:
 
         return predict
 
+    def counted(self, predict: Predict, split: str) -> Predict:
+        """Returns `predict`, which then tells how far the evaluation of a split is."""
+        rows, total = self.run.eval_batch_shape["label"].shape[0], self.run.examples.get(split)
+        batches = itertools.count(1)
+
+        def told(batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+            self.writer.evaluating(split, next(batches) * rows, total)
+            return predict(batch)
+
+        return told
+
     def evaluate(self, split: str) -> None:
         """Evaluates one split and logs it; "val" is logged as "eval/..."."""
         self.check_last()
-        began = time.monotonic()
-        scalars = self.run.evaluate(self.predict_step(), split, self.step)
+        began, compiling = time.monotonic(), self.eval_compile_seconds
+        scalars = self.run.evaluate(self.counted(self.predict_step(), split), split, self.step)
         prefix = "eval" if split == "val" else split
         named = {f"{prefix}/{name}": value for name, value in scalars.items()}
         self.results.update(named)
         self.decisions.observe(self.step, named)
         self.evaluated_step = self.step
-        seconds = time.monotonic() - began
+        taken = time.monotonic() - began
+        seconds = taken - (self.eval_compile_seconds - compiling)
+        self.rows.eta.evaluated(split, seconds)
         self.writer.write(
             self.step, {"phase": self.phase.index, **named}, {"eval_seconds": seconds}
         )
-        self.rows.leave_out(seconds)
+        self.rows.leave_out(taken)
 
     def save(self) -> None:
         """Saves the state; what was logged up to this step is on the disk before."""

@@ -2,15 +2,18 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from jft.errors import DivergedError
+from jft.freeze.phases import Phase
 from jft.metrics import finish
 from jft.report.writers import RunWriter
+from jft.train import hardware
+from jft.train.eta import Eta
 from jft.train.run import Run
 from jft.train.state import WINDOW_SUMS
 
@@ -29,6 +32,7 @@ class Rows:
     """Rows that wait for the device, and the time since the last one.
 
     Attributes:
+      eta: what the run will still take.
       wait_seconds: that the device waited for data since the last row.
       stall_seconds: that switches of phases took so far.
       probe_seconds: that freezing decisions took so far.
@@ -38,13 +42,22 @@ class Rows:
         """Starts the clock."""
         self.run, self.writer, self.compile_seconds = run, writer, compile_seconds
         self.wait_seconds = self.stall_seconds = self.probe_seconds = 0.0
+        self.eta = Eta(run)
         self._waiting: deque[_Row] = deque()
         self._began = self._clock = time.monotonic()
         self._clock_step = 0
+        self._devices = list(run.parallel.mesh.devices.flat)
+        self._peak = hardware.peak_flops(self._devices[0].device_kind)
+        self._flops: float | None = None
 
     def restart(self, step: int) -> None:
         """Counts the time of the next row from here."""
         self._clock, self._clock_step, self.wait_seconds = time.monotonic(), step, 0.0
+
+    def enter(self, phase: Phase, phases: Sequence[Phase], flops: float | None) -> None:
+        """Takes the phase that begins; `flops` are those of its step on one device, if counted."""
+        self._flops = flops
+        self.eta.enter(phase, phases, flops)
 
     def leave_out(self, seconds: float, probe: bool = False) -> None:
         """Takes seconds that were no training, as those of an evaluation, out of the next row."""
@@ -81,15 +94,15 @@ class Rows:
             self.writer.write(row.step, {"phase": row.phase, **named}, self._timing(row.step))
 
     def _timing(self, step: int) -> dict[str, float]:
-        """Returns what depends on the clock, since the row before."""
+        """Returns what depends on the clock and the machine, since the row before."""
         now = time.monotonic()
         seconds, steps = max(now - self._clock, 1e-9), max(step - self._clock_step, 1)
         examples = self.run.batch_shape["label"].shape[0]
-        eta = (self.run.total_steps - step) * seconds / steps
+        eta = self.eta.seconds(step, seconds / steps)
         waited, self.wait_seconds = self.wait_seconds, 0.0
         self._clock, self._clock_step = now, step
         self.writer.status(state="running", step=step, eta_seconds=eta)
-        return {
+        found = {
             "step_seconds": seconds / steps,
             "examples_per_second": examples * steps / seconds,
             "data_wait_percent": min(100.0, 100.0 * waited / seconds),
@@ -98,4 +111,8 @@ class Rows:
             "compile_seconds": self.compile_seconds(),
             "stall_seconds": self.stall_seconds,
             "probe_seconds": self.probe_seconds,
+            **hardware.peak_bytes(self._devices),
         }
+        if self._peak and self._flops:
+            found["mfu"] = self._flops * steps / seconds / self._peak
+        return found

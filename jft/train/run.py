@@ -14,6 +14,7 @@ from jft.errors import ConfigError
 from jft.freeze.phases import Phase
 from jft.freeze.schedule import FreezeSchedule
 from jft.plan import PhasePlan
+from jft.report.tables import Overview
 from jft.report.writers import RunWriter
 from jft.train.checkpoint import Checkpoints, Restored
 from jft.train.inputs import Input, Inputs
@@ -65,6 +66,8 @@ class Run:
       plan: (phase, what it reads) -> what its compiled step is compared with; None compares
         nothing.
       inputs: what each phase reads; None reads images from `batches` throughout.
+      flops: {Phase.key: FLOPs of a step on one device that reads images} of the phases foreseen.
+      examples: {split: number of examples} of what is evaluated.
       scanned: prefix of the stages that run as loops, or None.
     """
 
@@ -90,10 +93,12 @@ class Run:
     eval_every_steps: int | None = None
     save_every_steps: int | None = None
     stop_step: int | None = None
-    summary: str = ""
+    summary: Overview = Overview(())
     plan: Callable[[Phase, Input], PhasePlan] | None = None
     inputs: Inputs | None = None
     scanned: str | None = None
+    flops: Mapping[Any, float] = field(default_factory=dict)
+    examples: Mapping[str, int] = field(default_factory=dict)
 
     def rebuild(self, paths: list[str]) -> Flat:
         """Returns frozen leaves of a checkpoint anew from what the run started from."""

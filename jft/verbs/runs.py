@@ -3,13 +3,13 @@
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 from jft import trained
 from jft.config import load_config
+from jft.dry_run import dry_run
 from jft.errors import ConfigError
-from jft.prepare import plan_text, setup
+from jft.prepare import plan_overview, setup
 from jft.report.rundir import write_atomic
 from jft.train.loop import fit
 
@@ -18,15 +18,11 @@ def train(args: argparse.Namespace) -> int:
     """Trains or resumes, writes the report, and returns the run's exit code."""
     config = load_config(args.config, args.overrides)
     if args.dry_run:
-        # Never in the real run directory: the real run would resume from the trial's step.
-        with tempfile.TemporaryDirectory(prefix="jft-dry-run-") as folder:
-            run = setup(config, Path(folder), dry_run=True)
-            print(run.summary, flush=True)
-            return fit(run).exit_code
+        return dry_run(config)
     if not args.workdir:
         raise ConfigError("jft train: --workdir=DIR is missing")
     run = setup(config, Path(args.workdir), resume=args.resume)
-    print(run.summary, flush=True)
+    run.summary.show()
     outcome = fit(run)
     if outcome.exit_code == 0:
         print(f"wrote {trained.report(args.workdir)}")
@@ -60,7 +56,7 @@ def export(args: argparse.Namespace) -> None:
 def plan(args: argparse.Namespace) -> None:
     """Prints groups, phases, FLOPs and bytes of a config; allocates nothing."""
     config = load_config(args.config, args.overrides)
-    print(plan_text(config, every_leaf=args.leaves))
+    plan_overview(config, every_leaf=args.leaves).show()
 
 
 def report(args: argparse.Namespace) -> None:

@@ -24,7 +24,17 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--stats": {"action": "store_true", "help": "mean and standard deviation of each tensor"},
     "--dry_run": {
         "action": "store_true",
-        "help": "one step, one evaluation and one save in a temporary folder",
+        "help": "do everything once in a temporary folder, compare what is saved, and stop",
+    },
+    "--steps": {
+        "metavar": "N",
+        "default": "100",
+        "help": "updates of a learning-rate range test (default: 100)",
+    },
+    "--phase": {
+        "metavar": "N",
+        "default": "0",
+        "help": "phase to test the learning rate of, by its number, or all (default: 0)",
     },
     "--leaves": {
         "action": "store_true",
@@ -87,6 +97,17 @@ VERBS: dict[str, Verb] = {
         "jft.verbs.runs:plan",
         "groups, phases, FLOPs and bytes before a run",
         ("--config!", "--leaves"),
+    ),
+    "lr-find": Verb(
+        "jft.verbs.lr_find:run",
+        "find a learning rate: the loss while the rate rises",
+        ("--config!", "--phase", "--steps", "--out"),
+    ),
+    "compare": Verb(
+        "jft.verbs.compare:run",
+        "runs beside each other: config, metrics, curves, cost",
+        ("--out",),
+        ("DIR", "+", "run directories, two or more"),
     ),
     "report": Verb("jft.verbs.runs:report", "write report.html of a run again", ("--workdir!",)),
     "recipes": Verb(
