@@ -23,9 +23,9 @@ from jft.report.markup import (
     share_of,
     text,
 )
+from jft.report.page import page
 from jft.report.progress import format_seconds
 from jft.report.rundir import read_json, read_rows, write_atomic
-from jft.report.style import CSS
 
 _SPLIT_ORDER = ("test", "val")
 
@@ -75,17 +75,8 @@ def render(workdir: Path, baselines: Sequence[Mapping[str, Any]] | None = None) 
             ),
         )
     )
-    # The policy forbids scripts and every outside address, whatever a string may smuggle in.
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(name)} · jft report</title><style>{CSS}</style></head>"
-        f"<body><main>{body}<footer>Written by jft from the files of the run directory.</footer>"
-        "</main></body></html>\n"
-    )
+    body += "<footer>Written by jft from the files of the run directory.</footer>"
+    return page(f"{name} · jft report", body)
 
 
 def _header(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -42,10 +42,27 @@ class Band:
     stop: float
 
 
+@dataclass(frozen=True)
+class Axis:
+    """What x is: a name, and (low, high) -> [(value, label), ...] from the low to the high end."""
+
+    name: str
+    ticks: Callable[[float, float], list[tuple[float, str]]]
+
+
 def line_chart(
-    title: str, series: Sequence[Series], bands: Sequence[Band], *, as_percent: bool = False
+    title: str,
+    series: Sequence[Series],
+    bands: Sequence[Band],
+    *,
+    as_percent: bool = False,
+    axis: Axis | None = None,
 ) -> str:
-    """One figure: lines over steps, phases as shaded and named bands; "" without a point."""
+    """One figure: lines over steps, phases as shaded and named bands; "" without a point.
+
+    `axis` says what x is, where it is no step.
+    """
+    axis = axis or Axis("step", _step_ticks)
     series = [Series(line.name, _finite(line.points), line.color, line.dots) for line in series]
     series = [line for line in series if line.points]
     if not series:
@@ -63,7 +80,7 @@ def line_chart(
         f"{line.name} from {last(line.points[0][1])} to {last(line.points[-1][1])}"
         for line in series
     )
-    label = escape(f"{title} by step. {said}.")
+    label = escape(f"{title} by {axis.name}. {said}.")
     parts.append(f'</figcaption><div class="plot" role="img" aria-label="{label}">')
     parts.append(_band_names(bands, x_range))
     parts.append('<div class="area">')
@@ -71,7 +88,7 @@ def line_chart(
     for tick in ticks:
         top = 100 * (1 - _place(tick, y_range))
         parts.append(f'<span class="tick y" style="top:{top:.2f}%">{show(tick)}</span>')
-    parts.append(_x_ticks(x_range))
+    parts.append(_x_ticks(axis.ticks(*x_range), x_range))
     parts.append("</div></div></figure>")
     return "".join(parts)
 
@@ -240,18 +257,31 @@ def _band_names(bands: Sequence[Band], x_range: tuple[float, float]) -> str:
     return "".join(parts) + "</div>"
 
 
-def _x_ticks(x_range: tuple[float, float]) -> str:
-    low, high = x_range
+def _step_ticks(low: float, high: float) -> list[tuple[float, str]]:
     inner = [tick for tick in nice_ticks(low, high) if low < tick < high]
-    end = f"{high:,.0f} steps"
-    # On a phone a character is about 3 % of the width; labels must not touch those at the ends.
-    inner = [tick for tick in inner if 0.12 < _place(tick, x_range) < 0.97 - 0.03 * len(end)]
+    shown = [(tick, f"{tick:,.0f}") for tick in (low, *inner)]
+    return [*shown, (high, f"{high:,.0f} steps")]
+
+
+def decade_ticks(low: float, high: float) -> list[tuple[float, str]]:
+    """Labels of a logarithmic axis, whose values are powers of ten: about four whole decades."""
+    every = max(1, math.ceil((high - low) / 5))
+    inner = [float(at) for at in range(math.ceil(low), math.floor(high) + 1) if low < at < high]
+    inner = [at for at in inner if at % every == 0]
+    return [(tick, number(10.0**tick, 2)) for tick in (low, *inner, high)]
+
+
+def _x_ticks(ticks: Sequence[tuple[float, str]], x_range: tuple[float, float]) -> str:
+    end = ticks[-1][1]
     parts = []
-    for tick in (low, *inner, high):
-        edge = " first" if tick == low else " last" if tick == high else ""
-        shown = end if tick == high else f"{tick:,.0f}"
-        left = 100 * _place(tick, x_range)
-        parts.append(f'<span class="tick x{edge}" style="left:{left:.2f}%">{shown}</span>')
+    for order, (tick, shown) in enumerate(ticks):
+        place = _place(tick, x_range)
+        inner = 0 < order < len(ticks) - 1
+        # On a phone a character is about 3 % of the width; labels must not touch those at the ends.
+        if inner and not 0.12 < place < 0.97 - 0.03 * len(end):
+            continue
+        edge = "" if inner else " last" if order else " first"
+        parts.append(f'<span class="tick x{edge}" style="left:{100 * place:.2f}%">{shown}</span>')
     return "".join(parts)
 
 
