@@ -80,5 +80,6 @@ def check_metric(
         return
     labels = {"class": "one class", "multi": "several classes", "value": "numbers"}
     of = f" of labels of {labels[kind]} an image" if kind and metric in metric_names() else ""
-    hint = "" if of else nearest(metric, known)
+    begun = [name for name in known if name.startswith(metric)]  # "eval/acc"
+    hint = "" if of else nearest(metric, begun or known)
     raise ConfigError(f"{where}: no metric {metric!r}{of}{hint}; there are {', '.join(known)}")

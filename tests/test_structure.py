@@ -78,6 +78,7 @@ RANKS: dict[str, float] = {
     "jft.batches": 7.8,
     "jft.baselines": 8,
     "jft.prepare": 8,
+    "jft.prediction": 8,
     "jft.trained": 8.2,
     "jft.verbs": 8.5,
     "jft.doctor": 8.5,
