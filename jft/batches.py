@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from jft.data.loader import make_eval_loader, make_train_loader
 from jft.data.protocol import Source
 from jft.data.sources import Splits
+from jft.eval_table import MOST_ROWS
 from jft.evaluation import run_split
 from jft.task import Task
 from jft.train.parallel import Parallel
@@ -59,12 +60,13 @@ def evaluate_split(
     predict_step: Any,
     split: str,
     step: int,
+    most_rows: int | None = MOST_ROWS,
     *,
     most_batches: int | None = None,
 ) -> dict[str, float]:
-    """Runs one split exactly and writes eval/<split>.json; returns its scalars.
+    """Runs one split exactly and writes eval/<split>.json and its like; returns its scalars.
 
-    Of a dry run `most_batches` alone are evaluated.
+    See `run_split` for `most_rows`. Of a dry run `most_batches` alone are evaluated.
     """
     source = splits[split]
     batches = make_eval_loader(
@@ -78,11 +80,12 @@ def evaluate_split(
     scalars, _ = run_split(
         predict_step,
         itertools.islice(batches, most_batches),
-        num_classes=task.model.num_classes,
         label_names=task.label_names,
         split=split,
+        kind=task.kind,
         workdir=workdir if jax.process_index() == 0 else None,
         step=step,
         example_id=source.id,
+        most_rows=most_rows,
     )
     return scalars

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from jft.config_file import Where, locate, place, read_file, read_json, read_text
 from jft.errors import ConfigError, nearest
 from jft.keys import KEYS, nearest_key
+from jft.measures import AUTO, check_metric
 from jft.report.trackers import TRACKERS
 from jft.values import Key, key_of, plain
 
@@ -39,7 +40,6 @@ _GIVEN = ("num_classes", "dtype", "parent", "name", "seed", "path", "image_size"
 
 
 _SPLITS = ("train", "val", "test")
-METRICS = tuple(f"eval/{name}" for name in ("accuracy", "loss", "macro_f1"))
 
 
 def base() -> ConfigDict:
@@ -242,11 +242,8 @@ def _check_together(values: Mapping[str, Any]) -> None:
                 f" there are {', '.join(TRACKERS)}"
             )
     best = values["checkpoint.best"]
-    if best is not None and best not in METRICS:
-        raise ConfigError(
-            f"config.checkpoint.best: no metric {best!r}{nearest(best, METRICS)};"
-            f" there are {', '.join(METRICS)}"
-        )
+    if best not in (None, AUTO):
+        check_metric(best, "config.checkpoint.best")
     for name in ("augment.scale", "augment.ratio"):
         pair = values[name]
         numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in pair)

@@ -1,134 +1,28 @@
 """Runs a split through the model and keeps what a person wants to know about it.
 
-Shapes: B batch, N examples that count, K classes.
+Shapes: B batch, N examples that count, K classes or values.
 """
 
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jft.errors import DataError
-from jft.metrics import confusion_matrix, per_class
-from jft.report.png import encode_png, thumbnail
-from jft.report.rundir import write_atomic, write_json
+from jft.eval_table import MOST_ROWS, EvalTable, Shown
+from jft.split_scores import Predictions, score
 
 PredictStep = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
-
-@dataclass(frozen=True)
-class Hard:
-    """One of the examples with the highest loss; `image` is uint8 [H, W, C] or None."""
-
-    example: int
-    label: int
-    predicted: int
-    probability: float
-    loss: float
-    image: np.ndarray | None = field(repr=False)
-
-
-@dataclass(frozen=True)
-class EvalTable:
-    """Every prediction of a split, in the order of the batches, and what follows from them.
-
-    `example`, `label`, `predicted` are [N] int64; `probability` [N] is that of the predicted
-    class; `loss` and `weight` are [N] float64; `logits` is [N, K] float32 where asked for.
-    """
-
-    split: str
-    label_names: tuple[str, ...]
-    scalars: dict[str, float]
-    confusion: np.ndarray
-    example: np.ndarray
-    label: np.ndarray
-    predicted: np.ndarray
-    probability: np.ndarray
-    loss: np.ndarray
-    weight: np.ndarray
-    hardest: tuple[Hard, ...]
-    logits: np.ndarray | None = None
-
-    def to_dict(
-        self, step: int | None, example_id: Callable[[int], str] | None = None
-    ) -> dict[str, Any]:
-        """The content of eval/<split>.json; `example_id` names an example (file path, ...)."""
-        classes = per_class(self.confusion)
-        name_of = example_id or (lambda index: f"index {index}")
-        columns = zip(
-            self.label_names,
-            classes.precision,
-            classes.recall,
-            classes.f1,
-            classes.support,
-            strict=True,
-        )
-        return {
-            "split": self.split,
-            "step": step,
-            "examples": len(self.label),
-            **self.scalars,
-            "label_names": list(self.label_names),
-            "confusion": self.confusion.tolist(),
-            "per_class": [
-                {
-                    "name": name,
-                    "precision": float(precision),
-                    "recall": float(recall),
-                    "f1": float(f1),
-                    "support": int(support),
-                }
-                for name, precision, recall, f1, support in columns
-            ],
-            "macro": classes.macro(),
-            "weighted": classes.weighted(),
-            "hardest": [
-                {
-                    "example": hard.example,
-                    "id": name_of(hard.example),
-                    "label": hard.label,
-                    "predicted": hard.predicted,
-                    "probability": hard.probability,
-                    "loss": hard.loss,
-                    "image": None if hard.image is None else self._image_path(rank),
-                }
-                for rank, hard in enumerate(self.hardest)
-            ],
-        }
-
-    def write(
-        self,
-        workdir: Path,
-        step: int | None,
-        example_id: Callable[[int], str] | None = None,
-    ) -> Path:
-        """Writes eval/<split>.json and the thumbnails it names; returns the JSON's path.
-
-        Every file is replaced whole, and the JSON comes last, so that it never names an image
-        that is not there.
-        """
-        folder = Path(workdir) / "eval" / f"{self.split}_hardest"
-        folder.mkdir(parents=True, exist_ok=True)
-        wanted = set()
-        for rank, hard in enumerate(self.hardest):
-            if hard.image is not None:
-                target = Path(workdir) / self._image_path(rank)
-                write_atomic(target, encode_png(thumbnail(hard.image)))
-                wanted.add(target.name)
-        path = folder.parent / f"{self.split}.json"
-        write_json(path, self.to_dict(step, example_id))
-        for stale in folder.glob("*.png"):
-            if stale.name not in wanted:
-                stale.unlink(missing_ok=True)
-        return path
-
-    def _image_path(self, rank: int) -> str:
-        return f"eval/{self.split}_hardest/{rank}.png"
+HARDEST = 16
+EASIEST = 8
+# Logits beyond it lie in a temporary file: of a training split they can be larger than the model.
+MOST_LOGITS_BYTES = 1 << 30
 
 
 def fetch_each(
@@ -156,135 +50,144 @@ def run_split(
     predict_step: PredictStep,
     batches: Iterable[Mapping[str, Any]],
     *,
-    num_classes: int,
     label_names: Sequence[str],
     split: str,
+    kind: str = "class",
     workdir: Path | None = None,
     step: int | None = None,
     example_id: Callable[[int], str] | None = None,
-    hardest: int = 16,
-    keep_logits: bool = False,
+    most_rows: int | None = MOST_ROWS,
 ) -> tuple[dict[str, float], EvalTable]:
-    """Evaluates one split exactly, padding left out; writes eval/<split>.json given a workdir.
+    """Evaluates one split exactly, padding left out; writes its files given a workdir.
 
-    Sums are exactly rounded (`math.fsum`) over per-example values, so the result does not depend
-    on how the split was cut into batches.
+    Every score is computed from all predictions at once, in the order of the examples, so that the
+    result does not depend on how the split was cut into batches.
 
     Args:
         predict_step: batch -> {"logits" [B, K], "loss" [B]}, compiled, results left on the device.
-        batches: one pass over the split; "image" [B, H, W, C] (thumbnails where it is uint8),
-            "label" [B], "mask" [B], "example" [B].
-        num_classes: K.
+        batches: one pass over the split; "image" [B, H, W, C] (pictures where it is of whole
+            numbers), "label" [B] or [B, K], "mask" [B], "example" [B].
         label_names: K names.
-        split: name of the split, also of the file.
+        split: name of the split, also of the files.
+        kind: of the labels, see jft.data.protocol.
         workdir: run directory to write to; nothing is written without it.
         step: training step of the parameters, for the file.
-        example_id: names an example by its index, for the file.
-        hardest: how many examples with the highest loss to keep.
-        keep_logits: keep all logits in the table (N * K * 4 bytes).
+        example_id: names an example by its index, for the files.
+        most_rows: no CSV is written of more examples; None writes it of any number.
 
     Returns:
-        ({"loss", "accuracy", "macro_f1"}, the table).
+        (the measures that are logged, see jft.measures; the table).
 
     Raises:
         DataError: no example counts.
     """
-    rows, hard = [], []
-    for batch, outputs in fetch_each(predict_step, batches):
-        row = _host_rows(batch, outputs, keep_logits)
-        rows.append(row)
-        hard = _keep_hardest(hard, row, batch.get("image"), hardest)
-    if not any(len(row["label"]) for row in rows):
-        raise DataError(f"split {split!r} has no examples to evaluate")
-    table = _make_table(rows, hard, num_classes, tuple(map(str, label_names)), split)
-    if workdir is not None:
-        table.write(Path(workdir), step, example_id)
+    names = tuple(map(str, label_names))
+    hardest, easiest = _Extremes(HARDEST, hard=True), _Extremes(EASIEST, hard=False)
+    columns: dict[str, list[np.ndarray]] = {"example": [], "label": [], "loss": [], "weight": []}
+    with _Logits(workdir) as logits:
+        seen = 0
+        for batch, outputs in fetch_each(predict_step, batches):
+            found, place = _counting_rows(batch, outputs, kind)
+            logits.append(outputs["logits"][place])
+            for name, column in columns.items():
+                column.append(found[name])
+            for extremes in (hardest, easiest):
+                extremes.take(found, seen, batch.get("image"), place)
+            seen += len(place)
+        if not seen:
+            raise DataError(f"split {split!r} has no examples to evaluate")
+        whole = {name: np.concatenate(column) for name, column in columns.items()}
+        example = whole.pop("example")
+        predictions = Predictions(logits=logits.whole(len(names)), **whole)
+        scored, shown = score(kind, predictions, names), (hardest.found(), easiest.found())
+        table = EvalTable(split, kind, names, example, predictions, scored, *shown)
+        if workdir is not None:
+            table.write(Path(workdir), step, example_id, most_rows)
     return table.scalars, table
 
 
-def _make_table(
-    rows: Sequence[Mapping[str, np.ndarray]],
-    hard: Sequence[Hard],
-    num_classes: int,
-    label_names: tuple[str, ...],
-    split: str,
-) -> EvalTable:
-    """Joins the batches' columns and divides once."""
-    names = [name for name in rows[0] if name != "row"]
-    columns = {name: np.concatenate([row[name] for row in rows]) for name in names}
-    confusion = confusion_matrix(columns["label"], columns["predicted"], num_classes)
-    weight = columns["weight"]
-    total = math.fsum(weight)
-    scalars = {
-        "loss": math.fsum(weight * columns["loss"]) / total,
-        "accuracy": math.fsum(weight * (columns["label"] == columns["predicted"])) / total,
-        "macro_f1": per_class(confusion).macro()["f1"],
-    }
-    return EvalTable(
-        split=split,
-        label_names=label_names,
-        scalars=scalars,
-        confusion=confusion,
-        hardest=tuple(hard),
-        **columns,
-    )
-
-
-def _host_rows(
-    batch: Mapping[str, Any], outputs: Mapping[str, np.ndarray], keep_logits: bool
-) -> dict[str, np.ndarray]:
-    """Columns of the rows that count; "row" is their place in the batch."""
+def _counting_rows(
+    batch: Mapping[str, Any], outputs: Mapping[str, np.ndarray], kind: str
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """(columns of the rows that count, their places in the batch)."""
     mask = np.asarray(batch["mask"], np.float64)
-    row = np.flatnonzero(mask > 0)
-    logits = outputs["logits"][row]
-    predicted = logits.argmax(axis=-1)
+    place = np.flatnonzero(mask > 0)
+    label = np.asarray(batch["label"])[place]
     columns = {
-        "row": row,
-        "example": np.asarray(batch["example"])[row].astype(np.int64),
-        "label": np.asarray(batch["label"])[row].astype(np.int64),
-        "predicted": predicted.astype(np.int64),
-        "probability": _top_probability(logits),
-        "loss": outputs["loss"][row].astype(np.float64),
-        "weight": mask[row],
+        "example": np.asarray(batch["example"])[place].astype(np.int64),
+        "label": label.astype(np.int64 if kind == "class" else np.float32),
+        "loss": outputs["loss"][place].astype(np.float64),
+        "weight": mask[place],
     }
-    return columns | ({"logits": logits.astype(np.float32)} if keep_logits else {})
+    return columns, place
 
 
-def _top_probability(logits: np.ndarray) -> np.ndarray:
-    """Softmax probability [B] of the arg-max class of logits [B, K]; NaN logits give NaN."""
-    logits = logits.astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        shifted = logits - logits.max(axis=-1, keepdims=True)
-    return 1.0 / np.exp(shifted).sum(axis=-1)
+class _Logits:
+    """Logits [N, K] float32 of all batches: in memory, or in a file where they are many."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder, self._parts, self._bytes = folder, [], 0
+        self._file: Any = None
+
+    def __enter__(self) -> _Logits:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()  # the name is gone already; a mapping keeps the content
+
+    def append(self, logits: np.ndarray) -> None:
+        """Takes the logits of a batch's examples [B, K]."""
+        self._parts.append(np.asarray(logits, np.float32))
+        self._bytes += self._parts[-1].nbytes
+        if self._bytes > MOST_LOGITS_BYTES:
+            if self._file is None:
+                folder = self._folder if self._folder and self._folder.is_dir() else None
+                self._file = tempfile.TemporaryFile(dir=folder)
+            for part in self._parts:
+                self._file.write(part.tobytes())
+            self._parts, self._bytes = [], 0
+
+    def whole(self, num_labels: int) -> np.ndarray:
+        """All that were taken, [N, K]."""
+        if self._file is None:
+            return np.concatenate(self._parts)
+        for part in self._parts:
+            self._file.write(part.tobytes())
+        self._file.flush()
+        size = self._file.tell() // (4 * num_labels)
+        return np.memmap(self._file, np.float32, mode="r", shape=(size, num_labels))
 
 
-def _keep_hardest(
-    hard: list[Hard], row: Mapping[str, np.ndarray], images: Any, count: int
-) -> list[Hard]:
-    """The `count` highest losses so far, NaN above all; ties go to the lower example index."""
-    floor = _difficulty(hard[-1]) if len(hard) == count and count else None
-    loss = np.where(np.isnan(row["loss"]), np.inf, row["loss"])
-    best = np.lexsort((row["example"], -loss))[:count]
-    candidates = list(hard)
-    for at in best:
-        if floor is not None and (-float(loss[at]), int(row["example"][at])) >= floor:
-            continue
-        image = None
-        if images is not None and getattr(images, "dtype", None) == np.uint8:
-            # A copy: a view would keep the whole batch alive, or change with a reused buffer.
-            image = np.array(images[row["row"][at]])
-        candidates.append(
-            Hard(
-                example=int(row["example"][at]),
-                label=int(row["label"][at]),
-                predicted=int(row["predicted"][at]),
-                probability=float(row["probability"][at]),
-                loss=float(row["loss"][at]),
-                image=image,
-            )
-        )
-    return sorted(candidates, key=_difficulty)[:count]
+class _Extremes:
+    """The examples of highest or of lowest loss so far; ties go to the lower example index.
 
+    A loss that is not a number is the hardest of all, and never easy.
+    """
 
-def _difficulty(hard: Hard) -> tuple[float, int]:
-    return (-math.inf if math.isnan(hard.loss) else -hard.loss, hard.example)
+    def __init__(self, count: int, hard: bool) -> None:
+        self._count, self._sign = count, -1.0 if hard else 1.0
+        self._found: list[tuple[float, Shown]] = []
+
+    def take(
+        self, rows: Mapping[str, np.ndarray], seen: int, images: Any, place: np.ndarray
+    ) -> None:
+        """Takes the rows of a batch: `seen` is the first one's row in the table."""
+        loss = rows["loss"]
+        order = np.where(np.isnan(loss), self._sign * math.inf, self._sign * loss)
+        last = self._found[-1] if len(self._found) == self._count else None
+        floor = None if last is None else (last[0], last[1].example)
+        for at in np.lexsort((rows["example"], order))[: self._count]:
+            key, example = float(order[at]), int(rows["example"][at])
+            if floor is not None and (key, example) >= floor:
+                break
+            image = None
+            if images is not None and getattr(images, "dtype", None) in (np.uint8, np.uint16):
+                # A copy: a view would keep the whole batch alive, or change with a reused buffer.
+                image = np.array(images[place[at]])
+            self._found.append((key, Shown(seen + int(at), example, float(loss[at]), image)))
+        self._found.sort(key=lambda found: (found[0], found[1].example))
+        del self._found[self._count :]
+
+    def found(self) -> tuple[Shown, ...]:
+        return tuple(shown for _, shown in self._found)

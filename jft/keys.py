@@ -215,9 +215,12 @@ KEYS: dict[str, Key] = {
     ),
     "checkpoint.keep": Key(2, int, "newest checkpoints kept, beside the best", low=1, free=True),
     "checkpoint.best": Key(
-        "eval/accuracy",
+        "auto",
         str | None,
-        "metric whose best checkpoint is kept; None keeps the newest only",
+        "metric whose best checkpoint is kept (docs/evaluation.md lists them); auto is"
+        " eval/accuracy, of several classes an image eval/average_precision, of numbers eval/loss;"
+        " None keeps the newest only",
+        free=True,
     ),
     "parallel.mode": Key(
         "pmap",

@@ -1,4 +1,4 @@
-"""Metrics: sums on the device, counts and averages on the host.
+"""Metrics as sums on the device, the same for training and evaluation.
 
 The device only ever produces weighted *sums* together with the sum of the weights; they are added
 over micro-batches, devices and batches and divided once. A padded row has weight 0 and therefore
@@ -8,11 +8,9 @@ adds nothing, whatever its logits are.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 
 def batch_sums(
@@ -74,76 +72,3 @@ def finish(sums: Mapping[str, jax.Array | float], kind: str = "class") -> dict[s
         if name != "weight":
             means[names.get(name, name)] = float(value) / weight if weight else float("nan")
     return means
-
-
-def confusion_matrix(label: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
-    """Counts [K, K] int64: row = true class, column = predicted class.
-
-    Args:
-        label: [N] true classes.
-        predicted: [N] predicted classes.
-        num_classes: K.
-
-    Raises:
-        ValueError: a class lies outside [0, K).
-    """
-    label = np.asarray(label, np.int64)
-    predicted = np.asarray(predicted, np.int64)
-    for what, values in (("label", label), ("prediction", predicted)):
-        if values.size and (values.min() < 0 or values.max() >= num_classes):
-            bad = int(values.min() if values.min() < 0 else values.max())
-            raise ValueError(f"{what} {bad} lies outside the {num_classes} classes")
-    flat = np.bincount(label * num_classes + predicted, minlength=num_classes * num_classes)
-    return flat.reshape(num_classes, num_classes)
-
-
-@dataclass(frozen=True)
-class PerClass:
-    """Precision, recall, F1 [K] float64 and support [K] int64 of every class."""
-
-    precision: np.ndarray
-    recall: np.ndarray
-    f1: np.ndarray
-    support: np.ndarray
-    present: np.ndarray
-
-    def macro(self) -> dict[str, float]:
-        """Plain means over the classes that occur as a label or as a prediction."""
-        return self._average(self.present.astype(np.float64))
-
-    def weighted(self) -> dict[str, float]:
-        """Means over classes weighted by support."""
-        return self._average(self.support.astype(np.float64))
-
-    def _average(self, weight: np.ndarray) -> dict[str, float]:
-        columns = {"precision": self.precision, "recall": self.recall, "f1": self.f1}
-        total = weight.sum()
-        return {
-            name: float(values @ weight / total) if total else 0.0
-            for name, values in columns.items()
-        }
-
-
-def per_class(confusion: np.ndarray) -> PerClass:
-    """Precision, recall, F1 and support from a confusion matrix [K, K].
-
-    A ratio 0/0 counts as 0, and the macro average leaves out a class that is neither a label nor
-    a prediction. Reference: scikit-learn, `precision_recall_fscore_support`, `zero_division=0` and
-    `labels=None`.
-    """
-    hit = np.diag(confusion).astype(np.float64)
-    support = confusion.sum(axis=1)
-    predicted = confusion.sum(axis=0)
-    return PerClass(
-        precision=_ratio(hit, predicted),
-        recall=_ratio(hit, support),
-        f1=_ratio(2 * hit, support + predicted),
-        support=support,
-        present=(support + predicted) > 0,
-    )
-
-
-def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """`numerator / denominator` elementwise with x/0 = 0."""
-    numerator = numerator.astype(np.float64)
-    return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator != 0)

@@ -11,12 +11,12 @@ from ml_collections import ConfigDict
 from jft.baselines import check as check_baselines
 from jft.batches import eval_batch_size, eval_examples, evaluate_split, train_batches
 from jft.caching import make_inputs, plan_phase
-from jft.config import METRICS
 from jft.data.sources import Splits
-from jft.errors import ConfigError, nearest
+from jft.errors import ConfigError
 from jft.freeze.masks import Mask
 from jft.freeze.methods import make_freeze
 from jft.freeze.schedule import FreezeSchedule
+from jft.measures import check_metric, less_is_better, resolve_metric
 from jft.overview import describe_plan, loss_costs, memory, plan_phases, summary, tables
 from jft.parts import loss_labels, make_parts, plain_section
 from jft.report.rundir import read_json
@@ -67,8 +67,7 @@ def make_schedule(
         adjust=without_spoilers(task, parallel, parts) if freeze.spoilers == "freeze" else None,
     )
     for metric in schedule.watched:
-        if metric not in METRICS:
-            raise ConfigError(f"freeze.phases: no metric {metric!r}{nearest(metric, METRICS)}")
+        check_metric(metric, "freeze.phases", splits.kind, len(splits.label_names))
         if config.eval.every_steps is None:
             raise ConfigError(f"freeze.phases: an event on {metric} needs eval.every_steps")
         if "val" not in evaluated_splits(config, splits):
@@ -126,11 +125,11 @@ def setup(
       ConfigError, DataError, WeightsError: with one line that says what is wrong.
     """
     workdir = Path(workdir)
-    checkpoints = make_checkpoints(config, workdir)
-    resumes = checkpoints.latest() is not None
+    resumes = Checkpoints(workdir).latest() is not None
     if resumes and resume != "force":
         check_unchanged(config, workdir)
     splits = make_data(config)
+    checkpoints = make_checkpoints(config, workdir, splits.kind, len(splits.label_names))
     native = splits.train.image_shape
     task = make_task(config, splits.label_names, native, model, splits.kind)
     check_baselines(config, splits)
@@ -218,12 +217,25 @@ def _record(
     write_decisions(workdir, log, describe(phases, planned(phases)))
 
 
-def make_checkpoints(config: ConfigDict, workdir: Path) -> Checkpoints:
-    """Returns the checkpoints of a run directory; a metric named "...loss" is best when least."""
-    best = config.checkpoint.best
-    mode = "min" if (best or "").endswith("loss") else "max"
-    keep = config.checkpoint.keep
-    return Checkpoints(workdir, keep=keep, best_metric=best, best_mode=mode)
+def make_checkpoints(
+    config: ConfigDict, workdir: Path, kind: str, num_labels: int | None = None
+) -> Checkpoints:
+    """Returns the checkpoints of a run directory, of which the best by `checkpoint.best` stays.
+
+    Args:
+      config: of the run.
+      workdir: the run directory.
+      kind: of the labels, which decides what "auto" means.
+      num_labels: K; None takes any metric, for a run that is there already.
+
+    Raises:
+      ConfigError: labels of that kind have no such metric.
+    """
+    best = resolve_metric(config.checkpoint.best, kind)
+    if best is not None and num_labels is not None:
+        check_metric(best, "checkpoint.best", kind, num_labels)
+    mode = "min" if best is not None and less_is_better(best) else "max"
+    return Checkpoints(workdir, keep=config.checkpoint.keep, best_metric=best, best_mode=mode)
 
 
 def plan_overview(config: ConfigDict, every_leaf: bool = False) -> Overview:

@@ -4,7 +4,7 @@ Only evaluation, and baselines that are not measured yet, read the data set agai
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from ml_collections import ConfigDict
 from jft.baselines import measure
 from jft.batches import eval_batch_size, evaluate_split
 from jft.config import from_json
-from jft.data.decode import load_image
+from jft.data.decode import BadImage, load_image
 from jft.data.protocol import KINDS, Kind
 from jft.errors import ConfigError, WeightsError, nearest
 from jft.evaluation import fetch_each
 from jft.parts import make_parts
+from jft.prediction import THRESHOLD, describe_rows, find_files
 from jft.prepare import make_checkpoints
 from jft.report.card import model_card
 from jft.report.html import write_report
@@ -108,7 +109,7 @@ def load_trained(workdir: str | Path, model: Any = None, step: str | int = "newe
         leaves = leaves_by_path(Frozen(*initial_leaves(task, conversion)[:2]))
         return {path: leaves[path] for path in paths if path in leaves}
 
-    checkpoints = make_checkpoints(config, workdir)
+    checkpoints = make_checkpoints(config, workdir, kind)
     restored = checkpoints.restore(step=_step_of(checkpoints, step), rebuild=rebuild)
     if restored is None:
         raise WeightsError(f"{workdir}: the run has no checkpoint yet")
@@ -146,7 +147,7 @@ def _step_of(checkpoints: Checkpoints, step: str | int) -> int | None:
 def evaluate(
     workdir: str | Path, split: str = "test", model: Any = None, step: str | int = "newest"
 ) -> dict[str, float]:
-    """Returns loss, accuracy and macro F1 of a split; writes eval/<split>.json."""
+    """Returns the measures of a split, see jft.measures; writes eval/<split>.json and its like."""
     trained = load_trained(workdir, model, step)
     splits = make_data(trained.task.config)
     known = list(splits)
@@ -159,7 +160,9 @@ def evaluate(
         raise WeightsError(f"{workdir}: trained on {then} classes, the data has {now} others now")
     predict_step, parallel = trained.predict_step(), trained.parallel
     task, folder = trained.task, Path(workdir)
-    return evaluate_split(task, splits, folder, parallel, predict_step, split, trained.step)
+    return evaluate_split(
+        task, splits, folder, parallel, predict_step, split, trained.step, most_rows=None
+    )
 
 
 def predict(
@@ -167,39 +170,49 @@ def predict(
     files: Sequence[str | Path],
     model: Any = None,
     step: str | int = "newest",
+    threshold: float = THRESHOLD,
+    on_error: Callable[[BadImage], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Returns one dict an image file: file, label, probability, and all probabilities by name.
+    """Returns one dict an image file: "file", and what `jft.prediction.describe_rows` gives.
+
+    Args:
+      workdir: the run directory.
+      files: image files, directories of them, and patterns.
+      model: the user's own module, if the run was made with one.
+      step: "newest", "best" or a number.
+      threshold: on the probability of a class, where an image may have several.
+      on_error: is told of each file that cannot be read, which is then left out; None raises.
 
     Raises:
       DataError: a file is missing or no image.
     """
+    found, paths = [], find_files(files)
     trained = load_trained(workdir, model, step)
-    task, names = trained.task, trained.task.label_names
+    task = trained.task
     rows = eval_batch_size(task.config, trained.parallel)
+    shapes = batch_shapes(task, rows)
 
     def batches() -> Any:
-        for start in range(0, len(files), rows):
-            part = [Path(file) for file in files[start : start + rows]]
-            images = np.zeros((rows, *task.image_shape), np.uint8)
-            for row, file in enumerate(part):
-                images[row] = load_image(file, task.image_shape, task.preprocess.interpolation)
-            zeros = np.zeros(rows, np.int32)
-            yield {"image": images, "label": zeros, "mask": zeros.astype(np.float32), "file": part}
+        for start in range(0, len(paths), rows):
+            batch = {name: np.zeros(each.shape, each.dtype) for name, each in shapes.items()}
+            read: list[Path] = []
+            for file in paths[start : start + rows]:
+                try:
+                    image = load_image(file, task.image_shape, task.preprocess.interpolation)
+                except BadImage as error:
+                    if on_error is None:
+                        raise
+                    on_error(error)
+                    continue
+                batch["image"][len(read)] = image
+                read.append(file)
+            yield {**batch, "file": read}
 
-    found = []
     for batch, outputs in fetch_each(trained.predict_step(), batches()):
-        probabilities = np.asarray(jax.nn.softmax(outputs["logits"], axis=-1))
-        for file, row in zip(batch["file"], probabilities, strict=False):
-            best = int(row.argmax())
-            by_name = {name: float(value) for name, value in zip(names, row, strict=True)}
-            found.append(
-                {
-                    "file": str(file),
-                    "label": names[best],
-                    "probability": float(row[best]),
-                    "probabilities": by_name,
-                }
-            )
+        logits = outputs["logits"][: len(batch["file"])]
+        described = describe_rows(task.kind, logits, task.label_names, threshold)
+        pairs = zip(batch["file"], described, strict=True)
+        found += [{"file": str(file), **row} for file, row in pairs]
     return found
 
 

@@ -121,7 +121,7 @@ def _write_evaluations(workdir, names, random, image):
         }  # fmt: skip
         run_split(
             lambda batch: {"logits": batch["logits"], "loss": batch["loss"]}, [batch],
-            num_classes=classes, label_names=names, split=split, workdir=workdir, step=240,
+            label_names=names, split=split, workdir=workdir, step=240,
             example_id="data/{:04d}.png".format,
         )  # fmt: skip
 

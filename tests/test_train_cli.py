@@ -485,8 +485,12 @@ def test_eval_prints_and_writes_what_the_run_logged(trained, tmp_path, capsys):
     out = output_of(capsys, "eval", f"--workdir={trained}", f"--out={tmp_path / 'm.json'}")
     metrics = json.loads((tmp_path / "m.json").read_text())
     logged = next(row for row in fault_run.logged_rows(trained) if "test/loss" in row)
-    assert metrics == {name: logged[f"test/{name}"] for name in ("loss", "accuracy", "macro_f1")}
+    names = [name.removeprefix("test/") for name in logged if name.startswith("test/")]
+    assert metrics == {name: logged[f"test/{name}"] for name in names}
+    assert {"loss", "accuracy", "macro_f1", "auroc", "ece"} < metrics.keys()
     assert [line.split(":")[0] for line in out.splitlines()] == list(metrics)
+    out = output_of(capsys, "eval", f"--workdir={trained}", "--verbose")
+    assert [line.split()[0] for line in out.splitlines()[-3:]] == list(fault_run.COLOURS)
     line, code, _ = error_of(capsys, "eval", f"--workdir={trained}", "--split=tset")
     assert code == 2 and "did you mean 'test'?" in line
 
@@ -514,17 +518,32 @@ def test_predict_agrees_with_eval_on_every_file(trained, photos, tmp_path, capsy
 
 
 @pytest.mark.parametrize("content", [b"no image", None])
-def test_predict_on_a_broken_file_exits_3_naming_it_and_writes_nothing(
+def test_predict_names_a_broken_file_exits_3_and_predicts_the_others(
     content, trained, photos, tmp_path, capsys
 ):
-    broken, out = tmp_path / "broken.png", tmp_path / "rows.jsonl"
+    broken, out = tmp_path / "broken.png", tmp_path / "rows.csv"
     if content is not None:
         broken.write_bytes(content)
     good = photos / "test" / "red" / "0.png"
     line, code, printed = error_of(
         capsys, "predict", f"--workdir={trained}", good, broken, good, f"--out={out}"
     )
-    assert (code, printed) == (3, "") and str(broken) in line and not out.exists()
+    assert (code, printed) == (3, "") and str(broken) in line
+    header, *rows = out.read_text().splitlines()
+    assert header.split(",")[:4] == ["file", "label", "probability", "p(blue)"]
+    assert len(rows) == 2 and rows[0] == rows[1] and rows[0].startswith(f"{good},")
+
+
+def test_predict_takes_directories_and_patterns(trained, photos, tmp_path, capsys):
+    folder = photos / "test" / "red"
+    shown = output_of(capsys, "predict", f"--workdir={trained}", *sorted(folder.glob("*.png")))
+    assert output_of(capsys, "predict", f"--workdir={trained}", folder) == shown
+    assert output_of(capsys, "predict", f"--workdir={trained}", folder / "*.png") == shown
+    for empty in (tmp_path, folder / "*.tiff"):
+        line, code, _ = error_of(capsys, "predict", f"--workdir={trained}", empty)
+        assert code == 3 and str(empty) in line
+    line, code, _ = error_of(capsys, "predict", f"--workdir={trained}", "--threshold=2", folder)
+    assert code == 2 and "--threshold=2.0" in line
 
 
 def test_export_is_what_weights_check_and_a_new_run_read(trained, photos, tmp_path, capsys):

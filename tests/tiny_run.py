@@ -53,7 +53,6 @@ def make_run(
         scalars, _ = run_split(
             predict_step,
             rows,
-            num_classes=CLASSES,
             label_names=names,
             split=split,
             workdir=workdir,

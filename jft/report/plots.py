@@ -44,7 +44,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Axis:
-    """What x is: its name, and (low, high) -> [(value, label), ...] from one end to the other."""
+    """What x is: a name, and (low, high) -> [(value, label), ...] from the low to the high end."""
 
     name: str
     ticks: Callable[[float, float], list[tuple[float, str]]]

@@ -33,6 +33,22 @@ def encode_png(image: np.ndarray) -> bytes:
     )
 
 
+def picture(image: np.ndarray) -> np.ndarray:
+    """What to show of an image [H, W, C] of any bands and depth: uint8 [H, W, 1 or 3].
+
+    Of three or more bands the first three are red, green and blue; else the first is grey. What is
+    not uint8 is stretched from its 1st to its 99th percentile: 12 bits in a 16-bit file would be
+    black otherwise.
+    """
+    image = image[..., :3] if image.shape[-1] >= 3 else image[..., :1]
+    if image.dtype == np.uint8:
+        return image
+    values = image.astype(np.float64)
+    low, high = np.percentile(values, [1, 99])
+    scaled = (values - low) / (high - low) if high > low else np.zeros_like(values)
+    return np.round(255 * np.clip(scaled, 0, 1)).astype(np.uint8)
+
+
 def thumbnail(image: np.ndarray, longest: int = 160) -> np.ndarray:
     """The uint8 image [H, W, C] shrunk by whole-number box means to at most `longest` pixels.
 

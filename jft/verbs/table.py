@@ -45,6 +45,17 @@ FLAGS: dict[str, dict[str, Any]] = {
         "default": "auto",
         "help": "force: resume although config keys have changed",
     },
+    "--verbose": {"action": "store_true", "help": "also one line a class or value"},
+    "--format": {
+        "choices": ("jsonl", "csv"),
+        "help": "jsonl: one JSON object a line; csv, the default where --out ends in .csv",
+    },
+    "--threshold": {
+        "type": float,
+        "default": 0.5,
+        "metavar": "P",
+        "help": "several classes an image: those whose probability exceeds it (default: 0.5)",
+    },
     "--debug": {"action": "store_true", "help": "show the traceback of any error"},
 }
 
@@ -75,13 +86,13 @@ VERBS: dict[str, Verb] = {
     "eval": Verb(
         "jft.verbs.runs:evaluate",
         "metrics of a trained model on one split",
-        ("--workdir!", "--split", "--step", "--out"),
+        ("--workdir!", "--split", "--step", "--verbose", "--out"),
     ),
     "predict": Verb(
         "jft.verbs.runs:predict",
-        "class and probability of image files, one JSON object a line",
-        ("--workdir!", "--step", "--out"),
-        ("FILE", "+", "image files"),
+        "what a trained model says of image files, one row a file",
+        ("--workdir!", "--step", "--threshold", "--format", "--out"),
+        ("FILE", "+", "image files, directories of them, or quoted patterns"),
     ),
     "export": Verb(
         "jft.verbs.runs:export",
