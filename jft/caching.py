@@ -59,7 +59,8 @@ def make_inputs(
         raise ConfigError(
             "freeze.cache: 'on' needs a model whose apply takes start and stop; 'auto' does without"
         )
-    random = is_random(flip=config.augment.flip, crop=config.augment.crop)
+    section = config.augment
+    random = is_random(flip=section.flip, crop=section.crop, ops=section.ops)
     views = config.freeze.views if random else 1
     prefix = _prefix(task, source, views or 1)
     rows = config.train.batch_size // parallel.num_devices
@@ -89,6 +90,7 @@ def make_inputs(
             "bad_image_quota": config.data.bad_image_quota,
             "interpolation": task.preprocess.interpolation,
         },
+        mixed=parts.mixing is not None,
     )
 
 

@@ -81,7 +81,7 @@ def make_schedule(
         events=bool(schedule.watched),
         **plain_section(config.optim),
     )
-    check_batch_size(train.batch_size, train.accum_steps, parallel)
+    check_batch_size(train.batch_size, train.accum_steps, parallel, parts.together)
     return schedule, optim
 
 
