@@ -85,13 +85,18 @@ def make_inputs(
         step_flops=lambda phase: costs.flops(phase.mask).total / rows,
         prefix_flops=functools.cache(functools.partial(prefix_flops, task, prefix)),
         step_bytes=step_bytes,
-        loader={
-            "workers": config.data.workers,
-            "bad_image_quota": config.data.bad_image_quota,
-            "interpolation": task.preprocess.interpolation,
-        },
+        loader=_loader(task),
         mixed=parts.mixing is not None,
     )
+
+
+def _loader(task: Task) -> dict[str, Any]:
+    data = task.config.data
+    return {
+        "workers": data.workers,
+        "bad_image_quota": data.bad_image_quota,
+        "interpolation": task.preprocess.interpolation,
+    }
 
 
 def _prefix(task: Task, source: Source, views: int) -> Prefix:

@@ -44,6 +44,7 @@ RANKS: dict[str, float] = {
     "jft.train.optim": 2,
     "jft.train.stacks": 3,
     "jft.train.state": 3,
+    "jft.train.micro": 4,
     "jft.train.step": 4,
     "jft.train.parallel": 4,
     "jft.train": 5,

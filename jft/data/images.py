@@ -3,8 +3,9 @@
 The host decodes, turns the picture upright and, for files, makes a square canvas of side
 `canvas_side` = image_size / crop_fraction. The device does the rest, so that only uint8 crosses to
 it: resize (where the canvas has another size, as 28 x 28 arrays do: upsampling on the device moves
-1/50 of the bytes), crop, flip, the ops of `augment.ops`, normalise. One geometry holds for both: "the picture with its
-shorter side at canvas_side, of which evaluation sees the centre and training random crops".
+1/50 of the bytes), crop, flip, the ops of `augment.ops`, normalise. One geometry holds for both:
+"the picture with its shorter side at canvas_side, of which evaluation sees the centre and training
+random crops".
 """
 
 from __future__ import annotations

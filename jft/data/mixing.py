@@ -16,6 +16,8 @@ import numpy as np
 
 from jft.data.boxes import inside
 from jft.errors import ConfigError
+from jft.losses import Loss
+from jft.metrics import batch_sums
 
 PAIR = 2  # rows that stay together
 # Folded into a step's key; pixels and dropout take the two halves of its split.
@@ -121,6 +123,21 @@ def partners(rows: jax.Array) -> jax.Array:
     """Returns what the partner of each row has: rows 2i and 2i + 1 change places."""
     pairs = rows.reshape((rows.shape[0] // PAIR, PAIR, *rows.shape[1:]))
     return pairs[:, ::-1].reshape(rows.shape)
+
+
+def mixed_sums(
+    loss: Loss, logits: jax.Array, label: jax.Array, mask: jax.Array, own: jax.Array, kind: str
+) -> dict[str, jax.Array]:
+    """Returns the weighted sums of a mixed batch; see `batch_sums`.
+
+    An image counts as `own` [B] of an example with its own label and 1 - own of one with its
+    partner's: so does its loss, whichever it is, and so does what is right.
+    """
+    other = partners(label)
+    first = batch_sums(logits, label, mask * own, loss(logits, label), kind)
+    second = batch_sums(logits, other, mask * (1.0 - own), loss(logits, other), kind)
+    both = jax.tree.map(jnp.add, first, second)
+    return {**both, "weight_sum": jnp.sum(mask.astype(jnp.float32))}
 
 
 def make_mixing(

@@ -118,25 +118,25 @@ def _arguments(tokens: list[_Token], at: int, where: str) -> tuple[list[_Argumen
     found: list[_Argument] = []
     if tokens[at].text != "(":
         return found, at
-    at += 1
-    while tokens[at].text != ")" or found:
-        name, token = None, tokens[at]
-        if token.kind == "word" and tokens[at + 1].text == "=":
-            name, at = token.text, at + 2
+    if tokens[at + 1].text == ")":
+        return found, at + 2
+    while tokens[at].text != ")":
+        name, first, at = None, tokens[at + 1], at + 1
+        if first.kind == "word" and tokens[at + 1].text == "=":
+            name, at = first.text, at + 2
         value = tokens[at]
-        if value.kind == "number":
-            plain = re.fullmatch(r"[-+]?\d+", value.text)
-            found.append(_Argument(name, (int if plain else float)(value.text), token.at))
-        elif value.kind == "word":
-            found.append(_Argument(name, _WORDS.get(value.text, value.text), token.at))
-        else:
-            raise ConfigError(
-                f"{where}, character {value.at}: a value is missing before {value.text!r}"
-            )
-        at = _expect(tokens, at + 1, ",)", where)
-        if tokens[at - 1].text == ")":
-            return found, at
+        if value.kind not in ("number", "word"):
+            place = f"{where}, character {value.at}"
+            raise ConfigError(f"{place}: a value is missing before {value.text!r}")
+        found.append(_Argument(name, _value(value), first.at))
+        at = _expect(tokens, at + 1, ",)", where) - 1
     return found, at + 1
+
+
+def _value(token: _Token) -> Any:
+    if token.kind == "word":
+        return _WORDS.get(token.text, token.text)
+    return (int if re.fullmatch(r"[-+]?\d+", token.text) else float)(token.text)
 
 
 def _bind(

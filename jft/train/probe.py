@@ -45,9 +45,10 @@ from jax.sharding import PartitionSpec as P
 
 from jft.errors import ConfigError, DivergedError, nearest
 from jft.freeze.signals import exact, unit_snr
+from jft.train.micro import micro_batches
 from jft.train.parallel import AXIS, Parallel
 from jft.train.state import Frozen, frozen_norms, norm_of
-from jft.train.step import Batch, StepParts, make_loss_sums, micro_batches
+from jft.train.step import Batch, StepParts, make_loss_sums
 from jft.tree import Flat, split
 
 # Folded into the seed's key in place of a step, as the fold of the initial leaves is: no step is

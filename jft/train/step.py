@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jft.data.mixing import PAIR, Mixing, partners
+from jft.data.mixing import PAIR, Mixing, mixed_sums
 from jft.freeze.phases import Elements
 from jft.losses import Loss
 from jft.metrics import batch_sums
 from jft.models.layers import Training
 from jft.stack_names import members
+from jft.train.micro import micro_batches
 from jft.train.state import WINDOW_SUMS, Frozen, TrainState
 from jft.tree import Flat, flatten, merge
 
@@ -104,7 +105,11 @@ def make_loss_sums(
             mutable=["batch_stats"],
             **begin,
         )
-        sums = _label_sums(parts, logits, batch["label"], batch["mask"], own)
+        label, mask = batch["label"], batch["mask"]
+        if own is None:
+            sums = batch_sums(logits, label, mask, parts.loss(logits, label), parts.kind)
+        else:
+            sums = mixed_sums(parts.loss, logits, label, mask, own, parts.kind)
         moved = flatten(updated.get("batch_stats", {}))
         return sums["loss_sum"], (
             sums,
@@ -114,52 +119,11 @@ def make_loss_sums(
     return loss_sums
 
 
-def _label_sums(
-    parts: StepParts, logits: jax.Array, label: jax.Array, mask: jax.Array, own: jax.Array | None
-) -> dict[str, jax.Array]:
-    """Weighted sums of a batch, see `batch_sums`.
-
-    A mixed image counts as `own` of an example with its own label and 1 - own of one with its
-    partner's: so does its loss, and so does what is right.
-    """
-    if own is None:
-        return batch_sums(logits, label, mask, parts.loss(logits, label), parts.kind)
-    other = partners(label)
-    first = batch_sums(logits, label, mask * own, parts.loss(logits, label), parts.kind)
-    second = batch_sums(logits, other, mask * (1 - own), parts.loss(logits, other), parts.kind)
-    both = jax.tree.map(jnp.add, first, second)
-    return {**both, "weight_sum": jnp.sum(mask.astype(jnp.float32))}
-
-
 def features(table: jax.Array | None, batch: Mapping[str, jax.Array]) -> jax.Array:
     """Returns the suffix's input [B, ...], inside the step."""
     if table is None:
         return batch["features"]
     return table.at[batch["entry"]].get(mode="promise_in_bounds")
-
-
-def micro_batches(batch: Batch, count: int, together: int = 1) -> Callable[[jax.Array], Batch]:
-    """Returns f(index) -> micro-batch, one of `count`.
-
-    Strided rows: micro-batch i holds the rows with index i modulo `count` on any device count; of
-    `together` > 1 rows that belong together, the groups with index i modulo `count`. They are taken
-    where they are used: a transposed copy of the batch would stay for the whole step.
-    """
-    group = (together,) if together > 1 else ()
-
-    def strided(leaf: jax.Array) -> jax.Array:
-        return leaf.reshape((leaf.shape[0] // (count * together), count, *group, *leaf.shape[1:]))
-
-    parts = jax.tree.map(strided, batch)
-
-    def take(index: jax.Array) -> Batch:
-        def rows(leaf: jax.Array) -> jax.Array:
-            found = jax.lax.dynamic_index_in_dim(leaf, index, 1, keepdims=False)
-            return found.reshape((-1, *found.shape[2:])) if group else found
-
-        return jax.tree.map(rows, parts)
-
-    return take
 
 
 def _sum_gradients(
