@@ -59,7 +59,8 @@ def make_inputs(
         raise ConfigError(
             "freeze.cache: 'on' needs a model whose apply takes start and stop; 'auto' does without"
         )
-    random = is_random(flip=config.augment.flip, crop=config.augment.crop)
+    section = config.augment
+    random = is_random(flip=section.flip, crop=section.crop, ops=section.ops)
     views = config.freeze.views if random else 1
     prefix = _prefix(task, source, views or 1)
     rows = config.train.batch_size // parallel.num_devices
@@ -84,12 +85,18 @@ def make_inputs(
         step_flops=lambda phase: costs.flops(phase.mask).total / rows,
         prefix_flops=functools.cache(functools.partial(prefix_flops, task, prefix)),
         step_bytes=step_bytes,
-        loader={
-            "workers": config.data.workers,
-            "bad_image_quota": config.data.bad_image_quota,
-            "interpolation": task.preprocess.interpolation,
-        },
+        loader=_loader(task),
+        mixed=parts.mixing is not None,
     )
+
+
+def _loader(task: Task) -> dict[str, Any]:
+    data = task.config.data
+    return {
+        "workers": data.workers,
+        "bad_image_quota": data.bad_image_quota,
+        "interpolation": task.preprocess.interpolation,
+    }
 
 
 def _prefix(task: Task, source: Source, views: int) -> Prefix:

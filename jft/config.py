@@ -249,6 +249,14 @@ def _check_together(values: Mapping[str, Any]) -> None:
         numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in pair)
         if len(pair) != 2 or not numbers or not 0 < pair[0] <= pair[1]:
             raise ConfigError(f"config.{name} should be two numbers, smallest first, not {pair}")
+    if values["augment.ops"]:  # only then, since it needs jax
+        from jft.data.augment import read_ops
+
+        read_ops(values["augment.ops"], "config.augment.ops")
+    if values["eval.tta"]:
+        from jft.data.test_time import read_views
+
+        read_views(values["eval.tta"], "config.eval.tta")
 
 
 def _parse_overrides(overrides: Sequence[str]) -> dict[str, str]:

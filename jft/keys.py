@@ -65,6 +65,24 @@ KEYS: dict[str, Key] = {
     "augment.ratio": Key(
         [0.75, 4 / 3], list, "random_resized: smallest and largest width over height"
     ),
+    "augment.ops": Key(
+        "",
+        str,
+        'what follows crop and flip, "rotate(30) | colour(0.4, 0.4) | erase(0.25)"; see'
+        " docs/augmentation.md",
+    ),
+    "augment.mixup": Key(
+        0.0, float, "mixup: alpha of the Beta distribution of shares; 0 mixes nothing", low=0
+    ),
+    "augment.cutmix": Key(
+        0.0, float, "cutmix: alpha of the Beta distribution of shares; 0 cuts nothing", low=0
+    ),
+    "augment.mix_prob": Key(
+        1.0, float, "share of the images that mixup or cutmix mixes", low=0, high=1
+    ),
+    "augment.cutmix_share": Key(
+        0.5, float, "of the mixed images, those by cutmix where mixup is on too", low=0, high=1
+    ),
     "freeze.name": Key(
         "full", str, "freezing method, as docs/freezing.md lists them; phases go before it"
     ),
@@ -209,6 +227,12 @@ KEYS: dict[str, Key] = {
     ),
     "eval.splits": Key(
         ["val", "test"], list, "splits evaluated after the last update, where the data has them"
+    ),
+    "eval.tta": Key(
+        "",
+        str,
+        'views of each image whose probabilities are averaged, "flip", "ten_crop"; see'
+        " docs/augmentation.md",
     ),
     "checkpoint.every_steps": Key(
         None, int | None, "updates between saves; None saves at the end and on a signal only", low=1

@@ -7,7 +7,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jft.data.images import make_eval_transform, make_train_transform, make_view_transform
+from jft.data.mixing import make_mixing
 from jft.data.sources import Splits
+from jft.data.test_time import link_of, make_test_time, make_views
 from jft.errors import ConfigError
 from jft.losses import Loss, balanced_pos_weights, balanced_weights, make_loss
 from jft.task import Task
@@ -23,6 +25,7 @@ def make_parts(task: Task, labels: np.ndarray | None = None) -> StepParts:
     config = task.config
     train = config.train
     loss = make_task_loss(task, None)
+    views = make_views(config.eval.tta, task.preprocess)
     return StepParts(
         apply=task.model.apply,
         loss=loss if labels is None else make_task_loss(task, labels),
@@ -31,6 +34,8 @@ def make_parts(task: Task, labels: np.ndarray | None = None) -> StepParts:
         transform=make_train_transform(task.preprocess, **task.augment()),
         eval_transform=make_eval_transform(task.preprocess),
         view_transform=make_view_transform(task.preprocess, seed=config.seed, **task.augment()),
+        mixing=make_mixing(**task.mixing()),
+        test_time=make_test_time(views, link_of(task.kind, config.loss.name)),
         seed=config.seed,
         accum_steps=train.accum_steps,
         nonfinite=train.nonfinite,

@@ -84,7 +84,7 @@ def make_schedule(
         **plain_section(config.optim),
         scanned=task.scanned is not None,
     )
-    check_batch_size(train.batch_size, train.accum_steps, parallel)
+    check_batch_size(train.batch_size, train.accum_steps, parallel, parts.together)
     return schedule, optim
 
 

@@ -73,7 +73,7 @@ class Task:
         return prefix
 
     def augment(self) -> dict[str, Any]:
-        """The section config.augment, as `make_train_transform` and `make_view_transform` take it.
+        """What of config.augment `make_train_transform` and `make_view_transform` take.
 
         Each key is named: one that is added has to be an argument of both.
         """
@@ -83,6 +83,17 @@ class Task:
             "crop": section.crop,
             "scale": tuple(section.scale),
             "ratio": tuple(section.ratio),
+            "ops": section.ops,
+        }
+
+    def mixing(self) -> dict[str, float]:
+        """The rest of config.augment, as `make_mixing` takes it."""
+        section = self.config.augment
+        return {
+            "mixup": section.mixup,
+            "cutmix": section.cutmix,
+            "prob": section.mix_prob,
+            "cutmix_share": section.cutmix_share,
         }
 
     def groups(self) -> Groups:

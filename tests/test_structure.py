@@ -53,6 +53,7 @@ RANKS: dict[str, float] = {
     "jft.train.transforms": 2.5,
     "jft.train.optim": 2.5,
     "jft.train.state": 3,
+    "jft.train.micro": 4,
     "jft.train.step": 4,
     "jft.train.parallel": 4,
     "jft.train": 5,

@@ -3,8 +3,9 @@
 The host decodes, turns the picture upright and, for files, makes a square canvas of side
 `canvas_side` = image_size / crop_fraction. The device does the rest, so that only uint8 crosses to
 it: resize (where the canvas has another size, as 28 x 28 arrays do: upsampling on the device moves
-1/50 of the bytes), crop, flip, normalise. One geometry holds for both: "the picture with its
-shorter side at canvas_side, of which evaluation sees the centre and training random crops".
+1/50 of the bytes), crop, flip, the ops of `augment.ops`, normalise. One geometry holds for both:
+"the picture with its shorter side at canvas_side, of which evaluation sees the centre and training
+random crops".
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jft.data.augment import make_ops, read_ops
+from jft.data.boxes import random_box
 from jft.data.decode import Shape
 from jft.errors import ConfigError, nearest
 from jft.models.family import Preprocess
 
 CROPS = ("none", "random_resized")
-CROP_TRIES = 10  # as torchvision's RandomResizedCrop
 # Folded into the run's seed for views; steps and initial weights fold in other numbers.
 VIEW_FOLD = 0x71E3
 _METHODS = {"bilinear": "linear", "bicubic": "cubic"}
@@ -78,63 +80,36 @@ def _make_finish(preprocess: Preprocess) -> Callable[[jax.Array], jax.Array]:
 
 
 def _make_centre(
-    preprocess: Preprocess, image_size: int, side: int
+    preprocess: Preprocess,
+    image_size: int,
+    side: int,
+    zoom: float = 1.0,
+    at: tuple[float, float] = (0.5, 0.5),
 ) -> Callable[[jax.Array], jax.Array]:
-    """uint8 [B, H, W, C] -> float32 [B, S, S, C], 0..255: the centre; a plain slice on a canvas."""
+    """uint8 [B, H, W, C] -> float32 [B, S, S, C], 0..255: the centre; a plain slice on a canvas.
+
+    `zoom` enlarges; `at` is the place of what is seen: 0 at the top or left, 1 at the other end.
+    """
+    seen = image_size / zoom
 
     def centre(images: jax.Array) -> jax.Array:
         batch, height, width, channels = images.shape
         tall, wide = _virtual_size(height, width, side)
-        top, left = round((tall - image_size) / 2), round((wide - image_size) / 2)
-        if (tall, wide) == (height, width):
+        top, left = round((tall - seen) * at[0]), round((wide - seen) * at[1])
+        if (tall, wide) == (height, width) and zoom == 1:
             images = images[:, top : top + image_size, left : left + image_size]
             return images.astype(jnp.float32)
         return jax.image.scale_and_translate(
             images.astype(jnp.float32),
             (batch, image_size, image_size, channels),
             (1, 2),
-            jnp.array([tall / height, wide / width], jnp.float32),
-            jnp.array([-top, -left], jnp.float32),
+            jnp.array([tall / height * zoom, wide / width * zoom], jnp.float32),
+            jnp.array([-top * zoom, -left * zoom], jnp.float32),
             _METHODS[preprocess.interpolation],
             antialias=preprocess.antialias,
         )
 
     return centre
-
-
-def _clamped_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int, int, int]:
-    """Centre box with the ratio clamped: torchvision's fallback when no try fits."""
-    if width / height < ratio[0]:
-        box_height, box_width = round(width / ratio[0]), width
-    elif width / height > ratio[1]:
-        box_height, box_width = height, round(height * ratio[1])
-    else:
-        box_height, box_width = height, width
-    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
-
-
-def random_box(
-    key: jax.Array, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
-) -> jax.Array:
-    """One crop box, int32 [4]: top, left, height, width, as torchvision's RandomResizedCrop.
-
-    Ten tries of area = U(scale) * height * width and log(aspect) = U(log(ratio)); the first that
-    fits counts, at a uniform position; else the centre with the ratio clamped.
-    """
-    area_key, ratio_key, top_key, left_key = jax.random.split(key, 4)
-    tries = (CROP_TRIES,)
-    area = height * width * jax.random.uniform(area_key, tries, minval=scale[0], maxval=scale[1])
-    low, high = float(np.log(ratio[0])), float(np.log(ratio[1]))
-    aspect = jnp.exp(jax.random.uniform(ratio_key, tries, minval=low, maxval=high))
-    wide = jnp.round(jnp.sqrt(area * aspect)).astype(jnp.int32)
-    tall = jnp.round(jnp.sqrt(area / aspect)).astype(jnp.int32)
-    fits = (wide > 0) & (wide <= width) & (tall > 0) & (tall <= height)
-    first = jnp.argmax(fits)
-    tall, wide = tall[first], wide[first]
-    top = jax.random.randint(top_key, (), 0, jnp.maximum(height - tall + 1, 1))
-    left = jax.random.randint(left_key, (), 0, jnp.maximum(width - wide + 1, 1))
-    fallback = jnp.array(_clamped_box(height, width, ratio), jnp.int32)
-    return jnp.where(fits[first], jnp.stack([top, left, tall, wide]), fallback)
 
 
 def _make_random_crop(
@@ -186,7 +161,12 @@ def _check_preprocess(preprocess: Preprocess, crop_fraction: float) -> None:
 
 
 def make_eval_transform(
-    preprocess: Preprocess, image_size: int | None = None, *, crop_fraction: float | None = None
+    preprocess: Preprocess,
+    image_size: int | None = None,
+    *,
+    crop_fraction: float | None = None,
+    zoom: float = 1.0,
+    at: tuple[float, float] = (0.5, 0.5),
 ) -> Callable[[jax.Array], jax.Array]:
     """Makes f(images uint8 [B, H, W, C]) -> float32 [B, S, S, C]: centre crop and normalise.
 
@@ -198,6 +178,8 @@ def make_eval_transform(
       preprocess: mean, std, interpolation and the defaults of the two below.
       image_size: S, in pixels.
       crop_fraction: S over the shorter side of the picture; 1 keeps all of it.
+      zoom: by which what is seen is enlarged once more.
+      at: (down, across), where what is seen lies: 0 at the top or left, 1 at the other end.
 
     Raises:
       ConfigError: an unknown interpolation, a fraction out of range, channels that do not fit.
@@ -205,13 +187,13 @@ def make_eval_transform(
     size, fraction = image_size or preprocess.image_size, crop_fraction or preprocess.crop_fraction
     _check_preprocess(preprocess, fraction)
     centre, finish = (
-        _make_centre(preprocess, size, canvas_side(size, fraction)),
+        _make_centre(preprocess, size, canvas_side(size, fraction), zoom, at),
         _make_finish(preprocess),
     )
     return lambda images: finish(centre(images))
 
 
-def make_keyed_transform(
+def make_keyed_pixels(
     preprocess: Preprocess,
     *,
     image_size: int | None = None,
@@ -220,10 +202,11 @@ def make_keyed_transform(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     crop_fraction: float | None = None,
+    ops: str = "",
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Makes f(images uint8 [B, H, W, C], keys [B]) -> float32 [B, S, S, C].
+    """Makes f(images uint8 [B, H, W, C], keys [B]) -> float32 [B, S, S, C], 0..255.
 
-    Every draw of a row comes from its own key.
+    Every draw of a row comes from its own key. A cubic filter overshoots where no op follows.
 
     Args:
       preprocess: as in `make_eval_transform`.
@@ -233,9 +216,11 @@ def make_keyed_transform(
       scale: smallest and largest area of a crop, as a fraction of the picture.
       ratio: smallest and largest width / height of a crop.
       crop_fraction: as in `make_eval_transform`; also sets the canvas that random crops come from.
+      ops: what follows crop and flip, see `jft.data.augment`.
 
     Raises:
-      ConfigError: an unknown crop or interpolation, a range out of order, channels that do not fit.
+      ConfigError: an unknown crop, interpolation or op, a range out of order, channels that do not
+        fit.
     """
     size, fraction = image_size or preprocess.image_size, crop_fraction or preprocess.crop_fraction
     _check_preprocess(preprocess, fraction)
@@ -244,18 +229,30 @@ def make_keyed_transform(
     scale = _check_range("scale", scale, 1.0)
     ratio = _check_range("ratio", ratio, 100.0)
     side = canvas_side(size, fraction)
-    centre, finish = _make_centre(preprocess, size, side), _make_finish(preprocess)
+    centre = _make_centre(preprocess, size, side)
     random_crop = _make_random_crop(preprocess, size, side, scale, ratio)
+    run_ops = make_ops(ops, preprocess.mean)
 
-    def transform(images: jax.Array, keys: jax.Array) -> jax.Array:
-        keys = jax.vmap(jax.random.split)(keys)
-        images = random_crop(images, keys[:, 0]) if crop == "random_resized" else centre(images)
+    def pixels(images: jax.Array, keys: jax.Array) -> jax.Array:
+        halves = jax.vmap(jax.random.split)(keys)
+        images = random_crop(images, halves[:, 0]) if crop == "random_resized" else centre(images)
         if flip:
-            mirrored = jax.vmap(jax.random.bernoulli)(keys[:, 1]).reshape(-1, 1, 1, 1)
+            mirrored = jax.vmap(jax.random.bernoulli)(halves[:, 1]).reshape(-1, 1, 1, 1)
             images = jnp.where(mirrored, images[:, :, ::-1], images)
-        return finish(images)
+        return images if run_ops is None else run_ops(jnp.clip(images, 0.0, 255.0), keys)
 
-    return transform
+    return pixels
+
+
+def make_keyed_transform(
+    preprocess: Preprocess, **augment: Any
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Makes f(images uint8 [B, H, W, C], keys [B]) -> float32 [B, S, S, C], the model's input.
+
+    Arguments and errors as in `make_keyed_pixels`.
+    """
+    pixels, finish = make_keyed_pixels(preprocess, **augment), _make_finish(preprocess)
+    return lambda images, keys: finish(pixels(images, keys))
 
 
 def make_train_transform(
@@ -264,7 +261,7 @@ def make_train_transform(
     """Makes f(images uint8 [B, H, W, C], key, index int32 [B]) -> float32 [B, S, S, C].
 
     Every draw comes from fold_in(key, index), index being the row in the global batch: the pixels
-    do not depend on how many devices share it. Arguments and errors as in `make_keyed_transform`.
+    do not depend on how many devices share it. Arguments and errors as in `make_keyed_pixels`.
     """
     keyed = make_keyed_transform(preprocess, **augment)
 
@@ -281,7 +278,7 @@ def make_view_transform(
 
     View v of an example always has the same pixels, in whatever step, batch or process. A run whose
     examples take K views in turn can therefore keep what is computed from them. Arguments and
-    errors as in `make_keyed_transform`.
+    errors as in `make_keyed_pixels`.
     """
     keyed = make_keyed_transform(preprocess, **augment)
 
@@ -296,6 +293,19 @@ def make_view_transform(
     return transform
 
 
-def is_random(*, flip: bool, crop: str) -> bool:
+def augmented_pixels(
+    preprocess: Preprocess, images: np.ndarray, *, seed: int, **augment: Any
+) -> np.ndarray:
+    """Returns uint8 [B, S, S, C]: images [B, H, W, C] as training may see them, to look at.
+
+    Row r is drawn from (seed, r). Other arguments and errors as in `make_keyed_pixels`.
+    """
+    pixels = jax.jit(make_keyed_pixels(preprocess, **augment))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(len(images)))
+    found = np.asarray(pixels(jnp.asarray(images), keys))
+    return np.clip(np.rint(found), 0, 255).astype(np.uint8)
+
+
+def is_random(*, flip: bool, crop: str, ops: str = "") -> bool:
     """Whether such an augmentation draws anything: else one view of an example is all there is."""
-    return flip or crop != "none"
+    return flip or crop != "none" or any(op.random for _, op in read_ops(ops))

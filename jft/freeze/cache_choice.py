@@ -11,6 +11,7 @@ from jft.errors import ConfigError, nearest
 from jft.freeze.entry_store import Room
 
 MODES = ("off", "auto", "on")
+MIXED = "augment.mixup and augment.cutmix mix images anew at every visit, which no cache can hold"
 _LEAST_SAVING = 0.1  # of the phase's FLOPs; below it a cache is not worth its memory
 
 
@@ -34,6 +35,7 @@ class CacheCosts:
       entry_bytes: of one entry.
       room: what there is.
       fill_flops: an entry, if a shallower cache makes it less than `prefix_flops`.
+      mixed: whether a step mixes the pixels of pairs of images.
     """
 
     steps: int
@@ -45,6 +47,7 @@ class CacheCosts:
     entry_bytes: int
     room: Room
     fill_flops: float | None = None
+    mixed: bool = False
 
 
 def decide_cache(mode: str, costs: CacheCosts, what: str = "the cache") -> tuple[bool, str]:
@@ -55,7 +58,7 @@ def decide_cache(mode: str, costs: CacheCosts, what: str = "the cache") -> tuple
 
     Raises:
       ConfigError: an unknown mode; "on" where no memory holds the entries, or where every visit
-        draws a new augmentation.
+        draws a new augmentation or another partner to be mixed with.
     """
     if mode not in MODES:
         raise ConfigError(
@@ -65,6 +68,10 @@ def decide_cache(mode: str, costs: CacheCosts, what: str = "the cache") -> tuple
         return False, f"{what}: no, freeze.cache=off"
     if costs.prefix_flops <= 0:
         return False, f"{what}: no, no stage below the first trainable one computes anything"
+    if costs.mixed:
+        if mode == "on":
+            raise ConfigError(f"freeze.cache=on: {MIXED}; switch them off, or the cache")
+        return False, f"{what}: no, {MIXED}"
     if costs.views is None:
         if mode == "on":
             raise ConfigError(

@@ -68,6 +68,7 @@ class Inputs:
       prefix_flops: cut -> FLOPs of the stages below it, forward, an example.
       step_bytes: phase -> what a step takes of a device: leaves, batch, activations.
       loader: options of the image loader: workers, bad_image_quota, interpolation.
+      mixed: whether steps mix the pixels of pairs of images.
     """
 
     mode: str
@@ -86,6 +87,7 @@ class Inputs:
     prefix_flops: Callable[[int], float]
     step_bytes: Callable[[Phase], int]
     loader: Mapping[str, Any]
+    mixed: bool = False
     _memo: _Memo = field(default_factory=lambda: _Memo(), repr=False, compare=False)
 
     def choose(
@@ -124,7 +126,7 @@ class Inputs:
                 try:
                     text = self._decide(phase, phases, cuts, chosen)
                 except ConfigError:
-                    if settled or self.views is None:  # then no phase can have one
+                    if settled or self.views is None or self.mixed:  # no phase can have one then
                         raise
                     chosen[name] = ""
             made = Input("cache", cuts, chosen[name]) if chosen[name] else self.uncached(phase)
@@ -222,6 +224,7 @@ class Inputs:
             entry_bytes=self._entry_bytes(cuts),
             room=room,
             fill_flops=fill,
+            mixed=self.mixed,
         )
 
     def _entry_bytes(self, cuts: tuple[int, ...]) -> int:

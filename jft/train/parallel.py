@@ -137,16 +137,22 @@ def make_parallel(*, mode: str = "pmap", devices: int | None = None) -> Parallel
     return Parallel(mode, mesh)
 
 
-def check_batch_size(batch_size: int, accum_steps: int, parallel: Parallel) -> None:
-    """Raises ConfigError unless every device gets the same number of rows in each micro-batch."""
+def check_batch_size(
+    batch_size: int, accum_steps: int, parallel: Parallel, together: int = 1
+) -> None:
+    """Raises ConfigError unless every device gets the same number of rows in each micro-batch.
+
+    `together` rows are not to be parted: the pairs of mixup and cutmix.
+    """
     if accum_steps < 1:
         raise ConfigError(f"train.accum_steps: {accum_steps} should be 1 or more")
-    unit = parallel.num_devices * accum_steps
+    unit = parallel.num_devices * accum_steps * together
     if batch_size < 1 or batch_size % unit:
         near = max(unit, round(batch_size / unit) * unit)
+        pairs = f" x {together} rows that augment.mixup or cutmix mixes" if together > 1 else ""
         raise ConfigError(
             f"train.batch_size: {batch_size} does not divide into {parallel.num_devices} devices x"
-            f" {accum_steps} accum_steps; the nearest that does is {near}"
+            f" {accum_steps} accum_steps{pairs}; the nearest that does is {near}"
         )
 
 

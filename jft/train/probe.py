@@ -34,7 +34,7 @@ and an element's
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -45,6 +45,7 @@ from jax.sharding import PartitionSpec as P
 
 from jft.errors import ConfigError, DivergedError, nearest
 from jft.freeze.signals import exact, unit_snr
+from jft.train.micro import micro_batches
 from jft.train.parallel import AXIS, Parallel
 from jft.train.state import Frozen, frozen_norms, norm_of
 from jft.train.step import Batch, StepParts, make_loss_sums
@@ -184,7 +185,7 @@ class Probe:
             new = dict(sums, weight=sums["weight"] + weight)
             new["batches"] = sums["batches"] + (weight > 0)
             if self.signals - {"fisher"}:
-                grads = _gradients(loss_sums, self.parts.accum_steps, live, frozen, batch, key)
+                grads = _gradients(loss_sums, self.parts, live, frozen, batch, key)
                 new |= self._added(sums, new["batches"], grads, weight)
             if "fisher" in self.signals:
                 squares = self._squares(live, frozen, batch, key)
@@ -222,7 +223,8 @@ class Probe:
         Each device goes through its own rows one by one and holds one gradient at a time.
         """
         norms = frozenset(norm_of(path) for path in frozen.model_state)
-        loss_sums = make_loss_sums(self.parts, frozen_norms=norms)
+        # An example by itself has no partner to be mixed with.
+        loss_sums = make_loss_sums(replace(self.parts, mixing=None), frozen_norms=norms)
 
         def own(live: Flat, frozen: Frozen, batch: Batch, key: jax.Array) -> Flat:
             def body(total: Flat, example: Batch) -> tuple[Flat, None]:
@@ -311,21 +313,21 @@ def _ratio(value: jax.Array, divisor: jax.Array) -> jax.Array:
 
 def _gradients(
     loss_sums: Callable[..., Any],
-    micro: int,
+    parts: StepParts,
     live: Flat,
     frozen: Frozen,
     batch: Batch,
     key: jax.Array,
 ) -> Flat:
-    """Gradients of the batch's loss sum; micro-batches are those of the step, strided rows."""
+    """Gradients of the batch's loss sum; micro-batches are those of the step."""
     gradient = jax.grad(lambda *given: loss_sums(*given)[0])
+    micro = parts.accum_steps
     if micro == 1:
         return gradient(live, {}, frozen, batch, key)
-    rows = {n: x.reshape((x.shape[0] // micro, micro) + x.shape[1:]) for n, x in batch.items()}
+    micro_batch = micro_batches(batch, micro, parts.together)
 
     def body(total: Flat, at: jax.Array) -> tuple[Flat, None]:
-        part = {n: jax.lax.dynamic_index_in_dim(x, at, 1, False) for n, x in rows.items()}
-        return jax.tree.map(jnp.add, total, gradient(live, {}, frozen, part, key)), None
+        return jax.tree.map(jnp.add, total, gradient(live, {}, frozen, micro_batch(at), key)), None
 
     return jax.lax.scan(body, jax.tree.map(jnp.zeros_like, live), jnp.arange(micro))[0]
 

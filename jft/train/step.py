@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jft.data.mixing import PAIR, Mixing, mixed_sums
 from jft.freeze.phases import Elements
 from jft.losses import Loss
 from jft.metrics import batch_sums
 from jft.models.layers import Training
 from jft.stack_names import members
+from jft.train.micro import micro_batches
 from jft.train.state import WINDOW_SUMS, Frozen, TrainState
 from jft.tree import Flat, flatten, merge
 
@@ -39,6 +41,9 @@ class StepParts:
       log_every_steps: the running sums start anew after each multiple.
       kind: of the labels, see jft.data.protocol.
       eval_loss: as `loss`, for evaluation: without the weights of classes; None is `loss`.
+      mixing: mixes the images of pairs, and their losses; None mixes nothing.
+      test_time: (model input -> logits, uint8 images) -> logits, over several views of the images;
+        None sees each image once, by `eval_transform`.
     """
 
     apply: Callable[..., Any]
@@ -53,6 +58,13 @@ class StepParts:
     log_every_steps: int = 10
     kind: str = "class"
     eval_loss: Loss | None = None
+    mixing: Mixing | None = None
+    test_time: Callable[[Callable[[jax.Array], jax.Array], jax.Array], jax.Array] | None = None
+
+    @property
+    def together(self) -> int:
+        """Consecutive rows of the global batch that a micro-batch holds whole."""
+        return 1 if self.mixing is None else PAIR
 
 
 def make_loss_sums(
@@ -82,6 +94,9 @@ def make_loss_sums(
             x = parts.view_transform(batch["image"], batch["example"], batch["view"])
         else:
             x = parts.transform(batch["image"], pixel_key, batch["row"])
+        own = None
+        if parts.mixing is not None and "image" in batch:
+            x, own = parts.mixing(x, batch["mask"], batch["row"], key)
         logits, updated = parts.apply(
             variables,
             x,
@@ -90,8 +105,11 @@ def make_loss_sums(
             mutable=["batch_stats"],
             **begin,
         )
-        losses = parts.loss(logits, batch["label"])
-        sums = batch_sums(logits, batch["label"], batch["mask"], losses, parts.kind)
+        label, mask = batch["label"], batch["mask"]
+        if own is None:
+            sums = batch_sums(logits, label, mask, parts.loss(logits, label), parts.kind)
+        else:
+            sums = mixed_sums(parts.loss, logits, label, mask, own, parts.kind)
         moved = flatten(updated.get("batch_stats", {}))
         return sums["loss_sum"], (
             sums,
@@ -110,7 +128,7 @@ def features(table: jax.Array | None, batch: Mapping[str, jax.Array]) -> jax.Arr
 
 def _sum_gradients(
     loss_sums: Callable[..., Any],
-    accum_steps: int,
+    parts: StepParts,
     state: TrainState,
     frozen: Frozen,
     batch: Batch,
@@ -118,29 +136,21 @@ def _sum_gradients(
 ) -> tuple[Flat, dict[str, jax.Array], Flat]:
     """Returns (gradients of the loss sum, sums, moved statistics), over all micro-batches."""
     grad = jax.grad(loss_sums, has_aux=True)
-    if accum_steps == 1:
+    if parts.accum_steps == 1:
         grads, (sums, stats) = grad(state.params, state.model_state, frozen, batch, key)
         return grads, sums, stats
-
-    # Strided rows: micro-batch i holds the rows with index i modulo k on any device count. They are
-    # taken where they are used: a transposed copy of the batch would stay for the whole step.
-    def strided(leaf: jax.Array) -> jax.Array:
-        return leaf.reshape((leaf.shape[0] // accum_steps, accum_steps) + leaf.shape[1:])
-
-    parts = jax.tree.map(strided, batch)
+    micro_batch = micro_batches(batch, parts.accum_steps, parts.together)
 
     def body(carry: Any, index: jax.Array) -> tuple[Any, None]:
         grads, sums, stats = carry
-        rows = jax.tree.map(
-            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, 1, keepdims=False), parts
-        )
-        more, (micro_sums, stats) = grad(state.params, stats, frozen, rows, key)
+        more, (micro_sums, stats) = grad(state.params, stats, frozen, micro_batch(index), key)
         added = jax.tree.map(jnp.add, (grads, sums), (more, micro_sums))
         return (*added, stats), None
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     sums = {name: jnp.zeros((), jnp.float32) for name in WINDOW_SUMS}
-    carry, _ = jax.lax.scan(body, (zeros, sums, state.model_state), jnp.arange(accum_steps))
+    start = (zeros, sums, state.model_state)
+    carry, _ = jax.lax.scan(body, start, jnp.arange(parts.accum_steps))
     return carry
 
 
@@ -168,7 +178,7 @@ def make_train_step(
         rows = batch["label"].shape[0]
         first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * rows
         batch = dict(batch, row=first + jnp.arange(rows, dtype=jnp.int32))
-        grads, sums, stats = _sum_gradients(loss_sums, parts.accum_steps, state, frozen, batch, key)
+        grads, sums, stats = _sum_gradients(loss_sums, parts, state, frozen, batch, key)
         if axis_name is not None:
             grads, sums = jax.lax.psum((grads, sums), axis_name)
         # A quotient would be computed and kept for every leaf; a product is fused into its uses.
@@ -281,8 +291,14 @@ def make_eval_step(parts: StepParts) -> Callable[[Flat, Flat, Batch], dict[str, 
         variables: dict[str, Any] = {"params": merge(params)}
         if model_state:
             variables["batch_stats"] = merge(model_state)
-        logits = parts.apply(variables, parts.eval_transform(batch["image"]))
-        logits = logits.astype(jnp.float32)
+
+        def infer(images: jax.Array) -> jax.Array:
+            return parts.apply(variables, images).astype(jnp.float32)
+
+        if parts.test_time is None:
+            logits = infer(parts.eval_transform(batch["image"]))
+        else:
+            logits = parts.test_time(infer, batch["image"])
         loss = parts.eval_loss or parts.loss
         return {"logits": logits, "loss": loss(logits, batch["label"])}
 
