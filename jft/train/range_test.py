@@ -91,7 +91,8 @@ def range_test(
     # One update a window: the loss of each batch by itself. A step that diverges is seen here.
     parts = dataclasses.replace(run.parts, log_every_steps=1, nonfinite="stop")
     schedule = rising(steps)
-    run = dataclasses.replace(run, parts=parts, optim=run.optim._replace(schedule=schedule))
+    optim = dataclasses.replace(run.optim, schedules=(schedule,), follows={})
+    run = dataclasses.replace(run, parts=parts, optim=optim)
     trial = Trial(run, phase)
     rates, losses, averages = [], [], []
     held, stopped = 0.0, ""
