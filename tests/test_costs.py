@@ -33,12 +33,16 @@ MODELS = {
     # CPU the gradient of a strided depthwise convolution multiplies the zeros between its pixels,
     # 2 % of EfficientNet-Lite0 but a fifth of a network as small as this one.
     "efficientnet_lite_tiny": {"blocks": [[1, 3, 1, 1, 8], [1, 5, 1, 3, 16]]},
+    "efficientnet_tiny": {"blocks": [[1, 3, 1, 1, 64], [1, 5, 1, 3, 96]]},
 }
+SLOW = {"efficientnet_tiny"}  # its sibling without squeeze-and-excitation is in the default suite
 PHASES = {"head": "head", "half": "block[-1:] + final + head", "all": "all"}
 MODES = ("pmap", "auto")
 every_phase = pytest.mark.parametrize("phase", PHASES)
 every_mode = pytest.mark.parametrize("mode", MODES)
-every_model = pytest.mark.parametrize("model", MODELS)
+every_model = pytest.mark.parametrize(
+    "model", [pytest.param(m, marks=[pytest.mark.slow] if m in SLOW else []) for m in MODELS]
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,7 +84,8 @@ def later(make, *case):
 
 def cost(model: str, mode: str, phase: str, make=None) -> hlo.Cost:
     """What `make`, by default jft's own step, costs on one device of eight."""
-    cases = list(itertools.product(MODELS, MODES, PHASES))
+    models = [name for name in MODELS if name == model or not SLOW & {name, model}]
+    cases = list(itertools.product(models, MODES, PHASES))
     for case in cases:
         built(*case[:2])
     wanted = later(make or of_jft, model, mode, phase)
@@ -92,7 +97,7 @@ def cost(model: str, mode: str, phase: str, make=None) -> hlo.Cost:
 
 def config(model: str, mode: str) -> ConfigDict:
     path = built.folder / f"{model}.npz"
-    side = {"vit_tiny": 32, "efficientnet_lite_tiny": canvas_side(16, 0.875)}[model]
+    side = 32 if model == "vit_tiny" else canvas_side(16, 0.875)
     if not path.exists():
         label = np.arange(BATCH) % 10
         np.savez(path, image=np.zeros((BATCH, side, side, 3), np.uint8), label=label)

@@ -17,7 +17,7 @@ from jft.weights.convert import load_pretrained
 from jft.weights.export import export_weights
 
 
-@pytest.mark.parametrize("name", ["vit_tiny", "efficientnet_lite_tiny"])
+@pytest.mark.parametrize("name", ["vit_tiny", "efficientnet_lite_tiny", "efficientnet_tiny"])
 def test_convert_export_convert_is_bitwise(tmp_path, name):
     model = tiny(name)
     variables, report = load_pretrained(model, "random:0", scratch_dir=tmp_path)
@@ -27,6 +27,16 @@ def test_convert_export_convert_is_bitwise(tmp_path, name):
     assert second.coverage == 1.0 and second.preprocess == report.preprocess
     first = load_file(tmp_path / "random-0" / "model.safetensors")
     assert_bitwise(first, load_file(out / "model.safetensors"))
+
+
+@pytest.mark.parametrize("table", range(1, len(tiny("efficientnet_tiny").family.tables)))
+def test_every_table_of_a_family_reads_what_it_writes(tmp_path, table):
+    model = tiny("efficientnet_tiny")
+    variables, _ = load_pretrained(model, "random:0")
+    out = export_weights(model, variables, tmp_path / "out", table=table)
+    again, report = load_pretrained(model, f"file:{out}")
+    assert_bitwise(variables, again)
+    assert report.table == table and report.coverage == 1.0
 
 
 def test_export_of_equal_weights_is_the_same_file(tmp_path):

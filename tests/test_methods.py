@@ -663,8 +663,9 @@ def test_child_tuning_f_draws_elements_at_every_step():
 
 # All of them.
 
-MODELS = {"vit4": vit(4), "vit12": vit(12), "efficientnet": groups_of("efficientnet_lite_tiny")}
-UNFIT = {("efficientnet", "attention_only"), ("vit12", "chain_thaw", 8)}
+MODELS = {"vit4": vit(4), "vit12": vit(12)}
+MODELS |= {"lite": groups_of("efficientnet_lite_tiny"), "se": groups_of("efficientnet_tiny")}
+UNFIT = {("lite", "attention_only"), ("se", "attention_only"), ("vit12", "chain_thaw", 8)}
 
 
 @pytest.mark.parametrize("total", [8, 1000])

@@ -11,11 +11,14 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jft.errors import ConfigError
+from jft.flops import analytic_flops
+from jft.hlo import count
 from jft.models.family import Preprocess
 from jft.models.layers import Training
+from jft.models.mbconv import scale_width
 from jft.models.table import FORMS, Entry, Table, choose_table, to_jft, to_source
 from jft.models.zoo import FAMILIES, list_models, make_model
-from jft.tree import flatten, unflatten
+from jft.tree import count_params, flatten, unflatten
 
 TINY = ("efficientnet_lite_tiny", "efficientnet_tiny", "vit_tiny")
 SMALL = {
@@ -38,8 +41,9 @@ def images(count=4, size=SIZE, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
+@functools.cache
 def shapes_of(name):
-    model = make_model(name=name, num_classes=7)
+    model = make_model(name=name, num_classes=1000)
     size = model.preprocess.image_size
     variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
     return model, variables
@@ -99,13 +103,101 @@ def test_every_leaf_has_one_stage_one_group_and_one_source_name(name):
         assert any(re.fullmatch(pattern, path) for path in paths), group
 
 
-def test_parameter_counts_are_the_published_ones():
-    wanted = {"efficientnet_lite0": 4_652_008, "vit_b16": 86_567_656, "vit_l32": 306_535_400}
-    for name, count in wanted.items():
-        model = make_model(name=name, num_classes=1000)
-        image = jnp.zeros((1, 224, 224, 3))
-        params = flatten(jax.eval_shape(model.init, jax.random.key(0), image)["params"])
-        assert sum(leaf.size for leaf in params.values()) == count
+PUBLISHED = {
+    "vit_b16": 86_567_656,
+    "vit_l32": 306_535_400,
+    "efficientnet_lite0": 4_652_008,
+    "efficientnet_lite1": 5_416_680,
+    "efficientnet_lite2": 6_092_072,
+    "efficientnet_lite3": 8_197_096,
+    "efficientnet_lite4": 13_006_568,
+    "efficientnet_b0": 5_288_548,
+    "efficientnet_b1": 7_794_184,
+    "efficientnet_b2": 9_109_994,
+    "efficientnet_b3": 12_233_232,
+    "efficientnet_b4": 19_341_616,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_counts_are_the_published_ones(name):
+    assert count_params(flatten(shapes_of(name)[1]["params"])) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize(
+    ("channels", "width", "divisor", "scaled"),
+    [(32, 1.1, 8, 32), (24, 1.1, 8, 24), (112, 1.1, 8, 120), (320, 1.4, 8, 448), (11, 1.0, 8, 16)]
+    + [(16, 0.25, 8, 8), (40, 0.4, 4, 16), (70, 0.4, 4, 28), (7, 1.0, 1, 7)],
+)
+def test_width_is_rounded_to_the_divisor_and_keeps_nine_tenths(channels, width, divisor, scaled):
+    assert scale_width(channels, width, divisor) == scaled
+
+
+# depthwise_padding in the config.json of google/efficientnet-b0 to b4.
+SYMMETRIC = {"b0": [], "b1": [16], "b2": [5, 8, 16], "b3": [5, 18], "b4": [6]}
+
+
+@pytest.mark.parametrize("variant", SYMMETRIC)
+def test_source_config_is_the_one_that_hugging_face_publishes(variant):
+    model = make_model(name=f"efficientnet_{variant}", num_classes=1000)
+    config = model.family.source_config(model)
+    assert config["depthwise_padding"] == SYMMETRIC[variant]
+    assert config["hidden_dim"] == {"b2": 1408, "b3": 1536, "b4": 1792}.get(variant, 1280)
+    assert config["in_channels"] == [32, 16, 24, 40, 80, 112, 192]
+    assert config["image_size"] == model.preprocess.image_size
+
+
+def test_padding_by_size_is_fixed_padding_with_the_blocks_that_halve_odd_sizes():
+    size = 20  # 10 pixels after the stem, 5 after the second block
+    args = {"blocks": ((1, 3, 1, 1, 64), (1, 3, 2, 2, 64), (1, 5, 2, 2, 64)), "image_size": size}
+    model = make_model(name="efficientnet_tiny", args=args, num_classes=5)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, size, size, 3)))
+    x = images(2, size)
+    outputs = {}
+    for blocks in ((), (1,), (2,)):
+        fixed = {**args, "padding": "fixed", "symmetric_blocks": blocks}
+        other = make_model(name="efficientnet_tiny", args=fixed, num_classes=5)
+        outputs[blocks] = np.asarray(other.apply(variables, x, stop=4))
+    wanted = model.apply(variables, x, stop=4)
+    assert model.family.source_config(model)["depthwise_padding"] == [2]
+    np.testing.assert_array_equal(outputs[(2,)], wanted)
+    for blocks in ((), (1,)):
+        same = outputs[blocks].shape == wanted.shape
+        assert not (same and np.array_equal(outputs[blocks], wanted)), blocks
+
+
+def test_every_fact_is_about_a_variant_and_says_where_it_comes_from():
+    for family in FAMILIES.values():
+        assert not set(family.facts) - set(family.variants)
+        for name, facts in family.facts.items():
+            assert facts.source is None or facts.source.startswith(("hf:", "pkg:")), name
+            assert facts.licence is not None or facts.source is None, name
+            assert (facts.top1 is None) == (facts.cite is None), name
+            assert facts.top1 is None or 50 < facts.top1 < 100, name
+
+
+def test_squeeze_and_excitation_is_counted_as_compiled():
+    # No stride: see test_costs.
+    blocks = ((1, 3, 1, 1, 64), (2, 5, 1, 2, 32))
+
+    def flops(**args):
+        model, variables = tiny("efficientnet_tiny", blocks=blocks, **args)
+        params, rest = variables["params"], {"batch_stats": variables["batch_stats"]}
+
+        def loss(params, rest, x):
+            return jnp.sum(model.apply({"params": params, **rest}, x) ** 2)
+
+        x = images(2)
+        compiled = jax.jit(jax.grad(loss)).lower(params, rest, x).compile()
+        return analytic_flops(loss, params, rest, x).total, count(compiled).flops
+
+    # Blocks of 8, 16 and 8 channels within, with 8, 16 and 8 at their input: 0.25 and 1 of those.
+    analytic, compiled = flops()
+    more, _ = flops(squeeze_ratio=1.0)
+    assert compiled == pytest.approx(analytic, rel=0.05)
+    inner_times_squeezed = [8 * (8 - 2), 32 * (16 - 4), 16 * (8 - 2)]
+    # Two products a block, 2 FLOPs a multiply-add and row, each once forward and twice backward.
+    assert more - analytic == 3 * 2 * 2 * 2 * sum(inner_times_squeezed)
 
 
 def loss_and_grads(model, variables, x, label, weight, index, axis_name=None):
@@ -251,6 +343,18 @@ def test_mean_pooling_needs_no_class_token():
         ("efficientnet_lite_tiny", {"blocks": 3}, ("model.args.blocks", "list")),
         ("efficientnet_lite_tiny", {"blocks": [[1, 2]]}, ("model.args.blocks", "5")),
         ("efficientnet_lite_tiny", {"norm_epsilon": 0.0}, ("model.args.norm_epsilon", "0")),
+        ("efficientnet_b5", {}, ("model.name", "'efficientnet_b")),
+        ("efficientnet_tiny", {"width": 0.0}, ("model.args.width", "0")),
+        ("efficientnet_tiny", {"padding": "valid"}, ("model.args.padding", "'valid'", "fixed")),
+        ("efficientnet_tiny", {"image_size": 33}, ("model.args.image_size", "33", "fixed")),
+        ("efficientnet_tiny", {"symmetric_blocks": [1]}, ("model.args.symmetric_blocks", "same")),
+        (
+            "efficientnet_tiny",
+            {"padding": "fixed", "symmetric_blocks": [4]},
+            ("model.args.symmetric_blocks", "4"),
+        ),
+        ("efficientnet_tiny", {"blocks": [[1, 4, 1, 1, 8]]}, ("model.args.blocks", "odd")),
+        ("efficientnet_tiny", {"blocks": [[1, 3, 3, 1, 8]]}, ("model.args.blocks", "1 or 2")),
     ],
 )
 def test_a_wrong_argument_is_one_line_with_its_key(name, args, words):

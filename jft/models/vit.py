@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jft.models.family import Family, Preprocess, range_faults
+from jft.models.family import Facts, Family, Preprocess, range_faults
 from jft.models.layers import (
     INIT,
     Dense,
@@ -278,6 +278,13 @@ def _faults(module: VisionTransformer, image_size: int) -> dict[str, str]:
     return wrong
 
 
+def _facts(source: str, top1: float | None = None, cite: str | None = None) -> Facts:
+    return Facts(f"hf:{source}", "Apache-2.0", top1, cite)
+
+
+# Google published no small ones for Hugging Face; DeiT's (arXiv:2012.12877) have their form.
+_DEIT = "github.com/facebookresearch/deit, README_deit.md"
+
 FAMILY = Family(
     name="vit",
     module=VisionTransformer,
@@ -308,4 +315,12 @@ FAMILY = Family(
     variant_from_config=variant_from_config,
     faults=_faults,
     first_conv="embed/patch/kernel",
+    facts={
+        "vit_ti16": _facts("facebook/deit-tiny-patch16-224", 72.2, _DEIT),
+        "vit_s16": _facts("facebook/deit-small-patch16-224", 79.9, _DEIT),
+        "vit_b16": _facts("google/vit-base-patch16-224"),
+        "vit_b32": _facts("google/vit-base-patch32-384"),
+        "vit_l16": _facts("google/vit-large-patch16-224"),
+        "vit_l32": _facts("google/vit-large-patch32-384"),
+    },
 )

@@ -135,9 +135,9 @@ VERBS: dict[str, Verb] = {
     ),
     "models": Verb(
         "jft.verbs.models:models",
-        "list models, or `show NAME`",
+        "names by pattern; `list PATTERN`: sizes and published weights; `show NAME`: stages",
         (),
-        ("PATTERN", "*", "shell pattern of names, or: show NAME"),
+        ("PATTERN", "*", "shell pattern of names, or: list PATTERN, or: show NAME"),
     ),
     "weights": Verb(
         "jft.verbs.weights:weights",
