@@ -11,12 +11,11 @@ import optax
 import optax.contrib
 import pytest
 
-from jft.errors import ConfigError
 from jft.freeze.groups import make_groups
 from jft.freeze.methods import make_phases
 from jft.train.optim import make_optim
-from jft.train.optimizers import OPTIMIZERS, REFUSED
-from jft.train.state import Frozen, TrainState, fill, leaves_by_path, make_state, switch_phase
+from jft.train.optimizers import OPTIMIZERS
+from jft.train.state import fill, leaves_by_path, make_state, switch_phase
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -33,6 +32,8 @@ MASK = {path: leaf.ndim >= 2 for path, leaf in PARAMS.items()}
 UNMASKED = ("dadapt_adamw", "madgrad", "muon", "novograd", "prodigy")
 FREE = ("schedule_free_adamw", "schedule_free_sgd")
 ALL = [[".*", True]]
+NAMES = [*OPTIMIZERS, "optax.adamw", "optax.contrib.lion"]
+TEXT, STEPS = "head@10 | all@14 | head", 18
 
 
 def phases_of(text="all", steps=100, **kw):
@@ -42,6 +43,8 @@ def phases_of(text="all", steps=100, **kw):
 
 def section_of(name, steps=100, **kw):
     kw = dict(learning_rate=RATES.get(name, 3e-2), schedule="constant", weight_decay=DECAY) | kw
+    if name in UNMASKED or name in FREE:
+        kw.setdefault("decay_rules", ALL)
     return make_optim([(0, steps)], PARAMS, STAGES, name=name, **kw)
 
 
@@ -50,8 +53,8 @@ def gradients(params, step):
     return {path: 0.5 * leaf + 0.1 * (step % 3) - 0.2 for path, leaf in params.items()}
 
 
-def run(tx, extra, steps=10):
-    """The params after so many updates from PARAMS."""
+def run(tx, extra, start=PARAMS, steps=10):
+    """The params and the optimizer's state after so many updates."""
 
     @jax.jit
     def all_steps(params):
@@ -62,13 +65,17 @@ def run(tx, extra, steps=10):
 
         return jax.lax.scan(body, (params, tx.init(params)), jnp.arange(steps))[0]
 
-    return all_steps(jax.tree.map(jnp.asarray, PARAMS))
+    return all_steps(jax.tree.map(jnp.asarray, start))
 
 
 def ours(section, steps=10):
     phase = phases_of()[0]
     rates = section.rates(phase)
-    return run(section.tx(phase), lambda step: dict(step=step, rates=rates), steps)
+    return run(section.tx(phase), lambda step: dict(step=step, rates=rates), steps=steps)
+
+
+def _mask(tree):
+    return {path: MASK[path] for path in tree}
 
 
 def reference(name, rate):
@@ -81,16 +88,16 @@ def reference(name, rate):
     if name == "muon":
         return make(rate, weight_decay=DECAY, adam_weight_decay=DECAY)
     if name == "adafactor":  # its decay does not follow the rate
-        return make(rate, weight_decay_rate=rate * DECAY, weight_decay_mask=MASK)
+        return make(rate, weight_decay_rate=rate * DECAY, weight_decay_mask=_mask)
     if "learning_rate" not in takes:
-        return optax.chain(make(), optax.add_decayed_weights(DECAY, MASK), optax.scale(-rate))
+        return optax.chain(make(), optax.add_decayed_weights(DECAY, _mask), optax.scale(-rate))
     if name in UNMASKED or name in FREE:
         return make(rate, weight_decay=DECAY)
     if mask:
-        return make(rate, weight_decay=DECAY, **{mask: MASK})
+        return make(rate, weight_decay=DECAY, **{mask: _mask})
     decay = DECAY if callable(rate) else rate * DECAY
     by_rate = optax.scale_by_learning_rate(rate) if callable(rate) else optax.scale(-1)
-    after = optax.chain(optax.set_to_zero(), optax.add_decayed_weights(decay, MASK), by_rate)
+    after = optax.chain(optax.set_to_zero(), optax.add_decayed_weights(decay, _mask), by_rate)
     return sum_of(make(rate), after)
 
 
@@ -111,72 +118,12 @@ def assert_close(a, b, bar=1e-6):
         np.testing.assert_allclose(a[path], b[path], rtol=bar, atol=bar, err_msg=path)
 
 
-@pytest.mark.parametrize("name", [*OPTIMIZERS, "optax.adamw", "optax.contrib.lion"])
-def test_ten_updates_equal_those_of_optax(name):
-    rules = ALL if name in UNMASKED or name in FREE else []
-    params, _ = ours(section_of(name, decay_rules=rules))
-    rate = RATES.get(name, 3e-2)
-    theirs, _ = run(reference(name.replace("contrib.", ""), rate), lambda step: {})
-    assert_close(params, theirs)
-    assert all(np.any(params[path] != PARAMS[path]) for path in PARAMS)
-
-
-SCHEDULED = (
-    "adafactor cocob dadapt_adamw dog fromage lamb lars lion madgrad muon novograd prodigy rmsprop"
-)
-
-
-@pytest.mark.parametrize("name", SCHEDULED.split())
-def test_a_schedule_enters_as_optax_has_it(name):
-    shape = dict(schedule="cosine", warmup_steps=4, decay_rules=ALL if name in UNMASKED else [])
-    args = {"momentum": 0.9} if name == "rmsprop" else {}
-    section = section_of(name, steps=12, args=args, **shape)
-    if name == "adafactor":
-        section = dataclasses.replace(section, weight_decay=0.0)
-        theirs = optax.adafactor(section.schedule)
-    elif name == "rmsprop":
-        section = dataclasses.replace(section, weight_decay=0.0)
-        theirs = optax.rmsprop(section.schedule, **args)
-    else:
-        theirs = reference(name, section.schedule)
-    assert_close(ours(section)[0], run(theirs, lambda step: {})[0])
-
-
-def test_schedule_free_warms_up_as_optax_has_it():
-    section = section_of("schedule_free_adamw", warmup_steps=4, decay_rules=ALL)
-    base = optax.chain(
-        optax.scale_by_rms(decay=0.999, eps=1e-8, eps_in_sqrt=False, bias_correction=True),
-        optax.add_decayed_weights(DECAY),
-        optax.scale_by_learning_rate(section.schedule),
-    )
-    # optax asks for the rate of the averaging weight at counts from 1, of the base from 0.
-    theirs = optax.contrib.schedule_free(base, lambda count: section.schedule(count - 1))
-    (params, state), (expected, held) = ours(section), run(theirs, lambda step: {})
-    assert_close(params, expected)
-    evaluated = section.eval_params(state, params)
-    assert_close(evaluated, optax.contrib.schedule_free_eval_params(held, expected))
-    assert any(np.abs(evaluated[path] - params[path]).max() > 1e-3 for path in params)
-
-
-@pytest.mark.parametrize("name", UNMASKED)
-def test_only_leaves_that_decay_decay(name):
-    """Without a mask in optax: those that decay differ, by the decay, and no other does."""
-    steps = 1 if name in ("prodigy", "dadapt_adamw") else 10
-    part = ours(section_of(name), steps)[0]
-    none = ours(section_of(name, weight_decay=0.0), steps)[0]
-    everything = ours(section_of(name, decay_rules=ALL), steps)[0]
-    for path, decays in MASK.items():
-        np.testing.assert_array_equal(part[path], (everything if decays else none)[path])
-        if steps > 1:
-            assert np.any(everything[path] != none[path])
-
-
 class Rehearsal:
     """A run without a model: phases, compiled updates, and a state that may be saved anywhere."""
 
-    def __init__(self, name, text="head@4 | all@8 | head", enforce="split", **kw):
-        self.section, self.enforce = section_of(name, steps=12, grad_clip_norm=1.0, **kw), enforce
-        self.phases, self.compiled = phases_of(text, steps=12), {}
+    def __init__(self, name, text=TEXT, enforce="split", **kw):
+        self.section, self.enforce = section_of(name, steps=STEPS, **kw), enforce
+        self.phases, self.compiled = phases_of(text, steps=STEPS), {}
 
     def tx(self, phase):
         return self.section.tx(phase, self.enforce)
@@ -201,7 +148,9 @@ class Rehearsal:
 
             def update(state, rates):
                 grads = gradients(state.params, state.step)
-                found = tx.update(grads, state.opt_state, state.params, step=state.step, rates=rates)
+                found = tx.update(
+                    grads, state.opt_state, state.params, step=state.step, rates=rates
+                )
                 moved = {p: x + found[0][p] if mask[p] else x for p, x in state.params.items()}
                 return dataclasses.replace(
                     state, step=state.step + 1, params=moved, opt_state=found[1]
@@ -224,15 +173,19 @@ class Rehearsal:
         restored = [fill(t, flat) for t, flat in zip(template, disk, strict=True)]
         return (*restored, {slot: np.array(leaf) for slot, leaf in parked.items()})
 
-    def whole(self, save_at=()):
-        """The end of the run; saved and restored in phase 1 and right before a switch, if asked."""
+    def phase_end(self, held, at, save=False):
+        """The end of phase `at`; saved and restored in its middle and right before the switch."""
+        phase = self.phases[at]
+        held = self.switch(held, at) if at else held
+        held = self.go(held, at, 2)
+        held = self.saved(held, at) if save else held
+        held = self.go(held, at, phase.stop_step - phase.start_step - 2)
+        return self.saved(held, at) if save else held
+
+    def whole(self, save=False):
         held = self.start()
         for at in range(len(self.phases)):
-            held = self.switch(held, at) if at else held
-            held = self.go(held, at, 2)
-            held = self.saved(held, at) if "middle" in save_at and at == 1 else held
-            held = self.go(held, at, 2)
-            held = self.saved(held, at) if "end" in save_at else held
+            held = self.phase_end(held, at, save)
         return held
 
     def evaluated(self, held):
@@ -247,18 +200,82 @@ def bits(held):
     return {name: np.asarray(leaf).tobytes() for name, leaf in flat.items()}
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@functools.cache
+def rehearsal(name):
+    return Rehearsal(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ten_updates_equal_those_of_optax(name):
+    params = rehearsal(name).phase_end(rehearsal(name).start(), 0)[0].params
+    rate = RATES.get(name, 3e-2)
+    start = {path: PARAMS[path] for path in params}
+    theirs, _ = run(reference(name.replace("contrib.", ""), rate), lambda step: {}, start)
+    assert_close(params, theirs)
+    assert all(np.any(params[path] != PARAMS[path]) for path in params)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_run_with_two_switches_resumes_bitwise(name):
-    rehearsal = Rehearsal(name)
-    straight = rehearsal.whole()
-    assert bits(rehearsal.whole(save_at=("middle", "end"))) == bits(straight)
+    straight = rehearsal(name).whole()
+    assert bits(rehearsal(name).whole(save=True)) == bits(straight)
     state, frozen, _ = straight
-    assert int(state.step) == 12
+    assert int(state.step) == STEPS
     held = [path for path in PARAMS for leaf in leaves_by_path(state.opt_state) if path in leaf]
     assert all(path.startswith("head/") for path in held), "state of frozen leaves"
     ends = {**state.params, **frozen.params}
     for path, leaf in ends.items():
         assert np.all(np.isfinite(leaf)) and np.any(np.asarray(leaf) != PARAMS[path]), path
+
+
+SCHEDULED = (
+    "adafactor cocob dadapt_adamw dog fromage lamb lars lion madgrad muon novograd prodigy rmsprop"
+)
+
+
+@pytest.mark.parametrize("name", SCHEDULED.split())
+def test_a_schedule_enters_as_optax_has_it(name):
+    shape = dict(schedule="cosine", warmup_steps=4)
+    args = {"momentum": 0.9} if name == "rmsprop" else {}
+    section = section_of(name, steps=12, args=args, **shape)
+    if name == "adafactor":
+        section = dataclasses.replace(section, weight_decay=0.0)
+        theirs = optax.adafactor(section.schedule)
+    elif name == "rmsprop":
+        section = dataclasses.replace(section, weight_decay=0.0)
+        theirs = optax.rmsprop(section.schedule, **args)
+    else:
+        theirs = reference(name, section.schedule)
+    assert_close(ours(section)[0], run(theirs, lambda step: {})[0])
+
+
+def test_schedule_free_warms_up_as_optax_has_it():
+    section = section_of("schedule_free_adamw", warmup_steps=4)
+    base = optax.chain(
+        optax.scale_by_rms(decay=0.999, eps=1e-8, eps_in_sqrt=False, bias_correction=True),
+        optax.add_decayed_weights(DECAY),
+        optax.scale_by_learning_rate(section.schedule),
+    )
+    # optax asks for the rate of the averaging weight at counts from 1, of the base from 0.
+    theirs = optax.contrib.schedule_free(base, lambda count: section.schedule(count - 1))
+    (params, state), (expected, held) = ours(section), run(theirs, lambda step: {})
+    assert_close(params, expected)
+    evaluated = section.eval_params(state, params)
+    assert_close(evaluated, optax.contrib.schedule_free_eval_params(held, expected))
+    assert any(np.abs(evaluated[path] - params[path]).max() > 1e-3 for path in params)
+
+
+@pytest.mark.parametrize("name", UNMASKED)
+def test_only_leaves_that_decay_decay(name):
+    """Without a mask in optax: those that decay differ, by the decay, and no other does."""
+    steps = 1 if name in ("prodigy", "dadapt_adamw") else 10
+    part = ours(section_of(name, decay_rules=[]), steps)[0]
+    none = ours(section_of(name, weight_decay=0.0), steps)[0]
+    everything = ours(section_of(name), steps)[0]
+    for path, decays in MASK.items():
+        np.testing.assert_array_equal(part[path], (everything if decays else none)[path])
+        if steps > 1:
+            assert np.any(everything[path] != none[path])
 
 
 KINDS = ("lion", "lamb", "muon", "adafactor", "prodigy", "dog", "sm3", "schedule_free_adamw")
