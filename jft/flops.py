@@ -77,6 +77,15 @@ def analytic_flops(loss_fn: Callable[..., Any], trainable: Any, frozen: Any, *da
     return _Walker().cost(closed.jaxpr, live, used, grad).flops
 
 
+def forward_flops(function: Callable[..., Any], *args: Any) -> int:
+    """Returns the FLOPs of the products in `function(*args)`, arrays or shapes; of no gradient."""
+    closed = jax.make_jaxpr(function)(*args)
+    none = (False,) * len(closed.jaxpr.invars)
+    outputs = len(closed.jaxpr.outvars)
+    cost = _Walker().cost(closed.jaxpr, none, (True,) * outputs, (False,) * outputs)
+    return cost.flops.forward
+
+
 def _convolution_flops(eqn: JaxprEqn) -> int:
     params, numbers = eqn.params, eqn.params["dimension_numbers"]
     lhs, rhs, out = (_shape(var) for var in (*eqn.invars, eqn.outvars[0]))

@@ -49,6 +49,7 @@ def plan_phases(
             phase.stop_step,
             phase.mask,
             optim.tx(phase),
+            rates=None if optim.optimizer.stacks == "whole" else optim.rates(phase),
             key=phase.key,
             extra_bytes=_extra_bytes(task, phase, optim),
             elementwise=phase.elements is not None,

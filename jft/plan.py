@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from jft.flops import Flops, analytic_flops
+from jft.flops import Flops, analytic_flops, forward_flops
 from jft.tree import Flat, count_bytes, count_params, split
 
 Mask = Mapping[str, bool]
@@ -35,6 +35,7 @@ class PhaseParts:
       stop_step: the step at which the next phase starts.
       mask: {path: True where trainable}.
       tx: an optax transformation over the trainable flat dict.
+      rates: what its update takes, where it may multiply matrices; None counts no product in it.
       key: equal for phases that share one compiled step; None is like no other.
       extra_bytes: of what its step takes beside leaves and optimizer state.
       elementwise: whether only some elements of the trainable leaves move.
@@ -46,6 +47,7 @@ class PhaseParts:
     stop_step: int
     mask: Mask
     tx: Any
+    rates: Any = None
     key: Any = None
     extra_bytes: int = 0
     elementwise: bool = False
@@ -71,6 +73,7 @@ class PhasePlan:
       forward_flops: products of the forward pass of one step.
       flops: products of one step, forward and backward.
       full_flops: the same if every leaf trained.
+      optimizer_flops: products of the update, in neither of them.
       optimizer_bytes: of the optimizer's state.
       all_reduce_bytes: of the gradients and the metric sums that devices add up in a step.
       argument_bytes: trainable and frozen leaves, optimizer state, and the loss's other inputs.
@@ -101,6 +104,7 @@ class PhasePlan:
     spoiler_flops: int = 0
     compiled: int = 0
     event: str = ""
+    optimizer_flops: int = 0
 
     @property
     def bound(self) -> float:
@@ -132,15 +136,19 @@ def make_plan(
       scalars_bytes: metric sums that are reduced beside the gradients.
     """
     keys: dict[Any, int] = {}
-    optimizers: dict[Any, int] = {}
+    optimizers: dict[Any, tuple[int, int]] = {}
     plans = []
     for index, phase in enumerate(phases):
         key = ("phase", index) if phase.key is None else phase.key
         number = keys.setdefault(key, len(keys))
         if number not in optimizers:
             trainable, _ = split(costs.params, phase.mask)
-            optimizers[number] = optimizer_bytes(phase.tx, trainable)
-        plan = _phase_plan(index, phase, costs, optimizers[number])
+            optimizers[number] = (
+                optimizer_bytes(phase.tx, trainable),
+                optimizer_flops(phase.tx, trainable, phase.rates),
+            )
+        held, products = optimizers[number]
+        plan = _phase_plan(index, phase, costs, held)
         more = costs.data_bytes + phase.extra_bytes
         plans.append(
             replace(
@@ -148,6 +156,7 @@ def make_plan(
                 all_reduce_bytes=plan.all_reduce_bytes + scalars_bytes,
                 argument_bytes=plan.argument_bytes + more,
                 compiled=number,
+                optimizer_flops=products,
             )
         )
     return plans
@@ -247,6 +256,17 @@ def _phase_plan(index: int, phase: PhaseParts, costs: Costs, optimizer: int) -> 
 def optimizer_bytes(tx: Any, trainable: Flat) -> int:
     """Returns the bytes of the state that `tx` keeps for `trainable`."""
     return _tree_bytes(jax.eval_shape(tx.init, trainable))
+
+
+def optimizer_flops(tx: Any, trainable: Flat, rates: Any) -> int:
+    """Returns the FLOPs of the products in an update of `tx`; 0 where there are no rates for it."""
+    if rates is None:
+        return 0
+
+    def update(leaves: Flat, step: Any, now: Any) -> Any:
+        return tx.update(leaves, tx.init(leaves), leaves, step=step, rates=now)
+
+    return forward_flops(update, trainable, jax.ShapeDtypeStruct((), "int32"), rates)
 
 
 def _tree_bytes(tree: Any) -> int:

@@ -46,9 +46,10 @@ def check_cost(
       stages: of the model, from input to output.
       devices: of the run; one alone reduces nothing.
     """
-    off = cost.flops / plan.flops - 1 if plan.flops else 0.0
+    planned_flops = plan.flops + plan.optimizer_flops
+    off = cost.flops / planned_flops - 1 if planned_flops else 0.0
     text = (
-        f"{cost.flops / 1e9:.4g} GFLOP a step compiled, {plan.flops / 1e9:.4g} planned"
+        f"{cost.flops / 1e9:.4g} GFLOP a step compiled, {planned_flops / 1e9:.4g} planned"
         f" ({off:+.1%}), temporaries {cost.temp_bytes / 1e6:.4g} MB,"
         f" arguments {cost.argument_bytes / 1e6:.4g} MB"
     )
@@ -63,7 +64,7 @@ def check_cost(
         more = f"{plan.argument_bytes / 1e6:.4g} MB of arguments are planned"
         return f"warning: the step holds more than its phase: {text}; {more}"
     names = consumers(cost.scopes, mask, stages)
-    if not names and cost.flops - plan.flops <= _strided(cost.scopes):
+    if not names and cost.flops - planned_flops <= _strided(cost.scopes):
         return f"{text}: on this backend gradients of strided convolutions multiply zeros"
     found = f": gradients of what is frozen are computed in {', '.join(names)}" if names else ""
     return f"warning: the step costs more than its phase: {text}{found}"
