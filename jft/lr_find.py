@@ -45,12 +45,18 @@ def lr_find(
         raise ConfigError(f"--steps={steps}: a range test needs at least {FEWEST_STEPS}")
     with tempfile.TemporaryDirectory(prefix="jft-lr-find-") as folder:
         run = setup(config, Path(folder), model=model)
-        return [range_test(run, each, steps, tell) for each in _chosen(run.phases, phase)]
+        return [range_test(run, each, steps, tell) for each in chosen(run.phases, phase)]
 
 
-def _chosen(phases: Sequence[Phase], which: str) -> list[Phase]:
+def chosen(phases: Sequence[Phase], which: str) -> list[Phase]:
+    """Returns the phases to test; `which` is a number, or "all": one of each set and factor.
+
+    Raises:
+      ConfigError: there is no such phase, or too many.
+    """
     if which == "all":
-        distinct = {(each.key, each.lr_scale): each for each in reversed(phases)}
+        # From the start weights it does not matter which leaves trained before.
+        distinct = {(frozenset(each.entered), each.lr_scale): each for each in reversed(phases)}
         found = sorted(distinct.values(), key=lambda each: each.index)
         if len(found) > MOST_SETS:
             raise ConfigError(
