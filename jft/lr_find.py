@@ -91,7 +91,7 @@ def table(tests: Sequence[RangeTest]) -> Table:
     """Returns the tests as a table; of several phases with their factors on `best`."""
     base = best(tests)
     names = list(dict.fromkeys(name for test in tests for name in test.suggestions))
-    several = len(tests) > 1 and base is not None
+    several = len(tests) > 1
     rows = [["phase", "train", "updates", "lowest loss", *names]]
     rows[0] += ["times the lowest"] if several else []
     for test in tests:
@@ -100,8 +100,8 @@ def table(tests: Sequence[RangeTest]) -> Table:
         lowest = f"{min(test.averages):.4g}" if test.averages else "-"
         rows.append([str(test.phase), test.name, f"{len(test.rates)}{ended}", lowest, *shown])
         if several:
-            factor = test.suggestions[DEFAULT] / base if test.suggestions else None
-            rows[-1].append("-" if factor is None else f"{factor:.3g}")
+            own = test.suggestions.get(DEFAULT)
+            rows[-1].append(f"{own / base:.3g}" if own and base else "-")
     return Table(rows, frozenset({1}))
 
 
