@@ -45,12 +45,18 @@ def lr_find(
         raise ConfigError(f"--steps={steps}: a range test needs at least {FEWEST_STEPS}")
     with tempfile.TemporaryDirectory(prefix="jft-lr-find-") as folder:
         run = setup(config, Path(folder), model=model)
-        return [range_test(run, each, steps, tell) for each in _chosen(run.phases, phase)]
+        return [range_test(run, each, steps, tell) for each in chosen(run.phases, phase)]
 
 
-def _chosen(phases: Sequence[Phase], which: str) -> list[Phase]:
+def chosen(phases: Sequence[Phase], which: str) -> list[Phase]:
+    """Returns the phases to test; `which` is a number, or "all": one of each set and factor.
+
+    Raises:
+      ConfigError: there is no such phase, or too many.
+    """
     if which == "all":
-        distinct = {(each.key, each.lr_scale): each for each in reversed(phases)}
+        # From the start weights it does not matter which leaves trained before.
+        distinct = {(frozenset(each.entered), each.lr_scale): each for each in reversed(phases)}
         found = sorted(distinct.values(), key=lambda each: each.index)
         if len(found) > MOST_SETS:
             raise ConfigError(
@@ -85,7 +91,7 @@ def table(tests: Sequence[RangeTest]) -> Table:
     """Returns the tests as a table; of several phases with their factors on `best`."""
     base = best(tests)
     names = list(dict.fromkeys(name for test in tests for name in test.suggestions))
-    several = len(tests) > 1 and base is not None
+    several = len(tests) > 1
     rows = [["phase", "train", "updates", "lowest loss", *names]]
     rows[0] += ["times the lowest"] if several else []
     for test in tests:
@@ -94,8 +100,8 @@ def table(tests: Sequence[RangeTest]) -> Table:
         lowest = f"{min(test.averages):.4g}" if test.averages else "-"
         rows.append([str(test.phase), test.name, f"{len(test.rates)}{ended}", lowest, *shown])
         if several:
-            factor = test.suggestions[DEFAULT] / base if test.suggestions else None
-            rows[-1].append("-" if factor is None else f"{factor:.3g}")
+            own = test.suggestions.get(DEFAULT)
+            rows[-1].append(f"{own / base:.3g}" if own and base else "-")
     return Table(rows, frozenset({1}))
 
 

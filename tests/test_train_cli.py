@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from jft.cli import main
 from jft.config import load_config
 from jft.task import make_task
+from jft.train.checkpoint import Checkpoints
 from jft.tree import flatten
 from jft.weights.convert import load_pretrained
 
@@ -467,11 +468,36 @@ def test_a_dry_run_leaves_no_trace(photos, stopped, tmp_path, capsys, monkeypatc
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
     before = files_in(stopped)
     out = output_of(capsys, *train_line(photos, stopped, "--dry_run"))
-    assert "step 1/1" in out and "eval accuracy" in out
+    for words in (
+        *("step 1/1", "eval accuracy", "val 12, test 12 examples", "restored equal, bit for bit"),
+        *("stepped    phase 0 (head)", "stepped    phase 1 (all)", "of the host at the most"),
+    ):
+        assert words in out
+    assert out.splitlines()[-1].startswith("all good in ") and "the 4 steps of the run" in out
     assert files_in(stopped) == before and list(scratch.iterdir()) == []
     missing = tmp_path / "never"
     output_of(capsys, *train_line(photos, missing, "--dry_run"))
     assert not missing.exists() and list(scratch.iterdir()) == []
+
+
+def test_a_dry_run_exits_4_if_a_leaf_comes_back_as_another(photos, capsys, monkeypatch):
+    def restore(checkpoints, *args, **kwargs):
+        found = plain(checkpoints, *args, **kwargs)
+        if found is not None:
+            name = next(name for name in found.state if name.startswith("opt_state/"))
+            found.state[name] = found.state[name] + 1
+        return found
+
+    plain = Checkpoints.restore
+    monkeypatch.setattr(Checkpoints, "restore", restore)
+    line, code, _ = error_of(capsys, *train_line(photos, "x", "--dry_run"))
+    assert code == 4 and "state/opt_state/" in line and "restored as something else" in line
+
+
+def test_a_dry_run_evaluates_a_few_batches_of_each_split(photos, capsys):
+    small = "--config.eval.batch_size=2"
+    out = output_of(capsys, *train_line(photos, "x", "--dry_run", small))
+    assert "val 8, test 8 examples" in out
 
 
 def test_the_summary_shows_weights_groups_phases_data_and_devices(photos, tmp_path, capsys):

@@ -18,6 +18,8 @@ class Eta:
         """Takes the run; nothing is measured yet."""
         self.run = run
         self._stretches: list[tuple[int, int, float]] = []
+        self._phases: Sequence[Phase] = ()
+        self._planned: list[float | None] = []
         self._seconds: dict[str, float] = {}
         self._per_example: float | None = None
 
@@ -29,11 +31,14 @@ class Eta:
           phases: all of the run, as far as they are known.
           flops: of a step of `phase` as it is compiled, on one device; None where not counted.
         """
+        if phases is not self._phases:  # of hundreds of phases, keys of hundreds of leaves
+            self._phases = phases
+            self._planned = [self.run.flops.get(each.key) for each in phases]
         self._stretches = []
-        for each in phases:
-            planned = self.run.flops.get(each.key)
-            same = each.key == phase.key or not flops or not planned
-            factor = 1.0 if same else planned / flops
+        for each, planned in zip(phases, self._planned, strict=True):
+            factor = 1.0
+            if planned is not None and flops and each.key != phase.key:
+                factor = planned / flops
             self._stretches.append((each.start_step, each.stop_step, factor))
 
     def evaluated(self, split: str, seconds: float) -> None:
