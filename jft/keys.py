@@ -192,8 +192,8 @@ KEYS: dict[str, Key] = {
     "parallel.mode": Key(
         "pmap",
         str,
-        "pmap, or auto: jit with shardings (needed for several processes)",
-        choices=("pmap", "auto"),
+        "pmap, shard_map, or auto: jit with shardings; several processes need one of the last two",
+        choices=("pmap", "shard_map", "auto"),
     ),
     "parallel.devices": Key(None, int | None, "devices to use; None is all", low=1),
     "log.every_steps": Key(10, int, "updates between lines of metrics.jsonl", low=1),

@@ -12,6 +12,7 @@ import optax
 
 from jft.errors import WeightsError
 from jft.freeze.phases import Phase
+from jft.train import ema
 from jft.tree import Flat, split
 
 WINDOW_SUMS = ("loss_sum", "correct_sum", "weight_sum")
@@ -28,6 +29,7 @@ class TrainState:
       opt_state: optax state, over the trainable leaves only.
       window: sums since the last logged step, kept here so that a resumed run logs the same.
       faults: "total" non-finite steps so far, "halted" 1 once the run must stop; [] int32.
+      averages: of trainable leaves and moving statistics, see `jft.train.ema`; {} for none.
     """
 
     step: Any
@@ -36,6 +38,7 @@ class TrainState:
     opt_state: Any
     window: Flat
     faults: Flat
+    averages: ema.Averages = flax.struct.field(default_factory=dict)
 
 
 @flax.struct.dataclass
@@ -89,8 +92,9 @@ def make_state(
     params: Flat,
     model_state: Flat,
     enforce: str = "split",
+    averages: bool = False,
 ) -> tuple[TrainState, Frozen]:
-    """Returns the state at step 0 from all leaves of the model."""
+    """Returns the state at step 0 from all leaves of the model, with or without averages."""
     trainable, frozen = split_phase(phase, params, model_state, enforce)
     zero = np.zeros((), np.int32)
     state = TrainState(
@@ -100,6 +104,7 @@ def make_state(
         opt_state=tx.init(trainable[0]),
         window={name: np.zeros((), np.float32) for name in WINDOW_SUMS},
         faults={"total": zero, "halted": zero},
+        averages=ema.start(*trainable, phase.mask) if averages else {},
     )
     return state, Frozen(*frozen)
 
@@ -157,8 +162,13 @@ def switch_phase(
         )
     ]
     opt_state = jax.tree_util.tree_unflatten(structure, moved)
+    averages = ema.start(*trainable, phase.mask, state.averages) if state.averages else {}
     state = dataclasses.replace(
-        state, params=trainable[0], model_state=trainable[1], opt_state=opt_state
+        state,
+        params=trainable[0],
+        model_state=trainable[1],
+        opt_state=opt_state,
+        averages=averages,
     )
     return state, Frozen(*rest), parked
 

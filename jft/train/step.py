@@ -1,7 +1,6 @@
 """One training step: merge, forward, backward over the trainable leaves, clip, update."""
 
 import functools
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,9 @@ from jft.freeze.phases import Elements
 from jft.losses import Loss
 from jft.metrics import batch_sums
 from jft.models.layers import Training
-from jft.stack_names import members
+from jft.train import ema, sharpness
+from jft.train.accumulate import sum_gradients
+from jft.train.draws import add_noise, choose_elements
 from jft.train.state import WINDOW_SUMS, Frozen, TrainState
 from jft.tree import Flat, flatten, merge
 
@@ -39,6 +40,10 @@ class StepParts:
       log_every_steps: the running sums start anew after each multiple.
       kind: of the labels, see jft.data.protocol.
       eval_loss: as `loss`, for evaluation: without the weights of classes; None is `loss`.
+      ema_decay: of the moving average, see `jft.train.ema`; None keeps none.
+      sam_rho: of sharpness-aware minimisation, see `jft.train.sharpness`; None takes one pass.
+      grad_noise: eta of `jft.train.draws.add_noise`; 0 adds none.
+      in_parts: whether `apply` takes `start` and `stop`.
     """
 
     apply: Callable[..., Any]
@@ -53,6 +58,19 @@ class StepParts:
     log_every_steps: int = 10
     kind: str = "class"
     eval_loss: Loss | None = None
+    ema_decay: float | None = None
+    sam_rho: float | None = None
+    grad_noise: float = 0.0
+    in_parts: bool = False
+
+    def __post_init__(self):
+        """Checks what the keys of the config cannot say.
+
+        Raises:
+          ConfigError: a decay, rho or eta out of its range.
+        """
+        ema.check_decay(self.ema_decay)
+        sharpness.check_rho(self.sam_rho)
 
 
 def make_loss_sums(
@@ -66,7 +84,7 @@ def make_loss_sums(
 
     It is what a step differentiates by `params`, the trainable leaves; batch has "row", the place
     of each example in the global batch. A batch without images has what the stages below the cut
-    made of them: "features", or "entry" of the table in `frozen.cache`.
+    made of them: "features", or "entry" of the table in `frozen.cache`; or `look` made its "input".
     """
 
     def loss_sums(params: Flat, stats: Flat, frozen: Frozen, batch: Batch, key: jax.Array):
@@ -75,13 +93,10 @@ def make_loss_sums(
             variables["batch_stats"] = merge(stats, frozen.model_state)
         training = Training(batch["mask"], batch["row"], axis_name, cut, frozen_norms)
         pixel_key, dropout_key = jax.random.split(key)
-        begin: dict[str, Any] = {}
-        if "image" not in batch:
-            x, begin = features(frozen.cache.get("table"), batch), {"start": cut}
-        elif "view" in batch and parts.view_transform is not None:
-            x = parts.view_transform(batch["image"], batch["example"], batch["view"])
-        else:
-            x = parts.transform(batch["image"], pixel_key, batch["row"])
+        if "image" in batch:
+            batch = look(parts, batch, pixel_key)
+        begin = {} if "input" in batch else {"start": cut}
+        x = features(frozen.cache.get("table"), batch) if begin else batch["input"]
         logits, updated = parts.apply(
             variables,
             x,
@@ -101,6 +116,32 @@ def make_loss_sums(
     return loss_sums
 
 
+def look(parts: StepParts, batch: Batch, key: jax.Array) -> Batch:
+    """Returns a batch of images with the model's "input" in their place, augmentation done."""
+    seen = {name: x for name, x in batch.items() if name not in ("image", "example", "view")}
+    if "view" in batch and parts.view_transform is not None:
+        seen["input"] = parts.view_transform(batch["image"], batch["example"], batch["view"])
+    else:
+        seen["input"] = parts.transform(batch["image"], key, batch["row"])
+    return seen
+
+
+def look_once(parts: StepParts, cut: int, frozen: Frozen, batch: Batch, key: jax.Array) -> Batch:
+    """Returns a batch with all that two passes of a step share: no trainable leaf changes it.
+
+    That is the augmented input and, where the model runs in parts, the output of the frozen prefix.
+    """
+    if "image" not in batch:
+        return batch
+    batch = look(parts, batch, jax.random.split(key)[0])
+    if not (cut and parts.in_parts and frozen.params):  # under enforce="optax" nothing is apart
+        return batch
+    variables: dict[str, Any] = {"params": merge(frozen.params)}
+    if frozen.model_state:
+        variables["batch_stats"] = merge(frozen.model_state)
+    return {**batch, "features": parts.apply(variables, batch.pop("input"), stop=cut)}
+
+
 def features(table: jax.Array | None, batch: Mapping[str, jax.Array]) -> jax.Array:
     """Returns the suffix's input [B, ...], inside the step."""
     if table is None:
@@ -108,40 +149,48 @@ def features(table: jax.Array | None, batch: Mapping[str, jax.Array]) -> jax.Arr
     return table.at[batch["entry"]].get(mode="promise_in_bounds")
 
 
-def _sum_gradients(
-    loss_sums: Callable[..., Any],
-    accum_steps: int,
-    state: TrainState,
-    frozen: Frozen,
-    batch: Batch,
-    key: jax.Array,
-) -> tuple[Flat, dict[str, jax.Array], Flat]:
-    """Returns (gradients of the loss sum, sums, moved statistics), over all micro-batches."""
-    grad = jax.grad(loss_sums, has_aux=True)
-    if accum_steps == 1:
-        grads, (sums, stats) = grad(state.params, state.model_state, frozen, batch, key)
-        return grads, sums, stats
+def _make_gradients(
+    parts: StepParts,
+    mask: dict[str, bool],
+    *,
+    cut: int,
+    frozen_norms: frozenset[str],
+    axis_name: str | None,
+    elements: Elements | None,
+) -> Callable[..., tuple[Flat, Flat, Flat]]:
+    """Returns f(state, frozen, batch, key) -> (mean gradients, sums, moved statistics)."""
+    loss_sums = make_loss_sums(parts, cut=cut, frozen_norms=frozen_norms, axis_name=axis_name)
 
-    # Strided rows: micro-batch i holds the rows with index i modulo k on any device count. They are
-    # taken where they are used: a transposed copy of the batch would stay for the whole step.
-    def strided(leaf: jax.Array) -> jax.Array:
-        return leaf.reshape((leaf.shape[0] // accum_steps, accum_steps) + leaf.shape[1:])
-
-    parts = jax.tree.map(strided, batch)
-
-    def body(carry: Any, index: jax.Array) -> tuple[Any, None]:
-        grads, sums, stats = carry
-        rows = jax.tree.map(
-            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, 1, keepdims=False), parts
+    def at(
+        state: TrainState, frozen: Frozen, batch: Batch, key: jax.Array, params: Flat, first: Any
+    ) -> tuple[Flat, Flat, Flat]:
+        """The gradients at `params`; a second pass takes the sums of the first."""
+        grads, sums, stats = sum_gradients(
+            loss_sums, parts.accum_steps, params, state.model_state, frozen, batch, key
         )
-        more, (micro_sums, stats) = grad(state.params, stats, frozen, rows, key)
-        added = jax.tree.map(jnp.add, (grads, sums), (more, micro_sums))
-        return (*added, stats), None
+        if axis_name is not None:
+            grads, sums = jax.lax.psum((grads, sums if first is None else {}), axis_name)
+        sums = sums if first is None else first
+        # A quotient would be computed and kept for every leaf; a product is fused into its uses.
+        share = 1.0 / jnp.maximum(sums["weight_sum"], 1.0)
+        means = jax.tree.map(lambda grad: (grad * share).astype(grad.dtype), grads)
+        if elements is not None:
+            means = choose_elements(elements, means, frozen.elements, key)
+        return means, sums, stats
 
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
-    sums = {name: jnp.zeros((), jnp.float32) for name in WINDOW_SUMS}
-    carry, _ = jax.lax.scan(body, (zeros, sums, state.model_state), jnp.arange(accum_steps))
-    return carry
+    def gradients(state: TrainState, frozen: Frozen, batch: Batch, key: jax.Array):
+        if parts.sam_rho is None:
+            means, sums, stats = at(state, frozen, batch, key, state.params, None)
+        else:
+            if parts.accum_steps == 1:  # else the prefix of every micro-batch would be kept
+                batch = look_once(parts, cut, frozen, batch, key)
+            near = functools.partial(at, state, frozen, batch, key)
+            means, sums, stats = sharpness.two_passes(near, state.params, mask, parts.sam_rho)
+        if parts.grad_noise:
+            means = add_noise(means, mask, key, state.step, parts.grad_noise)
+        return means, sums, stats
+
+    return gradients
 
 
 def make_train_step(
@@ -161,35 +210,32 @@ def make_train_step(
     under jit alone, where the batch is whole), and divided once by the number of examples that
     count: ragged masks, accumulation and the number of devices change nothing.
     """
-    loss_sums = make_loss_sums(parts, cut=cut, frozen_norms=frozen_norms, axis_name=axis_name)
+    how = {"cut": cut, "frozen_norms": frozen_norms, "axis_name": axis_name}
+    gradients = _make_gradients(parts, mask, elements=elements, **how)
 
     def step(state: TrainState, frozen: Frozen, batch: Batch):
         key = jax.random.fold_in(jax.random.key(parts.seed), state.step)
         rows = batch["label"].shape[0]
         first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * rows
         batch = dict(batch, row=first + jnp.arange(rows, dtype=jnp.int32))
-        grads, sums, stats = _sum_gradients(loss_sums, parts.accum_steps, state, frozen, batch, key)
-        if axis_name is not None:
-            grads, sums = jax.lax.psum((grads, sums), axis_name)
-        # A quotient would be computed and kept for every leaf; a product is fused into its uses.
-        share = 1.0 / jnp.maximum(sums["weight_sum"], 1.0)
-        means = jax.tree.map(lambda grad: (grad * share).astype(grad.dtype), grads)
-        if elements is not None:
-            means = _choose_elements(elements, means, frozen.elements, key)
+        means, sums, stats = gradients(state, frozen, batch, key)
         # The norm, like everything after it, sees the trainable leaves alone.
         norm = optax.tree.norm({path: mean for path, mean in means.items() if mask[path]})
         faults = _count_fault(parts, state.faults, sums["loss_sum"], norm)
         take = (faults["total"] == state.faults["total"]) & (faults["halted"] == 0)
 
-        update = functools.partial(_update, tx, mask, means, stats, state.step, frozen)
-        old = (state.params, state.model_state, state.opt_state)
+        update = functools.partial(
+            _update, tx, mask, means, stats, state.step, frozen, parts.ema_decay
+        )
+        old = (state.params, state.model_state, state.opt_state, state.averages)
         if parts.nonfinite == "skip":
             # A branch, not a selection leaf by leaf: no leaf is held twice, the update stays fused.
-            params, model_state, opt_state = jax.lax.cond(take, update, lambda old: old, old)
+            moved = jax.lax.cond(take, update, lambda old: old, old)
         else:
             # No branch, so no gradient waits for the norm: each is used up as soon as it is there.
             # What a halted run computes after its fault is neither logged nor saved.
-            params, model_state, opt_state = update(old)
+            moved = update(old)
+        params, model_state, opt_state, averages = moved
         window = _add_to_window(parts, state, sums, take)
         metrics = dict(
             window,
@@ -198,7 +244,8 @@ def make_train_step(
             nonfinite_steps=faults["total"],
             halted=faults["halted"],
         )
-        return TrainState(state.step + 1, params, model_state, opt_state, window, faults), metrics
+        state = TrainState(state.step + 1, params, model_state, opt_state, window, faults, averages)
+        return state, metrics
 
     return step
 
@@ -219,10 +266,14 @@ def _update(
     stats: Flat,
     step: jax.Array,
     frozen: Frozen,
-    old: tuple[Flat, Flat, Any],
-) -> tuple[Flat, Flat, Any]:
-    """Returns (params, statistics, optimizer state) after mean gradients and moved statistics."""
-    params, _, opt_state = old
+    decay: float | None,
+    old: tuple[Flat, Flat, Any, ema.Averages],
+) -> tuple[Flat, Flat, Any, ema.Averages]:
+    """Returns `old` after mean gradients and moved statistics.
+
+    That is (params, statistics, optimizer state, averages).
+    """
+    params, _, opt_state, averages = old
     updates, opt_state = tx.update(means, opt_state, params, step=step, rates=frozen.rates)
     # Weight decay moves elements whose gradient is zero.
     for path, chosen in frozen.elements.items():
@@ -231,34 +282,9 @@ def _update(
         path: leaf + updates[path].astype(leaf.dtype) if mask[path] else leaf
         for path, leaf in params.items()
     }
-    return moved, stats, opt_state
-
-
-# Folded into a step's key for its element-wise mask; `split` in the loss gives other keys.
-_ELEMENT_FOLD = 0xE1E
-
-
-def _choose_elements(elements: Elements, means: Flat, fixed: Flat, key: jax.Array) -> Flat:
-    """Returns the gradients of the elements that train, zero elsewhere.
-
-    "fixed" takes the masks of `Frozen.elements`. "bernoulli" draws each element anew with
-    probability `share` and divides by it, so that the expected gradient stays what it was.
-    """
-    if elements.kind == "fixed":
-        chosen = {path: jnp.where(mask, means[path], 0.0) for path, mask in fixed.items()}
-        return {**means, **chosen}
-    key = jax.random.fold_in(key, _ELEMENT_FOLD)
-    drawn: Flat = {}
-    for path, mean in means.items():
-        held = members(path)
-        own = [jax.random.fold_in(key, zlib.crc32(member.encode())) for member in held]
-        if held == (path,):
-            keep = jax.random.bernoulli(own[0], elements.share, mean.shape)
-        else:
-            shape = mean.shape[1:]
-            keep = jnp.stack([jax.random.bernoulli(k, elements.share, shape) for k in own])
-        drawn[path] = jnp.where(keep, mean / elements.share, 0.0).astype(mean.dtype)
-    return drawn
+    if decay is not None:
+        averages = ema.update(averages, moved, stats, step, decay)
+    return moved, stats, opt_state, averages
 
 
 def _count_fault(parts: StepParts, faults: Flat, loss: jax.Array, norm: jax.Array) -> Flat:
