@@ -137,6 +137,22 @@ KEYS: dict[str, Key] = {
     "optim.per_phase": Key(
         False, bool, "warm-up and schedule start again in each phase as written"
     ),
+    "optim.ema_decay": Key(
+        None,
+        float | None,
+        "decay of a moving average of what trains, to evaluate and export; None keeps none",
+        low=0,
+        high=1,
+    ),
+    "optim.sam_rho": Key(
+        None,
+        float | None,
+        "radius of sharpness-aware minimisation, which takes two passes a step; None takes one",
+        low=0,
+    ),
+    "optim.grad_noise": Key(
+        0.0, float, "Gaussian noise on gradients, of variance grad_noise / (1 + step)^0.55", low=0
+    ),
     "loss.name": Key(
         "softmax",
         str,
@@ -168,6 +184,20 @@ KEYS: dict[str, Key] = {
         choices=("stop", "skip"),
     ),
     "train.nonfinite_quota": Key(10, int, "skipped updates before the run stops after all", low=0),
+    "train.patience_evals": Key(
+        None,
+        int | None,
+        "evaluations in a row without an improvement that end the run, with its best checkpoint;"
+        " counted once every leaf that is to train has begun to; None never ends it early",
+        low=1,
+    ),
+    "train.patience_metric": Key(
+        None, str | None, "metric that has to improve; None is checkpoint.best"
+    ),
+    "train.min_delta": Key(0.0, float, "an improvement is larger than this", low=0),
+    "train.restore_best": Key(
+        False, bool, "end with the best checkpoint by checkpoint.best, also without stopping early"
+    ),
     "eval.every_steps": Key(
         None,
         int | None,
@@ -179,6 +209,11 @@ KEYS: dict[str, Key] = {
     ),
     "eval.splits": Key(
         ["val", "test"], list, "splits evaluated after the last update, where the data has them"
+    ),
+    "eval.raw": Key(
+        False,
+        bool,
+        "with optim.ema_decay: also evaluate the parameters as they are, logged as eval_raw/...",
     ),
     "checkpoint.every_steps": Key(
         None, int | None, "updates between saves; None saves at the end and on a signal only", low=1

@@ -76,6 +76,11 @@ def finish(sums: Mapping[str, jax.Array | float], kind: str = "class") -> dict[s
     return means
 
 
+def lower_is_better(metric: str) -> bool:
+    """Whether a metric of evaluations, "eval/loss", is better the smaller it is."""
+    return metric.endswith(("loss", "error", "mae", "mse", "brier"))
+
+
 def confusion_matrix(label: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
     """Counts [K, K] int64: row = true class, column = predicted class.
 

@@ -1,5 +1,6 @@
 """What a run will do and cost, from shapes alone: plan.json and the tables to show before it."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,9 +20,9 @@ from jft.plan_text import plan_table
 from jft.task import Task, batch_shapes
 from jft.train.optim import OptimSection
 from jft.train.parallel import Parallel
-from jft.train.state import WINDOW_SUMS, Frozen, first_trainable_stage, frozen_norms
-from jft.train.step import StepParts, make_loss_sums
-from jft.tree import Flat
+from jft.train.state import WINDOW_SUMS, Frozen, first_trainable_stage, frozen_norms, norm_of
+from jft.train.step import StepParts, look_once, make_loss_sums
+from jft.tree import Flat, count_bytes, split
 
 
 def plan_phases(
@@ -47,6 +48,8 @@ def plan_phases(
             key=phase.key,
             extra_bytes=_extra_bytes(task, phase, optim),
             elementwise=phase.elements is not None,
+            average_bytes=_average_bytes(task, phase) if parts.averages else 0,
+            passes=parts.passes,
             event=phase.event,
         )
         for phase in phases
@@ -60,6 +63,14 @@ def _extra_bytes(task: Task, phase: Phase, optim: OptimSection) -> int:
     if phase.elements is not None and phase.elements.kind == "fixed":
         extra += sum(math.prod(task.shapes[0][path].shape) for path in phase.entered)
     return extra
+
+
+def _average_bytes(task: Task, phase: Phase) -> int:
+    """Bytes of the averages of trainable leaves and moving statistics."""
+    params, stats = task.shapes
+    fixed = frozen_norms(phase.mask, stats)
+    moving = {path: leaf for path, leaf in stats.items() if norm_of(path) not in fixed}
+    return count_bytes({path: params[path] for path in phase.entered}) + count_bytes(moving)
 
 
 def loss_costs(
@@ -76,15 +87,21 @@ def loss_costs(
     # The state's own scalars: step, the window's sums, the two fault counters; 4 bytes each.
     scalars = jax.ShapeDtypeStruct((3 + len(WINDOW_SUMS),), np.int32)
 
-    def make_loss(mask: Mapping[str, bool]) -> Any:
+    def make_loss(mask: Mapping[str, bool], passes: int = 1) -> Any:
         fixed = frozen_norms(dict(mask), stats)
         cut = first_trainable_stage(dict(mask), task.model.stages)
         sums = make_loss_sums(parts, cut=cut, frozen_norms=fixed)
+        moves = {path: norm_of(path) not in fixed for path in stats}
+        once = passes > 1 and parts.accum_steps == 1
 
         def loss(trainable: Flat, frozen: Flat, stats: Flat, batch: Flat, _: Any) -> jax.Array:
             batch = dict(batch, row=jnp.arange(rows, dtype=jnp.int32))
+            moving, still = split(stats, moves)
+            rest, key = Frozen(frozen, still), jax.random.key(0)
             try:
-                return sums(trainable, stats, Frozen(frozen, {}), batch, jax.random.key(0))[0]
+                seen = look_once(parts, cut, rest, batch, key) if once else batch
+                losses = [sums(trainable, moving, rest, seen, key)[0] for _ in range(passes)]
+                return functools.reduce(jnp.add, losses)
             except NameError as error:
                 if "axis name" not in str(error):
                     raise
@@ -95,7 +112,8 @@ def loss_costs(
 
         return loss
 
-    return Costs(params, task.stages, make_loss, (stats, batch, scalars))
+    every = functools.partial(make_loss, passes=parts.passes)
+    return Costs(params, task.stages, make_loss, (stats, batch, scalars), every)
 
 
 def describe_plan(

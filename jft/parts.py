@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from jft.data.images import make_eval_transform, make_train_transform, make_view_transform
 from jft.data.sources import Splits
 from jft.errors import ConfigError
+from jft.freeze.cache_choice import runs_in_parts
 from jft.losses import Loss, balanced_pos_weights, balanced_weights, make_loss
 from jft.task import Task
 from jft.train.step import StepParts
@@ -21,7 +22,7 @@ def make_parts(task: Task, labels: np.ndarray | None = None) -> StepParts:
     evaluation does.
     """
     config = task.config
-    train = config.train
+    train, optim = config.train, config.optim
     loss = make_task_loss(task, None)
     return StepParts(
         apply=task.model.apply,
@@ -36,7 +37,21 @@ def make_parts(task: Task, labels: np.ndarray | None = None) -> StepParts:
         nonfinite=train.nonfinite,
         nonfinite_quota=train.nonfinite_quota,
         log_every_steps=config.log.every_steps,
+        ema_decay=optim.ema_decay,
+        sam_rho=optim.sam_rho,
+        grad_noise=optim.grad_noise,
+        in_parts=runs_in_parts(task.model.apply),
     )
+
+
+# Keys of the section `optim` that change the step, beside the optimizer itself.
+STEP_KEYS = ("ema_decay", "sam_rho", "grad_noise")
+
+
+def optim_section(config: ConfigDict) -> dict[str, Any]:
+    """Returns what `make_optim` takes of the section `optim`."""
+    section = plain_section(config.optim)
+    return {name: value for name, value in section.items() if name not in STEP_KEYS}
 
 
 def make_task_loss(task: Task, labels: np.ndarray | None) -> Loss:

@@ -38,6 +38,8 @@ class PhaseParts:
       key: equal for phases that share one compiled step; None is like no other.
       extra_bytes: of what its step takes beside leaves and optimizer state.
       elementwise: whether only some elements of the trainable leaves move.
+      average_bytes: of the moving averages that its state holds.
+      passes: how often its step differentiates.
       event: what may end it before `stop_step`, or "".
     """
 
@@ -49,6 +51,8 @@ class PhaseParts:
     key: Any = None
     extra_bytes: int = 0
     elementwise: bool = False
+    average_bytes: int = 0
+    passes: int = 1
     event: str = ""
 
 
@@ -72,8 +76,10 @@ class PhasePlan:
       flops: products of one step, forward and backward.
       full_flops: the same if every leaf trained.
       optimizer_bytes: of the optimizer's state.
+      average_bytes: of moving averages.
       all_reduce_bytes: of the gradients and the metric sums that devices add up in a step.
-      argument_bytes: trainable and frozen leaves, optimizer state, and the loss's other inputs.
+      argument_bytes: trainable and frozen leaves, optimizer state, averages, and the loss's other
+        inputs.
       spoilers: the few trainable leaves low in the network that force the gradient through a
         prefix which would be frozen without them.
       spoiler_flops: what they add to each step.
@@ -101,6 +107,7 @@ class PhasePlan:
     spoiler_flops: int = 0
     compiled: int = 0
     event: str = ""
+    average_bytes: int = 0
 
     @property
     def bound(self) -> float:
@@ -165,7 +172,12 @@ class Costs:
     """
 
     def __init__(
-        self, params: Flat, stages: Sequence[str], make_loss: MakeLoss, data: Sequence[Any]
+        self,
+        params: Flat,
+        stages: Sequence[str],
+        make_loss: MakeLoss,
+        data: Sequence[Any],
+        make_passes: MakeLoss | None = None,
     ):
         """Analyses nothing yet.
 
@@ -174,6 +186,8 @@ class Costs:
           stages: from input to output; a leaf's stage is the first part of its path.
           make_loss: mask -> loss_fn(trainable, frozen, *data), as the step of such a phase runs it.
           data: shapes of what else the loss takes: statistics, batch.
+          make_passes: as `make_loss`, the sum of all passes of a step that differentiates more than
+            once; None stands for one.
 
         Raises:
           ValueError: a leaf lies in no stage.
@@ -184,6 +198,7 @@ class Costs:
                 raise ValueError(f"leaf {path!r} is in none of the stages {', '.join(stages)}")
         self.data_bytes = _tree_bytes(data)
         self._make_loss, self._data = make_loss, data
+        self._make_passes = make_passes or make_loss
         self._known: dict[frozenset[str], Flops] = {}
         self._spoilers: dict[frozenset[str], tuple[tuple[str, ...], int]] = {}
 
@@ -191,7 +206,7 @@ class Costs:
         """Returns the cost of a step with that trainable set."""
         key = self._key(mask)
         if key not in self._known:
-            loss = self._make_loss(mask)
+            loss = self._make_passes(mask)
             self._known[key] = analytic_flops(loss, *split(self.params, mask), *self._data)
         return self._known[key]
 
@@ -236,11 +251,12 @@ def _phase_plan(index: int, phase: PhaseParts, costs: Costs, optimizer: int) -> 
         flops=cost.total,
         full_flops=costs.flops(dict.fromkeys(costs.params, True)).total,
         optimizer_bytes=optimizer,
-        all_reduce_bytes=count_bytes(trainable),
-        argument_bytes=count_bytes(costs.params) + optimizer,
+        all_reduce_bytes=phase.passes * count_bytes(trainable),
+        argument_bytes=count_bytes(costs.params) + optimizer + phase.average_bytes,
         spoilers=spoilers,
         spoiler_flops=extra,
         event=phase.event,
+        average_bytes=phase.average_bytes,
     )
 
 

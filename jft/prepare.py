@@ -17,8 +17,9 @@ from jft.errors import ConfigError, nearest
 from jft.freeze.masks import Mask
 from jft.freeze.methods import make_freeze
 from jft.freeze.schedule import FreezeSchedule
+from jft.metrics import lower_is_better
 from jft.overview import describe_plan, loss_costs, plan_phases, summary, tables
-from jft.parts import loss_labels, make_parts, plain_section
+from jft.parts import loss_labels, make_parts, optim_section, plain_section
 from jft.report.rundir import read_json
 from jft.report.writers import RunWriter
 from jft.run_files import write_decisions, write_run_files
@@ -26,6 +27,7 @@ from jft.task import Task, batch_shapes, initial_leaves, make_data, make_task, w
 from jft.train.checkpoint import Checkpoints
 from jft.train.optim import OptimSection, make_optim
 from jft.train.parallel import Parallel, check_batch_size, make_parallel
+from jft.train.patience import Stopping
 from jft.train.run import Run
 from jft.train.step import StepParts
 from jft.tree import Flat
@@ -79,10 +81,33 @@ def make_schedule(
         task.stages,
         prescribed=schedule.recipe_schedule,
         events=bool(schedule.watched),
-        **plain_section(config.optim),
+        **optim_section(config),
     )
     check_batch_size(train.batch_size, train.accum_steps, parallel)
     return schedule, optim
+
+
+def make_stopping(config: ConfigDict, splits: Splits) -> Stopping:
+    """Returns what ends a run early, and whether it ends with its best checkpoint.
+
+    Raises:
+      ConfigError: an unknown metric, or nothing that measures it in time.
+    """
+    train, best = config.train, config.checkpoint.best
+    metric = train.patience_metric or best or "eval/loss"
+    if metric not in METRICS:
+        raise ConfigError(f"train.patience_metric: no metric {metric!r}{nearest(metric, METRICS)}")
+    key = "patience_evals" if train.patience_evals is not None else "restore_best"
+    if train.patience_evals is not None or train.restore_best:
+        if best is None:
+            raise ConfigError(f"train.{key}: needs checkpoint.best, which says what is best")
+        if config.eval.every_steps is None:
+            raise ConfigError(f"train.{key}: needs eval.every_steps")
+        if "val" not in evaluated_splits(config, splits):
+            raise ConfigError(
+                f"train.{key}: needs the split 'val': data.val_fraction, and 'val' in eval.splits"
+            )
+    return Stopping(train.patience_evals, metric, train.min_delta, best, train.restore_best)
 
 
 def evaluated_splits(config: ConfigDict, splits: Splits) -> tuple[str, ...]:
@@ -201,13 +226,15 @@ def _make_run(
         inputs=inputs,
         summary=summary(task, splits, parallel, schedule, optim, plans, conversion),
         scanned=task.scanned,
+        eval_raw=config.eval.raw,
+        stopping=make_stopping(config, splits),
     )
 
 
 def make_checkpoints(config: ConfigDict, workdir: Path) -> Checkpoints:
-    """Returns the checkpoints of a run directory; a metric named "...loss" is best when least."""
+    """Returns the checkpoints of a run directory."""
     best = config.checkpoint.best
-    mode = "min" if (best or "").endswith("loss") else "max"
+    mode = "min" if lower_is_better(best or "") else "max"
     keep = config.checkpoint.keep
     return Checkpoints(workdir, keep=keep, best_metric=best, best_mode=mode)
 

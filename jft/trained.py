@@ -27,6 +27,7 @@ from jft.report.rundir import read_json, write_json
 from jft.task import Task, batch_shapes, initial_leaves, make_data, make_task, with_preprocess
 from jft.train.checkpoint import Checkpoints
 from jft.train.parallel import Parallel, make_parallel
+from jft.train.run import model_leaves
 from jft.train.state import Frozen, leaves_by_path
 from jft.train.step import StepParts, make_eval_step
 from jft.tree import Flat, merge
@@ -35,14 +36,14 @@ from jft.weights.export import export_weights
 
 @dataclass(frozen=True)
 class Trained:
-    """A run's newest good checkpoint, ready to use.
+    """A good checkpoint of a run, ready to use.
 
     Attributes:
       task: data and model.
       parallel: the devices.
       parts: transforms and loss.
-      params: {path: leaf}.
-      model_state: {path: leaf}.
+      params: {path: leaf}; the averages where the run kept some.
+      model_state: {path: leaf}, likewise.
       step: updates it had.
     """
 
@@ -89,7 +90,8 @@ def load_trained(workdir: str | Path, model: Any = None, step: str | int = "newe
     Args:
       workdir: the run directory.
       model: the user's own module, if the run was made with one.
-      step: "newest", "best" by the config's `checkpoint.best`, or a number.
+      step: "newest", or the best one where the run ended with that; "best" by the config's
+        `checkpoint.best`; or a number.
 
     Raises:
       ConfigError: no run is there.
@@ -109,24 +111,17 @@ def load_trained(workdir: str | Path, model: Any = None, step: str | int = "newe
     restored = checkpoints.restore(step=_step_of(checkpoints, step), rebuild=rebuild)
     if restored is None:
         raise WeightsError(f"{workdir}: the run has no checkpoint yet")
-    leaves = {**restored.frozen, **restored.state}
-    flats = []
-    for kind, shapes in zip(("params", "model_state"), task.shapes, strict=True):
-        missing = [path for path in shapes if f"{kind}/{path}" not in leaves]
-        if missing:
-            raise WeightsError(f"{workdir}: the checkpoint lacks {missing[0]!r}")
-        for path, wanted in shapes.items():
-            found = tuple(leaves[f"{kind}/{path}"].shape)
-            if found != tuple(wanted.shape):
-                raise WeightsError(
-                    f"{workdir}: the checkpoint's {path!r} is {list(found)}, the model needs"
-                    f" {list(wanted.shape)}"
-                )
-        flats.append({path: leaves[f"{kind}/{path}"] for path in shapes})
+    best = restored.info.get("restored_step") if step == "newest" else None
+    if best is not None and best != restored.step:
+        restored = checkpoints.restore(step=best, rebuild=rebuild) or restored
+    try:
+        params, stats = model_leaves(restored, task.shapes)
+    except WeightsError as error:
+        raise WeightsError(f"{workdir}: {error}") from error
     # A model trained on eight devices is used on whatever is here.
     devices = min(config.parallel.devices or jax.device_count(), jax.device_count())
     parallel = make_parallel(mode="auto", devices=devices)
-    return Trained(task, parallel, make_parts(task), flats[0], flats[1], restored.step)
+    return Trained(task, parallel, make_parts(task), params, stats, restored.step)
 
 
 def _step_of(checkpoints: Checkpoints, step: str | int) -> int | None:

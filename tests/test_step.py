@@ -42,7 +42,12 @@ class Trainer:
         self.optim = make_optim([(0, steps)], params, STAGES, **optim)
         self.parallel, self.enforce = make_parallel(mode=mode, devices=devices), enforce
         self.state, self.frozen = make_state(
-            self.phases[0], self.optim.tx(self.phases[0], enforce), params, stats, enforce
+            self.phases[0],
+            self.optim.tx(self.phases[0], enforce),
+            params,
+            stats,
+            enforce,
+            self.parts.averages,
         )
         self.parked = {}
         self.enter(self.phases[0])

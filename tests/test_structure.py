@@ -64,6 +64,7 @@ RANKS: dict[str, float] = {
     "jft.train.compiled": 5.7,
     "jft.train.decisions": 5.7,
     "jft.train.rows": 5.8,
+    "jft.train.ending": 5.7,
     "jft.train.loop": 6,
     "jft.config_file": 7,
     "jft.config": 7,

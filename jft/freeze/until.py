@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jft.errors import ConfigError
+from jft.metrics import lower_is_better
 
 _NUMBER = re.compile(r"([0-9.]+(?:e[0-9]+)?)\s*(%|ep|epochs?|steps?)?")
 _PLATEAU = re.compile(r"plateau(?:\(\s*(\d+)?\s*(?:,\s*([\w/]+))?\s*\))?")
@@ -41,7 +42,7 @@ class Event:
         """Whether the values observed since the phase began, oldest first, end it."""
         if self.patience is None:
             return any(v >= self.bound if self.upward else v <= self.bound for v in observed)
-        least = self.metric.endswith("loss")
+        least = lower_is_better(self.metric)
         best, waited = math.inf, 0
         for value in observed:
             value = value if least else -value

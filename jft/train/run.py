@@ -10,15 +10,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from jft.errors import ConfigError
+from jft.errors import ConfigError, WeightsError
 from jft.freeze.phases import Phase
 from jft.freeze.schedule import FreezeSchedule
 from jft.plan import PhasePlan
 from jft.report.writers import RunWriter
 from jft.train.checkpoint import Checkpoints, Restored
+from jft.train.ema import averaged
 from jft.train.inputs import Input, Inputs
 from jft.train.optim import OptimSection
 from jft.train.parallel import Parallel
+from jft.train.patience import Stopping
 from jft.train.stacks import Stacks, make_stacks
 from jft.train.state import (
     Frozen,
@@ -66,6 +68,8 @@ class Run:
         nothing.
       inputs: what each phase reads; None reads images from `batches` throughout.
       scanned: prefix of the stages that run as loops, or None.
+      eval_raw: whether the parameters themselves are evaluated too, where averages are kept.
+      stopping: what ends the run early, and whether it ends with its best checkpoint.
     """
 
     workdir: Path
@@ -94,6 +98,8 @@ class Run:
     plan: Callable[[Phase, Input], PhasePlan] | None = None
     inputs: Inputs | None = None
     scanned: str | None = None
+    eval_raw: bool = False
+    stopping: Stopping = Stopping()
 
     def rebuild(self, paths: list[str]) -> Flat:
         """Returns frozen leaves of a checkpoint anew from what the run started from."""
@@ -124,8 +130,10 @@ class Outcome:
       exit_code: 0 done, 75 preempted, 130 interrupted.
       step: updates done.
       metrics: the last evaluation's, by name.
-      params: {path: leaf}, all of them.
-      model_state: {path: leaf}, all statistics.
+      params: {path: leaf}, all of them: averages, or the best checkpoint's, where the run evaluates
+        these.
+      model_state: {path: leaf}, all statistics, likewise.
+      restored_step: of the checkpoint that the run ended with; None for its last step.
     """
 
     exit_code: int
@@ -133,6 +141,7 @@ class Outcome:
     metrics: dict[str, float]
     params: Flat
     model_state: Flat
+    restored_step: int | None = None
 
 
 def compile_phase(run: Run, phase: Phase, chosen: Input | None = None) -> tuple[Any, float]:
@@ -173,7 +182,7 @@ def abstract_state(run: Run, phase: Phase) -> tuple[TrainState, Frozen]:
     """Returns shapes and dtypes of the state and frozen leaves of `phase`; allocates nothing."""
     tx = run.optim.tx(phase, run.enforce)
     state, frozen = jax.eval_shape(
-        lambda p, s: make_state(phase, tx, p, s, run.enforce), *run.shapes
+        lambda p, s: make_state(phase, tx, p, s, run.enforce, run.parts.averages), *run.shapes
     )
     rates = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
@@ -234,3 +243,33 @@ def from_checkpoint(
         (beside[kind] if kind in beside else rest)[inner if kind in beside else name] = leaf
     filled = fill(dataclasses.replace(frozen, rates={}), restored.frozen)
     return fill(state, rest), dataclasses.replace(filled, rates=run.optim.rates(phase)), beside
+
+
+def model_leaves(restored: Restored, shapes: tuple[Flat, Flat]) -> tuple[Flat, Flat]:
+    """Returns (params, statistics) of a checkpoint as they are evaluated: averages if it has any.
+
+    Args:
+      restored: the checkpoint.
+      shapes: {path: shape} of all params, and the same of all statistics.
+
+    Raises:
+      WeightsError: a leaf is missing, or of another shape.
+    """
+    leaves = {**restored.frozen, **restored.state}
+    flats: list[Flat] = []
+    for kind, wanted in zip(("params", "model_state"), shapes, strict=True):
+        for path, shape in wanted.items():
+            if f"{kind}/{path}" not in leaves:
+                raise WeightsError(f"the checkpoint lacks {path!r}")
+            found = tuple(leaves[f"{kind}/{path}"].shape)
+            if found != tuple(shape.shape):
+                raise WeightsError(
+                    f"the checkpoint's {path!r} is {list(found)}, the model needs"
+                    f" {list(shape.shape)}"
+                )
+        flats.append({path: leaves[f"{kind}/{path}"] for path in wanted})
+    held = {
+        kind: {p: leaves[f"averages/{kind}/{p}"] for p in flat if f"averages/{kind}/{p}" in leaves}
+        for kind, flat in zip(("params", "model_state"), flats, strict=True)
+    }
+    return averaged(held, flats[0], flats[1])

@@ -67,10 +67,20 @@ class StepParts:
         """Checks what the keys of the config cannot say.
 
         Raises:
-          ConfigError: a decay, rho or eta out of its range.
+          ConfigError: a decay or rho out of its range.
         """
         ema.check_decay(self.ema_decay)
         sharpness.check_rho(self.sam_rho)
+
+    @property
+    def averages(self) -> bool:
+        """Whether the state holds moving averages."""
+        return self.ema_decay is not None
+
+    @property
+    def passes(self) -> int:
+        """How often a step differentiates its batch."""
+        return 1 if self.sam_rho is None else 2
 
 
 def make_loss_sums(
@@ -139,7 +149,8 @@ def look_once(parts: StepParts, cut: int, frozen: Frozen, batch: Batch, key: jax
     variables: dict[str, Any] = {"params": merge(frozen.params)}
     if frozen.model_state:
         variables["batch_stats"] = merge(frozen.model_state)
-    return {**batch, "features": parts.apply(variables, batch.pop("input"), stop=cut)}
+    x = batch.pop("input")
+    return {**batch, "features": parts.apply(variables, x, stop=cut)}
 
 
 def features(table: jax.Array | None, batch: Mapping[str, jax.Array]) -> jax.Array:
