@@ -14,6 +14,7 @@ from jft.train.optim import make_optim
 from jft.train.parallel import make_parallel
 from jft.train.patience import Stopping
 
+ON_TO_THE_END = Stopping()
 OPTIM = dict(learning_rate=1e-2, weight_decay=0.1, grad_clip_norm=1.0, warmup_steps=3)
 
 
@@ -32,7 +33,7 @@ def make_run(
     eval_every_steps=6,
     save_every_steps=4,
     optim=OPTIM,
-    stopping=Stopping(),
+    stopping=ON_TO_THE_END,
     evaluate=None,
     **parts,
 ):
