@@ -165,6 +165,21 @@ KEYS: dict[str, Key] = {
         str | list | None,
         "factor on the training loss of each class: a list, or balanced: one over its frequency",
     ),
+    "distill.teacher": Key(
+        None,
+        str | None,
+        "a model to learn from: the directory of a finished run, or weights as of init.source",
+    ),
+    "distill.model": Key(
+        None, str | None, "architecture of the teacher's weights; a run has its own"
+    ),
+    "distill.args": Key({}, dict, "fields of that architecture, a dict"),
+    "distill.temperature": Key(
+        2.0, float, "softens both predictions before they are compared", low=0
+    ),
+    "distill.weight": Key(
+        0.5, float, "share of the teacher in the loss; the labels have the rest", low=0, high=1
+    ),
     "train.steps": Key(None, int | None, "updates of the run; or set train.epochs", low=1),
     "train.epochs": Key(
         None, float | None, "passes over the training split; or set train.steps", low=0

@@ -94,10 +94,12 @@ def loss_costs(
         moves = {path: norm_of(path) not in fixed for path in stats}
         once = passes > 1 and parts.accum_steps == 1
 
-        def loss(trainable: Flat, frozen: Flat, stats: Flat, batch: Flat, _: Any) -> jax.Array:
+        def loss(
+            trainable: Flat, frozen: Flat, stats: Flat, batch: Flat, _: Any, taught: Any
+        ) -> jax.Array:
             batch = dict(batch, row=jnp.arange(rows, dtype=jnp.int32))
             moving, still = split(stats, moves)
-            rest, key = Frozen(frozen, still), jax.random.key(0)
+            rest, key = Frozen(frozen, still, teacher=taught), jax.random.key(0)
             try:
                 seen = look_once(parts, cut, rest, batch, key) if once else batch
                 losses = [sums(trainable, moving, rest, seen, key)[0] for _ in range(passes)]
@@ -113,7 +115,8 @@ def loss_costs(
         return loss
 
     every = functools.partial(make_loss, passes=parts.passes)
-    return Costs(params, task.stages, make_loss, (stats, batch, scalars), every)
+    taught = parts.teacher.shapes if parts.teacher is not None else {}
+    return Costs(params, task.stages, make_loss, (stats, batch, scalars, taught), every)
 
 
 def describe_plan(

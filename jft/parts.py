@@ -13,13 +13,16 @@ from jft.freeze.cache_choice import runs_in_parts
 from jft.losses import Loss, balanced_pos_weights, balanced_weights, make_loss
 from jft.task import Task
 from jft.train.step import StepParts
+from jft.train.teacher import Teacher
 
 
-def make_parts(task: Task, labels: np.ndarray | None = None) -> StepParts:
+def make_parts(
+    task: Task, labels: np.ndarray | None = None, teacher: Teacher | None = None
+) -> StepParts:
     """Returns what every step of a config is built from.
 
     `labels` are those of the training split; without them the loss weighs all classes alike, as
-    evaluation does.
+    evaluation does. So is a `teacher` for training alone.
     """
     config = task.config
     train, optim = config.train, config.optim
@@ -40,6 +43,7 @@ def make_parts(task: Task, labels: np.ndarray | None = None) -> StepParts:
         ema_decay=optim.ema_decay,
         sam_rho=optim.sam_rho,
         grad_noise=optim.grad_noise,
+        teacher=teacher,
         in_parts=runs_in_parts(task.model.apply),
     )
 

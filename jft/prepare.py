@@ -13,16 +13,17 @@ from jft.batches import eval_batch_size, evaluate_split, train_batches
 from jft.caching import make_inputs, plan_phase
 from jft.config import METRICS, diff, from_json
 from jft.data.sources import Splits
+from jft.distill import Taught, make_teacher
 from jft.errors import ConfigError, nearest
 from jft.freeze.masks import Mask
 from jft.freeze.methods import make_freeze
 from jft.freeze.schedule import FreezeSchedule
-from jft.metrics import lower_is_better
 from jft.overview import describe_plan, loss_costs, plan_phases, summary, tables
 from jft.parts import loss_labels, make_parts, optim_section, plain_section
 from jft.report.rundir import read_json
 from jft.report.writers import RunWriter
 from jft.run_files import write_decisions, write_run_files
+from jft.saved import make_checkpoints
 from jft.task import Task, batch_shapes, initial_leaves, make_data, make_task, with_preprocess
 from jft.train.checkpoint import Checkpoints
 from jft.train.optim import OptimSection, make_optim
@@ -179,7 +180,8 @@ def _make_run(
 ) -> Run:
     config = task.config
     parallel = make_parallel(mode=config.parallel.mode, devices=config.parallel.devices)
-    parts = make_parts(task, loss_labels(config, splits))
+    taught = make_teacher(task)
+    parts = make_parts(task, loss_labels(config, splits), taught and taught.teacher)
     schedule, optim = make_schedule(task, splits, parallel, parts)
     phases = schedule.phases()
     costs = loss_costs(task, parallel, parts)
@@ -216,7 +218,10 @@ def _make_run(
         make_writer=make_writer,
         begin=lambda: write_run_files(task, splits, workdir, describe(phases, plans), conversion),
         record=record,
-        info={"source": config.init.source, "label_names": task.label_names},
+        info={"source": config.init.source, "label_names": task.label_names}
+        | ({"teacher": taught.info} if taught else {}),
+        teacher=(taught and taught.leaves) or {},
+        notes=_notes(config, taught),
         enforce=config.freeze.enforce,
         eval_batch_shape=batch_shapes(task, eval_batch_size(config, parallel)),
         eval_every_steps=config.eval.every_steps,
@@ -231,12 +236,13 @@ def _make_run(
     )
 
 
-def make_checkpoints(config: ConfigDict, workdir: Path) -> Checkpoints:
-    """Returns the checkpoints of a run directory."""
-    best = config.checkpoint.best
-    mode = "min" if lower_is_better(best or "") else "max"
-    keep = config.checkpoint.keep
-    return Checkpoints(workdir, keep=keep, best_metric=best, best_mode=mode)
+def _notes(config: ConfigDict, taught: Taught | None) -> tuple[str, ...]:
+    """Lines about a run that the tables before its first step do not hold."""
+    notes = [taught.text] if taught else []
+    if config.optim.ema_decay is not None:
+        decay = config.optim.ema_decay
+        notes.append(f"average   decay {decay:g}: evaluation, prediction and export use it")
+    return tuple(notes)
 
 
 def check_unchanged(config: ConfigDict, workdir: Path) -> None:
@@ -263,7 +269,8 @@ def plan_text(config: ConfigDict, every_leaf: bool = False) -> str:
     splits = make_data(config)
     task = make_task(config, splits.label_names, splits.train.image_shape, kind=splits.kind)
     parallel = make_parallel(mode=config.parallel.mode, devices=config.parallel.devices)
-    parts = make_parts(task, loss_labels(config, splits))
+    taught = make_teacher(task, load=False)
+    parts = make_parts(task, loss_labels(config, splits), taught and taught.teacher)
     schedule, optim = make_schedule(task, splits, parallel, parts)
     plans = plan_phases(task, parallel, schedule.phases(), optim, parts)
     return tables(task, schedule, optim, plans, every_leaf)

@@ -103,6 +103,9 @@ class _Trainer:
                 writer.message(f"warning: {message}")
             writer.message(f"resuming at step {self.step} of {run.total_steps}")
         self.saved_step = self.step if restored else -1
+        self.teacher = run.parallel.place(run.teacher)
+        for note in run.notes:
+            writer.message(note)
         info = restored.info if restored else {}
         self.decisions = Decisions(run, info.get("decisions", []), beside)
         self.feed = Feed(run, self.step, info.get("caches", {}), writer.message)
@@ -199,10 +202,11 @@ class _Trainer:
             self.batch_names = tuple(batch_shape(run, self.feed.input))
             rates = run.optim.rates(phase)
             self.frozen = dataclasses.replace(
-                self.frozen, rates=rates, elements=elements, cache=cache
+                self.frozen, rates=rates, elements=elements, cache=cache, teacher={}
             )
             stacked = run.stacks(phase).stack((self.state, self.frozen))
             self.state, self.frozen = run.parallel.place(stacked)
+            self.frozen = dataclasses.replace(self.frozen, teacher=self.teacher)
             self.current, compile_seconds = self.steps.get(phase)
             trains = [p for p in phase.entered if p not in elements or elements[p].any()]
             self.guard.freeze(self.frozen.params | self.frozen.model_state, trains)

@@ -32,6 +32,7 @@ from jft.train.state import (
     make_state,
 )
 from jft.train.step import StepParts, make_train_step
+from jft.train.teacher import Leaves
 from jft.tree import Flat
 
 
@@ -68,6 +69,8 @@ class Run:
         nothing.
       inputs: what each phase reads; None reads images from `batches` throughout.
       scanned: prefix of the stages that run as loops, or None.
+      teacher: leaves of `parts.teacher`, on the host; {} without one.
+      notes: lines to show before the first step.
       eval_raw: whether the parameters themselves are evaluated too, where averages are kept.
       stopping: what ends the run early, and whether it ends with its best checkpoint.
     """
@@ -98,6 +101,8 @@ class Run:
     plan: Callable[[Phase, Input], PhasePlan] | None = None
     inputs: Inputs | None = None
     scanned: str | None = None
+    teacher: Leaves = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     eval_raw: bool = False
     stopping: Stopping = Stopping()
 
@@ -158,6 +163,8 @@ def compile_phase(run: Run, phase: Phase, chosen: Input | None = None) -> tuple[
     state, frozen = jax.eval_shape(stacks.stack, abstract_state(run, phase))
     if run.inputs is not None:
         frozen = dataclasses.replace(frozen, cache=run.inputs.table_shape(chosen))
+    if run.parts.teacher is not None:
+        frozen = dataclasses.replace(frozen, teacher=run.parts.teacher.shapes)
     step = make_train_step(
         run.parts,
         run.optim.tx(placed, run.enforce),
@@ -211,7 +218,7 @@ def pack(
     for kind, flat in (beside or {}).items():
         more |= {f"{kind}/{name}": leaf for name, leaf in flat.items()}
     return leaves_by_path(state) | more, leaves_by_path(
-        dataclasses.replace(frozen, rates={}, cache={})
+        dataclasses.replace(frozen, rates={}, cache={}, teacher={})
     )
 
 
@@ -234,7 +241,16 @@ def phase_of(run: Run, restored: Restored) -> Phase:
 def from_checkpoint(
     run: Run, phase: Phase, restored: Restored
 ) -> tuple[TrainState, Frozen, dict[str, Flat]]:
-    """Returns a restored checkpoint as state and frozen leaves of `phase`, and what is beside."""
+    """Returns a restored checkpoint as state and frozen leaves of `phase`, and what is beside.
+
+    Raises:
+      WeightsError: it does not fit the run, or the run has another teacher now.
+    """
+    then, now = restored.info.get("teacher"), run.info.get("teacher")
+    if then and now and then["teacher"] == now["teacher"] and then["sha256"] != now["sha256"]:
+        raise WeightsError(
+            f"distill.teacher: {now['teacher']} has other weights than when the run started"
+        )
     state, frozen = abstract_state(run, phase)
     beside: dict[str, Flat] = {kind: {} for kind in BESIDE}
     rest: Flat = {}

@@ -13,6 +13,7 @@ import optax
 from jft.errors import WeightsError
 from jft.freeze.phases import Phase
 from jft.train import ema
+from jft.train.teacher import Leaves
 from jft.tree import Flat, split
 
 WINDOW_SUMS = ("loss_sum", "correct_sum", "weight_sum")
@@ -52,6 +53,7 @@ class Frozen:
         mask; else empty.
       rates: learning-rate factors of the phase, see `jft.train.rates.make_rates`; never saved.
       cache: "table", the outputs of the frozen prefix, where the device holds them; never saved.
+      teacher: leaves of a second model, see `jft.train.teacher`; never saved.
     """
 
     params: Flat
@@ -59,6 +61,7 @@ class Frozen:
     elements: Flat = flax.struct.field(default_factory=dict)
     rates: Flat = flax.struct.field(default_factory=dict)
     cache: Flat = flax.struct.field(default_factory=dict)
+    teacher: Leaves = flax.struct.field(default_factory=dict)
 
 
 def norm_of(path: str) -> str:

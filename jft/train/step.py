@@ -17,6 +17,7 @@ from jft.train import ema, sharpness
 from jft.train.accumulate import sum_gradients
 from jft.train.draws import add_noise, choose_elements
 from jft.train.state import WINDOW_SUMS, Frozen, TrainState
+from jft.train.teacher import Teacher
 from jft.tree import Flat, flatten, merge
 
 Batch = dict[str, jax.Array]
@@ -44,6 +45,7 @@ class StepParts:
       sam_rho: of sharpness-aware minimisation, see `jft.train.sharpness`; None takes one pass.
       grad_noise: eta of `jft.train.draws.add_noise`; 0 adds none.
       in_parts: whether `apply` takes `start` and `stop`.
+      teacher: a second model to learn from, or None; evaluation knows nothing of it.
     """
 
     apply: Callable[..., Any]
@@ -62,6 +64,7 @@ class StepParts:
     sam_rho: float | None = None
     grad_noise: float = 0.0
     in_parts: bool = False
+    teacher: Teacher | None = None
 
     def __post_init__(self):
         """Checks what the keys of the config cannot say.
@@ -104,7 +107,7 @@ def make_loss_sums(
         training = Training(batch["mask"], batch["row"], axis_name, cut, frozen_norms)
         pixel_key, dropout_key = jax.random.split(key)
         if "image" in batch:
-            batch = look(parts, batch, pixel_key)
+            batch = look(parts, frozen, batch, pixel_key)
         begin = {} if "input" in batch else {"start": cut}
         x = features(frozen.cache.get("table"), batch) if begin else batch["input"]
         logits, updated = parts.apply(
@@ -116,6 +119,8 @@ def make_loss_sums(
             **begin,
         )
         losses = parts.loss(logits, batch["label"])
+        if parts.teacher is not None:
+            losses = parts.teacher.mix(losses, logits, batch["taught"])
         sums = batch_sums(logits, batch["label"], batch["mask"], losses, parts.kind)
         moved = flatten(updated.get("batch_stats", {}))
         return sums["loss_sum"], (
@@ -126,24 +131,30 @@ def make_loss_sums(
     return loss_sums
 
 
-def look(parts: StepParts, batch: Batch, key: jax.Array) -> Batch:
-    """Returns a batch of images with the model's "input" in their place, augmentation done."""
+def look(parts: StepParts, frozen: Frozen, batch: Batch, key: jax.Array) -> Batch:
+    """Returns a batch of images with the model's "input" in their place, augmentation done.
+
+    With a teacher also "taught", its logits.
+    """
     seen = {name: x for name, x in batch.items() if name not in ("image", "example", "view")}
     if "view" in batch and parts.view_transform is not None:
         seen["input"] = parts.view_transform(batch["image"], batch["example"], batch["view"])
     else:
         seen["input"] = parts.transform(batch["image"], key, batch["row"])
+    if parts.teacher is not None:
+        seen["taught"] = parts.teacher.logits(frozen.teacher, seen["input"])
     return seen
 
 
 def look_once(parts: StepParts, cut: int, frozen: Frozen, batch: Batch, key: jax.Array) -> Batch:
     """Returns a batch with all that two passes of a step share: no trainable leaf changes it.
 
-    That is the augmented input and, where the model runs in parts, the output of the frozen prefix.
+    That is the augmented input, what the teacher makes of it and, where the model runs in parts,
+    the output of the frozen prefix.
     """
     if "image" not in batch:
         return batch
-    batch = look(parts, batch, jax.random.split(key)[0])
+    batch = look(parts, frozen, batch, jax.random.split(key)[0])
     if not (cut and parts.in_parts and frozen.params):  # under enforce="optax" nothing is apart
         return batch
     variables: dict[str, Any] = {"params": merge(frozen.params)}
