@@ -59,6 +59,10 @@ def make_inputs(
         raise ConfigError(
             "freeze.cache: 'on' needs a model whose apply takes start and stop; 'auto' does without"
         )
+    if config.freeze.cache == "on" and parts.teacher is not None:
+        raise ConfigError(
+            "freeze.cache: 'on' keeps no pixels, which distill.teacher needs; 'auto' does without"
+        )
     section = config.augment
     random = is_random(flip=section.flip, crop=section.crop, ops=section.ops)
     views = config.freeze.views if random else 1
@@ -70,7 +74,7 @@ def make_inputs(
         return plan.argument_bytes + costs.residual_bytes(phase.mask)
 
     return Inputs(
-        mode=config.freeze.cache,
+        mode="off" if parts.teacher is not None else config.freeze.cache,
         views=views,
         random=random,
         prefix=prefix,

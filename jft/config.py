@@ -306,8 +306,9 @@ def _flat(config: ConfigDict) -> dict[str, Any]:
     for name in KEYS:
         section, _, last = name.rpartition(".")
         value = (config[section] if section else config)[last]
+        value = value.to_dict() if isinstance(value, ConfigDict) else value
         if any(name == _keys(choice)[1] for choice in CHOICES):
-            flat |= {f"{name}.{arg}": item for arg, item in plain(value.to_dict()).items()}
+            flat |= {f"{name}.{arg}": item for arg, item in plain(value).items()}
         else:
             flat[name] = plain(value)
     return flat

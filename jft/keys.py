@@ -185,6 +185,22 @@ KEYS: dict[str, Key] = {
     "optim.per_phase": Key(
         False, bool, "warm-up and schedule start again in each phase as written"
     ),
+    "optim.ema_decay": Key(
+        None,
+        float | None,
+        "decay of a moving average of what trains, to evaluate and export; None keeps none",
+        low=0,
+        high=1,
+    ),
+    "optim.sam_rho": Key(
+        None,
+        float | None,
+        "radius of sharpness-aware minimisation, which takes two passes a step; None takes one",
+        low=0,
+    ),
+    "optim.grad_noise": Key(
+        0.0, float, "Gaussian noise on gradients, of variance grad_noise / (1 + step)^0.55", low=0
+    ),
     "loss.name": Key(
         "softmax",
         str,
@@ -196,6 +212,21 @@ KEYS: dict[str, Key] = {
         None,
         str | list | None,
         "factor on the training loss of each class: a list, or balanced: one over its frequency",
+    ),
+    "distill.teacher": Key(
+        None,
+        str | None,
+        "a model to learn from: the directory of a finished run, or weights as of init.source",
+    ),
+    "distill.model": Key(
+        None, str | None, "architecture of the teacher's weights; a run has its own"
+    ),
+    "distill.args": Key({}, dict, "fields of that architecture, a dict"),
+    "distill.temperature": Key(
+        2.0, float, "softens both predictions before they are compared", low=0
+    ),
+    "distill.weight": Key(
+        0.5, float, "share of the teacher in the loss; the labels have the rest", low=0, high=1
     ),
     "train.steps": Key(None, int | None, "updates of the run; or set train.epochs", low=1),
     "train.epochs": Key(
@@ -216,6 +247,20 @@ KEYS: dict[str, Key] = {
         choices=("stop", "skip"),
     ),
     "train.nonfinite_quota": Key(10, int, "skipped updates before the run stops after all", low=0),
+    "train.patience_evals": Key(
+        None,
+        int | None,
+        "evaluations in a row without an improvement that end the run, with its best checkpoint;"
+        " counted once every leaf that is to train has begun to; None never ends it early",
+        low=1,
+    ),
+    "train.patience_metric": Key(
+        None, str | None, "metric that has to improve; None is checkpoint.best"
+    ),
+    "train.min_delta": Key(0.0, float, "an improvement is larger than this", low=0),
+    "train.restore_best": Key(
+        False, bool, "end with the best checkpoint by checkpoint.best, also without stopping early"
+    ),
     "eval.every_steps": Key(
         None,
         int | None,
@@ -234,6 +279,11 @@ KEYS: dict[str, Key] = {
         'views of each image whose probabilities are averaged, "flip", "ten_crop"; see'
         " docs/augmentation.md",
     ),
+    "eval.raw": Key(
+        False,
+        bool,
+        "with optim.ema_decay: also evaluate the parameters as they are, logged as eval_raw/...",
+    ),
     "checkpoint.every_steps": Key(
         None, int | None, "updates between saves; None saves at the end and on a signal only", low=1
     ),
@@ -249,8 +299,8 @@ KEYS: dict[str, Key] = {
     "parallel.mode": Key(
         "pmap",
         str,
-        "pmap, or auto: jit with shardings (needed for several processes)",
-        choices=("pmap", "auto"),
+        "pmap, shard_map, or auto: jit with shardings; several processes need one of the last two",
+        choices=("pmap", "shard_map", "auto"),
     ),
     "parallel.devices": Key(None, int | None, "devices to use; None is all", low=1),
     "log.every_steps": Key(10, int, "updates between lines of metrics.jsonl", low=1),

@@ -175,6 +175,30 @@ def make_loss(
     return loss if class_weights is None else _by_class(loss, np.asarray(class_weights, np.float32))
 
 
+def make_distillation(kind: str, temperature: float) -> Loss:
+    """Returns (logits [B, K], those of a teacher) -> [B]: how far the student is from its teacher.
+
+    Of kind "class" T^2 * KL(teacher || student) of the softmax at temperature T, which keeps the
+    size of the gradients as T changes (Hinton et al. 2015, arXiv:1503.02531, section 2). Of kind
+    "multi" the same of each class by itself, mean over the K classes. Of kind "value" the squared
+    error, mean over the K values; no T.
+    """
+
+    def soft(logits: jax.Array, taught: jax.Array) -> jax.Array:
+        own, log = (
+            jax.nn.log_softmax(x.astype(jnp.float32) / temperature) for x in (logits, taught)
+        )
+        return temperature**2 * jnp.sum(jnp.exp(log) * (log - own), axis=-1)
+
+    def each(logits: jax.Array, taught: jax.Array) -> jax.Array:
+        own, known = (x.astype(jnp.float32) / temperature for x in (logits, taught))
+        has, share = jax.nn.log_sigmoid, jax.nn.sigmoid(known)
+        away = share * (has(known) - has(own)) + (1.0 - share) * (has(-known) - has(-own))
+        return temperature**2 * jnp.mean(away, axis=-1)
+
+    return {"class": soft, "multi": each, "value": squared()}[kind]
+
+
 def balanced_weights(labels: np.ndarray, num_classes: int) -> np.ndarray:
     """Returns float32 [K]: N / (K * examples of the class), whose mean over the N examples is 1.
 

@@ -24,9 +24,9 @@ from jft.task import Task, batch_shapes
 from jft.train.hardware import limit_bytes
 from jft.train.optim import OptimSection
 from jft.train.parallel import Parallel
-from jft.train.state import WINDOW_SUMS, Frozen, first_trainable_stage, frozen_norms
-from jft.train.step import StepParts, make_loss_sums
-from jft.tree import Flat
+from jft.train.state import WINDOW_SUMS, Frozen, first_trainable_stage, frozen_norms, norm_of
+from jft.train.step import StepParts, look_once, make_loss_sums
+from jft.tree import Flat, count_bytes, split
 
 
 def plan_phases(
@@ -53,6 +53,8 @@ def plan_phases(
             key=phase.key,
             extra_bytes=_extra_bytes(task, phase, optim),
             elementwise=phase.elements is not None,
+            average_bytes=_average_bytes(task, phase) if parts.averages else 0,
+            passes=parts.passes,
             event=phase.event,
         )
         for phase in phases
@@ -66,6 +68,14 @@ def _extra_bytes(task: Task, phase: Phase, optim: OptimSection) -> int:
     if phase.elements is not None and phase.elements.kind == "fixed":
         extra += sum(math.prod(task.shapes[0][path].shape) for path in phase.entered)
     return extra
+
+
+def _average_bytes(task: Task, phase: Phase) -> int:
+    """Bytes of the averages of trainable leaves and moving statistics."""
+    params, stats = task.shapes
+    fixed = frozen_norms(phase.mask, stats)
+    moving = {path: leaf for path, leaf in stats.items() if norm_of(path) not in fixed}
+    return count_bytes({path: params[path] for path in phase.entered}) + count_bytes(moving)
 
 
 def loss_costs(
@@ -82,15 +92,23 @@ def loss_costs(
     # The state's own scalars: step, the window's sums, the two fault counters; 4 bytes each.
     scalars = jax.ShapeDtypeStruct((3 + len(WINDOW_SUMS),), np.int32)
 
-    def make_loss(mask: Mapping[str, bool]) -> Any:
+    def make_loss(mask: Mapping[str, bool], passes: int = 1) -> Any:
         fixed = frozen_norms(dict(mask), stats)
         cut = first_trainable_stage(dict(mask), task.model.stages)
         sums = make_loss_sums(parts, cut=cut, frozen_norms=fixed)
+        moves = {path: norm_of(path) not in fixed for path in stats}
+        once = passes > 1 and parts.accum_steps == 1
 
-        def loss(trainable: Flat, frozen: Flat, stats: Flat, batch: Flat, _: Any) -> jax.Array:
+        def loss(
+            trainable: Flat, frozen: Flat, stats: Flat, batch: Flat, _: Any, taught: Any
+        ) -> jax.Array:
             batch = dict(batch, row=jnp.arange(rows, dtype=jnp.int32))
+            moving, still = split(stats, moves)
+            rest, key = Frozen(frozen, still, teacher=taught), jax.random.key(0)
             try:
-                return sums(trainable, stats, Frozen(frozen, {}), batch, jax.random.key(0))[0]
+                seen = look_once(parts, cut, rest, batch, key) if once else batch
+                losses = [sums(trainable, moving, rest, seen, key)[0] for _ in range(passes)]
+                return functools.reduce(jnp.add, losses)
             except NameError as error:
                 if "axis name" not in str(error):
                     raise
@@ -101,7 +119,9 @@ def loss_costs(
 
         return loss
 
-    return Costs(params, task.stages, make_loss, (stats, batch, scalars))
+    every = functools.partial(make_loss, passes=parts.passes)
+    taught = parts.teacher.shapes if parts.teacher is not None else {}
+    return Costs(params, task.stages, make_loss, (stats, batch, scalars, taught), every)
 
 
 def describe_plan(

@@ -11,19 +11,23 @@ from jft.data.mixing import make_mixing
 from jft.data.sources import Splits
 from jft.data.test_time import link_of, make_test_time, make_views
 from jft.errors import ConfigError
+from jft.freeze.cache_choice import runs_in_parts
 from jft.losses import Loss, balanced_pos_weights, balanced_weights, make_loss
 from jft.task import Task
 from jft.train.step import StepParts
+from jft.train.teacher import Teacher
 
 
-def make_parts(task: Task, labels: np.ndarray | None = None) -> StepParts:
+def make_parts(
+    task: Task, labels: np.ndarray | None = None, teacher: Teacher | None = None
+) -> StepParts:
     """Returns what every step of a config is built from.
 
     `labels` are those of the training split; without them the loss weighs all classes alike, as
-    evaluation does.
+    evaluation does. So is a `teacher` for training alone.
     """
     config = task.config
-    train = config.train
+    train, optim = config.train, config.optim
     loss = make_task_loss(task, None)
     views = make_views(config.eval.tta, task.preprocess)
     return StepParts(
@@ -41,7 +45,22 @@ def make_parts(task: Task, labels: np.ndarray | None = None) -> StepParts:
         nonfinite=train.nonfinite,
         nonfinite_quota=train.nonfinite_quota,
         log_every_steps=config.log.every_steps,
+        ema_decay=optim.ema_decay,
+        sam_rho=optim.sam_rho,
+        grad_noise=optim.grad_noise,
+        teacher=teacher,
+        in_parts=runs_in_parts(task.model.apply),
     )
+
+
+# Keys of the section `optim` that change the step, beside the optimizer itself.
+STEP_KEYS = ("ema_decay", "sam_rho", "grad_noise")
+
+
+def optim_section(config: ConfigDict) -> dict[str, Any]:
+    """Returns what `make_optim` takes of the section `optim`."""
+    section = plain_section(config.optim)
+    return {name: value for name, value in section.items() if name not in STEP_KEYS}
 
 
 def make_task_loss(task: Task, labels: np.ndarray | None) -> Loss:

@@ -39,6 +39,8 @@ class PhaseParts:
       key: equal for phases that share one compiled step; None is like no other.
       extra_bytes: of what its step takes beside leaves and optimizer state.
       elementwise: whether only some elements of the trainable leaves move.
+      average_bytes: of the moving averages that its state holds.
+      passes: how often its step differentiates.
       event: what may end it before `stop_step`, or "".
     """
 
@@ -51,6 +53,8 @@ class PhaseParts:
     key: Any = None
     extra_bytes: int = 0
     elementwise: bool = False
+    average_bytes: int = 0
+    passes: int = 1
     event: str = ""
 
 
@@ -75,8 +79,10 @@ class PhasePlan:
       full_flops: the same if every leaf trained.
       optimizer_flops: products of the update, in neither of them.
       optimizer_bytes: of the optimizer's state.
+      average_bytes: of moving averages.
       all_reduce_bytes: of the gradients and the metric sums that devices add up in a step.
-      argument_bytes: trainable and frozen leaves, optimizer state, and the loss's other inputs.
+      argument_bytes: trainable and frozen leaves, optimizer state, averages, and the loss's other
+        inputs.
       spoilers: the few trainable leaves low in the network that force the gradient through a
         prefix which would be frozen without them.
       spoiler_flops: what they add to each step.
@@ -105,6 +111,7 @@ class PhasePlan:
     compiled: int = 0
     event: str = ""
     optimizer_flops: int = 0
+    average_bytes: int = 0
 
     @property
     def bound(self) -> float:
@@ -174,7 +181,12 @@ class Costs:
     """
 
     def __init__(
-        self, params: Flat, stages: Sequence[str], make_loss: MakeLoss, data: Sequence[Any]
+        self,
+        params: Flat,
+        stages: Sequence[str],
+        make_loss: MakeLoss,
+        data: Sequence[Any],
+        make_passes: MakeLoss | None = None,
     ):
         """Analyses nothing yet.
 
@@ -183,6 +195,8 @@ class Costs:
           stages: from input to output; a leaf's stage is the first part of its path.
           make_loss: mask -> loss_fn(trainable, frozen, *data), as the step of such a phase runs it.
           data: shapes of what else the loss takes: statistics, batch.
+          make_passes: as `make_loss`, the sum of all passes of a step that differentiates more than
+            once; None stands for one.
 
         Raises:
           ValueError: a leaf lies in no stage.
@@ -193,6 +207,7 @@ class Costs:
                 raise ValueError(f"leaf {path!r} is in none of the stages {', '.join(stages)}")
         self.data_bytes = _tree_bytes(data)
         self._make_loss, self._data = make_loss, data
+        self._make_passes = make_passes or make_loss
         self._known: dict[frozenset[str], Flops] = {}
         self._spoilers: dict[frozenset[str], tuple[tuple[str, ...], int]] = {}
 
@@ -200,7 +215,7 @@ class Costs:
         """Returns the cost of a step with that trainable set."""
         key = self._key(mask)
         if key not in self._known:
-            loss = self._make_loss(mask)
+            loss = self._make_passes(mask)
             self._known[key] = analytic_flops(loss, *split(self.params, mask), *self._data)
         return self._known[key]
 
@@ -245,11 +260,12 @@ def _phase_plan(index: int, phase: PhaseParts, costs: Costs, optimizer: int) -> 
         flops=cost.total,
         full_flops=costs.flops(dict.fromkeys(costs.params, True)).total,
         optimizer_bytes=optimizer,
-        all_reduce_bytes=count_bytes(trainable),
-        argument_bytes=count_bytes(costs.params) + optimizer,
+        all_reduce_bytes=phase.passes * count_bytes(trainable),
+        argument_bytes=count_bytes(costs.params) + optimizer + phase.average_bytes,
         spoilers=spoilers,
         spoiler_flops=extra,
         event=phase.event,
+        average_bytes=phase.average_bytes,
     )
 
 

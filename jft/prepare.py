@@ -12,20 +12,23 @@ from jft.baselines import check as check_baselines
 from jft.batches import eval_batch_size, eval_examples, evaluate_split, train_batches
 from jft.caching import make_inputs, plan_phase
 from jft.data.sources import Splits
+from jft.distill import Taught, make_teacher
 from jft.errors import ConfigError
 from jft.freeze.masks import Mask
 from jft.freeze.methods import make_freeze
 from jft.freeze.schedule import FreezeSchedule
-from jft.measures import check_metric, less_is_better, resolve_metric
+from jft.measures import check_metric, resolve_metric
 from jft.overview import describe_plan, loss_costs, memory, plan_phases, summary, tables
-from jft.parts import loss_labels, make_parts, plain_section
+from jft.parts import loss_labels, make_parts, optim_section, plain_section
 from jft.report.rundir import read_json
 from jft.report.tables import Overview
 from jft.run_files import check_unchanged, make_writer, write_decisions, write_run_files
+from jft.saved import make_checkpoints
 from jft.task import Task, batch_shapes, initial_leaves, make_data, make_task, with_preprocess
 from jft.train.checkpoint import Checkpoints
 from jft.train.optim import OptimSection, make_optim
 from jft.train.parallel import Parallel, check_batch_size, make_parallel
+from jft.train.patience import Stopping
 from jft.train.run import Run
 from jft.train.step import StepParts
 from jft.tree import Flat
@@ -81,11 +84,33 @@ def make_schedule(
         task.stages,
         prescribed=schedule.recipe_schedule,
         events=bool(schedule.watched),
-        **plain_section(config.optim),
         scanned=task.scanned is not None,
+        **optim_section(config),
     )
     check_batch_size(train.batch_size, train.accum_steps, parallel, parts.together)
     return schedule, optim
+
+
+def make_stopping(config: ConfigDict, splits: Splits) -> Stopping:
+    """Returns what ends a run early, and whether it ends with its best checkpoint.
+
+    Raises:
+      ConfigError: an unknown metric, or nothing that measures it in time.
+    """
+    train, best = config.train, resolve_metric(config.checkpoint.best, splits.kind)
+    metric = train.patience_metric or best or "eval/loss"
+    check_metric(metric, "train.patience_metric", splits.kind, len(splits.label_names))
+    key = "patience_evals" if train.patience_evals is not None else "restore_best"
+    if train.patience_evals is not None or train.restore_best:
+        if best is None:
+            raise ConfigError(f"train.{key}: needs checkpoint.best, which says what is best")
+        if config.eval.every_steps is None:
+            raise ConfigError(f"train.{key}: needs eval.every_steps")
+        if "val" not in evaluated_splits(config, splits):
+            raise ConfigError(
+                f"train.{key}: needs the split 'val': data.val_fraction, and 'val' in eval.splits"
+            )
+    return Stopping(train.patience_evals, metric, train.min_delta, best, train.restore_best)
 
 
 def evaluated_splits(config: ConfigDict, splits: Splits) -> tuple[str, ...]:
@@ -157,7 +182,8 @@ def _make_run(
 ) -> Run:
     config = task.config
     parallel = make_parallel(mode=config.parallel.mode, devices=config.parallel.devices)
-    parts = make_parts(task, loss_labels(config, splits))
+    taught = make_teacher(task)
+    parts = make_parts(task, loss_labels(config, splits), taught and taught.teacher)
     schedule, optim = make_schedule(task, splits, parallel, parts)
     phases = schedule.phases()
     costs = loss_costs(task, parallel, parts)
@@ -190,7 +216,10 @@ def _make_run(
         make_writer=functools.partial(make_writer, config, workdir, steps, tracked=not dry_run),
         begin=lambda: write_run_files(task, splits, workdir, describe(phases, plans), conversion),
         record=functools.partial(_record, schedule, workdir, planned, describe),
-        info={"source": config.init.source, "label_names": task.label_names},
+        info={"source": config.init.source, "label_names": task.label_names}
+        | ({"teacher": taught.info} if taught else {}),
+        teacher=(taught and taught.leaves) or {},
+        notes=_notes(config, taught),
         enforce=config.freeze.enforce,
         eval_batch_shape=batch_shapes(task, eval_batch_size(config, parallel)),
         eval_every_steps=config.eval.every_steps,
@@ -202,6 +231,8 @@ def _make_run(
         scanned=task.scanned,
         flops={phase.key: plan.flops for phase, plan in zip(phases, plans, strict=True)},
         examples=eval_examples(config, splits, parallel, most_batches),
+        eval_raw=config.eval.raw,
+        stopping=make_stopping(config, splits),
     )
 
 
@@ -217,25 +248,13 @@ def _record(
     write_decisions(workdir, log, describe(phases, planned(phases)))
 
 
-def make_checkpoints(
-    config: ConfigDict, workdir: Path, kind: str, num_labels: int | None = None
-) -> Checkpoints:
-    """Returns the checkpoints of a run directory, of which the best by `checkpoint.best` stays.
-
-    Args:
-      config: of the run.
-      workdir: the run directory.
-      kind: of the labels, which decides what "auto" means.
-      num_labels: K; None takes any metric, for a run that is there already.
-
-    Raises:
-      ConfigError: labels of that kind have no such metric.
-    """
-    best = resolve_metric(config.checkpoint.best, kind)
-    if best is not None and num_labels is not None:
-        check_metric(best, "checkpoint.best", kind, num_labels)
-    mode = "min" if best is not None and less_is_better(best) else "max"
-    return Checkpoints(workdir, keep=config.checkpoint.keep, best_metric=best, best_mode=mode)
+def _notes(config: ConfigDict, taught: Taught | None) -> tuple[str, ...]:
+    """Lines about a run that the tables before its first step do not hold."""
+    notes = [taught.text] if taught else []
+    if config.optim.ema_decay is not None:
+        decay = config.optim.ema_decay
+        notes.append(f"average   decay {decay:g}: evaluation, prediction and export use it")
+    return tuple(notes)
 
 
 def plan_overview(config: ConfigDict, every_leaf: bool = False) -> Overview:
@@ -249,7 +268,8 @@ def plan_overview(config: ConfigDict, every_leaf: bool = False) -> Overview:
     splits = make_data(config)
     task = make_task(config, splits.label_names, splits.train.image_shape, kind=splits.kind)
     parallel = make_parallel(mode=config.parallel.mode, devices=config.parallel.devices)
-    parts = make_parts(task, loss_labels(config, splits))
+    taught = make_teacher(task, load=False)
+    parts = make_parts(task, loss_labels(config, splits), taught and taught.teacher)
     schedule, optim = make_schedule(task, splits, parallel, parts)
     phases, costs = schedule.phases(), loss_costs(task, parallel, parts)
     plans = plan_phases(task, parallel, phases, optim, parts, costs)

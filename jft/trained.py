@@ -11,26 +11,20 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from jft.baselines import measure
 from jft.batches import eval_batch_size, evaluate_split
-from jft.config import from_json
 from jft.data.decode import BadImage, load_image
-from jft.data.protocol import KINDS, Kind
 from jft.errors import ConfigError, WeightsError, nearest
 from jft.evaluation import fetch_each
 from jft.parts import make_parts
 from jft.prediction import THRESHOLD, describe_rows, find_files
-from jft.prepare import make_checkpoints
 from jft.report.card import model_card
 from jft.report.html import write_report
 from jft.report.rundir import read_json, write_atomic, write_json
-from jft.task import Task, batch_shapes, initial_leaves, make_data, make_task, with_preprocess
-from jft.train.averages import eval_params
-from jft.train.checkpoint import Checkpoints
+from jft.saved import load_leaves, read_config, read_task
+from jft.task import Task, batch_shapes, make_data
 from jft.train.parallel import Parallel, make_parallel
-from jft.train.state import Frozen, leaves_by_path
 from jft.train.step import StepParts, make_eval_step
 from jft.tree import Flat, merge
 from jft.weights.export import export_weights
@@ -38,14 +32,14 @@ from jft.weights.export import export_weights
 
 @dataclass(frozen=True)
 class Trained:
-    """A run's newest good checkpoint, ready to use.
+    """A good checkpoint of a run, ready to use.
 
     Attributes:
       task: data and model.
       parallel: the devices.
       parts: transforms and loss.
-      params: {path: leaf}, as they are evaluated; see `jft.train.averages`.
-      model_state: {path: leaf}.
+      params: {path: leaf}, as they are evaluated: averages where the run kept some.
+      model_state: {path: leaf}, likewise.
       step: updates it had.
     """
 
@@ -67,81 +61,27 @@ class Trained:
         )
 
 
-def read_config(workdir: Path) -> ConfigDict:
-    """Returns the config that a run directory was made with."""
-    path = workdir / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"--workdir={workdir}: no run there; it has no config.json")
-    return from_json(path.read_text())
-
-
-def read_data(workdir: Path) -> tuple[list[str], tuple[int, int, int] | None, Kind]:
-    """Returns (label names, native image shape, kind) of the data that a run was trained on."""
-    found = read_json(workdir / "data.json")
-    try:
-        shape, names = found["image_shape"], [str(name) for name in found["label_names"]]
-        shape = shape and (int(shape[0]), int(shape[1]), int(shape[2]))
-        return names, shape, KINDS[KINDS.index(found.get("kind", "class"))]
-    except (TypeError, LookupError, ValueError) as error:
-        raise ConfigError(f"{workdir / 'data.json'}: missing or damaged") from error
-
-
 def load_trained(workdir: str | Path, model: Any = None, step: str | int = "newest") -> Trained:
     """Returns a good checkpoint of a run.
 
     Args:
       workdir: the run directory.
       model: the user's own module, if the run was made with one.
-      step: "newest", "best" by the config's `checkpoint.best`, or a number.
+      step: "newest", or the best one where the run ended with that; "best" by the config's
+        `checkpoint.best`; or a number.
 
     Raises:
       ConfigError: no run is there.
       WeightsError: it has no checkpoint, or none that is whole.
     """
     workdir = Path(workdir)
-    config = read_config(workdir)
-    labels, native, kind = read_data(workdir)
-    task = make_task(config, labels, native, model, kind)
-    conversion = read_json(workdir / "conversion.json") or {}
-    task = with_preprocess(task, conversion.get("preprocess"))
-
-    def rebuild(paths: list[str]) -> Flat:
-        leaves = leaves_by_path(Frozen(*initial_leaves(task, conversion)[:2]))
-        return {path: leaves[path] for path in paths if path in leaves}
-
-    checkpoints = make_checkpoints(config, workdir, kind)
-    restored = checkpoints.restore(step=_step_of(checkpoints, step), rebuild=rebuild)
-    if restored is None:
-        raise WeightsError(f"{workdir}: the run has no checkpoint yet")
-    evaluated = {f"params/{path}": leaf for path, leaf in eval_params(restored.state).items()}
-    leaves = {**restored.frozen, **restored.state, **evaluated}
-    flats = []
-    for kind, shapes in zip(("params", "model_state"), task.shapes, strict=True):
-        missing = [path for path in shapes if f"{kind}/{path}" not in leaves]
-        if missing:
-            raise WeightsError(f"{workdir}: the checkpoint lacks {missing[0]!r}")
-        for path, wanted in shapes.items():
-            found = tuple(leaves[f"{kind}/{path}"].shape)
-            if found != tuple(wanted.shape):
-                raise WeightsError(
-                    f"{workdir}: the checkpoint's {path!r} is {list(found)}, the model needs"
-                    f" {list(wanted.shape)}"
-                )
-        flats.append({path: leaves[f"{kind}/{path}"] for path in shapes})
+    task = read_task(workdir, model)
+    (params, stats), found = load_leaves(workdir, task, step)
+    config = task.config
     # A model trained on eight devices is used on whatever is here.
     devices = min(config.parallel.devices or jax.device_count(), jax.device_count())
     parallel = make_parallel(mode="auto", devices=devices)
-    return Trained(task, parallel, make_parts(task), flats[0], flats[1], restored.step)
-
-
-def _step_of(checkpoints: Checkpoints, step: str | int) -> int | None:
-    if step == "newest":
-        return None
-    if step == "best":
-        return checkpoints.best()
-    if str(step).isdigit():
-        return int(step)
-    raise ConfigError(f"--step={step}: should be newest, best or a number of updates")
+    return Trained(task, parallel, make_parts(task), params, stats, found)
 
 
 def evaluate(

@@ -318,6 +318,34 @@ def test_the_state_is_updated_in_place(model, mode, phase):
     assert cost(model, mode, phase).alias_bytes == held
 
 
+@pytest.mark.parametrize("phase", ["head", "half"])
+@pytest.mark.parametrize(("model", "accum"), [("vit_tiny", 1), ("efficientnet_lite_tiny", 2)])
+def test_both_passes_and_averages_cost_what_the_plan_says_under_shard_map(model, accum, phase):
+    """With one micro-batch both passes share the frozen prefix; with more it runs in each."""
+    made = config(model, "shard_map")
+    made.unlock()
+    made.optim.sam_rho, made.optim.ema_decay, made.train.accum_steps = 0.1, 0.99, accum
+    run = setup(from_json(to_json(made)), built.folder / f"{model}_both")
+    state, frozen = abstract_state(run, phase_of(run, phase))
+    assert run.plan is not None and run.inputs is not None
+    plan = run.plan(phase_of(run, phase), run.inputs.uncached(phase_of(run, phase)))
+    found = hlo.count(compile_phase(run, phase_of(run, phase))[0])
+    assert found.flops == pytest.approx(plan.flops, rel=FLOPS_BAR)
+    assert plan.average_bytes == count_bytes(state.params) + count_bytes(state.model_state)
+    batch = BATCH // DEVICES * (int(np.prod(run.batch_shape["image"].shape[1:])) + 4 + 4)
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state, frozen)))
+    assert found.argument_bytes == plan.argument_bytes == held + batch
+    moved = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert found.alias_bytes == moved
+    assert plan.all_reduce_bytes == 2 * count_bytes(state.params) + SUMS_BYTES
+    once = built(model, "pmap")[2][phase]
+    if model == "vit_tiny":
+        assert found.all_reduce_bytes == plan.all_reduce_bytes
+        assert once.flops < plan.flops < 2 * once.flops
+    else:
+        assert plan.flops == 2 * once.flops
+
+
 @every_model
 def test_clipping_over_all_leaves_fails_the_flop_bar(model):
     """The mutant: gradients by all parameters are clipped together, and masked afterwards."""

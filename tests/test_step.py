@@ -42,7 +42,12 @@ class Trainer:
         self.optim = make_optim([(0, steps)], params, STAGES, **optim)
         self.parallel, self.enforce = make_parallel(mode=mode, devices=devices), enforce
         self.state, self.frozen = make_state(
-            self.phases[0], self.optim.tx(self.phases[0], enforce), params, stats, enforce
+            self.phases[0],
+            self.optim.tx(self.phases[0], enforce),
+            params,
+            stats,
+            enforce,
+            self.parts.averages,
         )
         self.parked = {}
         self.enter(self.phases[0])
@@ -101,7 +106,10 @@ def worst(a, b):
 SGD = dict(name="sgd", learning_rate=0.05, weight_decay=1e-4, grad_clip_norm=1.0)
 
 
-@pytest.mark.parametrize(("mode", "devices"), [("pmap", 8), ("auto", 1), ("auto", 8)])
+@pytest.mark.parametrize(
+    ("mode", "devices"),
+    [("pmap", 8), ("auto", 1), ("auto", 8), ("shard_map", 8)],
+)
 def test_modes_and_device_counts_agree_with_ragged_batches_dropout_and_batchnorm(mode, devices):
     kw = dict(dropout=0.3, augment=True, optim=SGD)
     one, many = Trainer(**kw), Trainer(mode=mode, devices=devices, **kw)
@@ -111,7 +119,9 @@ def test_modes_and_device_counts_agree_with_ragged_batches_dropout_and_batchnorm
     check_replicas(many.state)
 
 
-@pytest.mark.parametrize(("mode", "devices"), [("pmap", 1), ("pmap", 4), ("auto", 4)])
+@pytest.mark.parametrize(
+    ("mode", "devices"), [("pmap", 1), ("pmap", 4), ("auto", 4), ("shard_map", 4)]
+)
 def test_four_micro_batches_equal_one_batch_without_batchnorm(mode, devices):
     kw = dict(norm=False, dropout=0.3, augment=True, optim=SGD)
     whole = Trainer(**kw)
@@ -204,7 +214,7 @@ def test_a_late_leaf_takes_adams_first_step_not_a_late_one():
     assert 0.9e-3 < np.max(change) < 1.01e-3
 
 
-@pytest.mark.parametrize("mode", ["pmap", "auto"])
+@pytest.mark.parametrize("mode", ["pmap", "shard_map", "auto"])
 def test_the_step_donates_its_whole_state_and_nothing_else(mode):
     trainer = Trainer("head@5 | all", mode=mode, devices=2)
     trainer.run(batches(1))

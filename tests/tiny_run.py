@@ -12,7 +12,9 @@ from jft.train.checkpoint import Checkpoints
 from jft.train.loop import Run
 from jft.train.optim import make_optim
 from jft.train.parallel import make_parallel
+from jft.train.patience import Stopping
 
+ON_TO_THE_END = Stopping()
 OPTIM = dict(learning_rate=1e-2, weight_decay=0.1, grad_clip_norm=1.0, warmup_steps=3)
 
 
@@ -31,6 +33,8 @@ def make_run(
     eval_every_steps=6,
     save_every_steps=4,
     optim=OPTIM,
+    stopping=ON_TO_THE_END,
+    evaluate=None,
     **parts,
 ):
     """Returns a Run that trains TinyNet on seeded random batches, one per step."""
@@ -47,7 +51,7 @@ def make_run(
             yield batches(position) if batches else make_batch(padding=position % 3, seed=position)
             position += 1
 
-    def evaluate(predict_step, split, step):
+    def evaluate_split(predict_step, split, step):
         rows = [dict(make_batch(seed=100 + i), example=np.arange(16) + 16 * i) for i in range(3)]
         names = [f"class {i}" for i in range(CLASSES)]
         scalars, _ = run_split(
@@ -71,7 +75,8 @@ def make_run(
         start=lambda: (params, stats),
         batches=batches_from,
         batch_shape=batch_shape,
-        evaluate=evaluate,
+        evaluate=evaluate or evaluate_split,
+        stopping=stopping,
         splits=("val", "test"),
         checkpoints=Checkpoints(workdir, keep=2, best_metric="eval/accuracy", best_mode="max"),
         make_writer=lambda step: RunWriter(

@@ -1,6 +1,7 @@
 """Decisions of a freezing schedule while it runs: what was seen and decided, in one log."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -116,9 +117,8 @@ class Decisions:
     def _probe(self, signal: str, base: frozenset[str]) -> Probe:
         key = (signal, base)
         if key not in self._probes:
-            self._probes[key] = make_probe(
-                self.run.parts, self.run.parallel, sorted(base), [signal]
-            )
+            parts = replace(self.run.parts, teacher=None)  # signals are of the task's own loss
+            self._probes[key] = make_probe(parts, self.run.parallel, sorted(base), [signal])
         return self._probes[key]
 
     def _plasticity(

@@ -1,10 +1,9 @@
 """The loop: phases, steps, logging, evaluation, checkpoints, signals. It takes built parts only."""
 
 import dataclasses
-import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,6 +15,9 @@ from jft.train.averages import eval_params
 from jft.train.checkpoint import Restored
 from jft.train.compiled import CompiledSteps
 from jft.train.decisions import Decisions
+from jft.train.ema import averaged
+from jft.train.ending import Ending
+from jft.train.evaluator import Evaluator
 from jft.train.feed import Feed
 from jft.train.guarantee import Guard
 from jft.train.inputs import Input
@@ -26,12 +28,9 @@ from jft.train.run import Outcome, Run, batch_shape, from_checkpoint, pack, phas
 from jft.train.signals import StopSignals
 from jft.train.stacks import Apart, unstack
 from jft.train.state import leaves_by_path, make_state, switch_phase
-from jft.train.step import make_eval_step
 from jft.tree import Flat
 
 SHOWN_PHASES = 12  # of hundreds the plan gives the sum
-
-Predict = Callable[[Mapping[str, Any]], dict[str, jax.Array]]
 
 # Steps the host may run ahead of the device: enough to hide its work, few enough batches to hold.
 IN_FLIGHT_STEPS = 8
@@ -80,10 +79,9 @@ class _Trainer:
         self.apart = Apart()
         self.parked: Flat = {}
         beside: dict[str, Flat] = {}
-        self.eval_step: Any = None
+        self.evaluator = Evaluator(run, writer)
         self.in_flight: deque[jax.Array] = deque()
-        self.eval_compile_seconds = 0.0
-        self.rows = Rows(run, writer, lambda: self.steps.seconds + self.eval_compile_seconds)
+        self.rows = Rows(run, writer, self.compile_seconds)
         self.last: dict[str, Any] = {}
         self.results: dict[str, float] = {}
         self.step, self.evaluated_step, self.entered = 0, -1, False
@@ -93,7 +91,9 @@ class _Trainer:
             self.phase = run.freeze.at(0)
             params, stats = run.start()
             tx = run.optim.tx(self.phase, run.enforce)
-            self.state, self.frozen = make_state(self.phase, tx, params, stats, run.enforce)
+            self.state, self.frozen = make_state(
+                self.phase, tx, params, stats, run.enforce, run.parts.averages
+            )
         else:
             self.phase = phase_of(run, restored)
             self.state, self.frozen, beside = from_checkpoint(run, self.phase, restored)
@@ -104,10 +104,15 @@ class _Trainer:
                 writer.message(f"warning: {message}")
             writer.message(f"resuming at step {self.step} of {run.total_steps}")
         self.saved_step = self.step if restored else -1
-        log = restored.info.get("decisions", []) if restored else []
-        self.decisions = Decisions(run, log, beside)
-        chosen = restored.info.get("caches", {}) if restored else {}
-        self.feed = Feed(run, self.step, chosen, writer.message)
+        self.teacher = run.parallel.place(run.teacher)
+        for note in run.notes:
+            writer.message(note)
+        info = restored.info if restored else {}
+        self.decisions = Decisions(run, info.get("decisions", []), beside)
+        self.feed = Feed(run, self.step, info.get("caches", {}), writer.message)
+        self.ranked: Mapping[str, Any] = {}
+        self.ending = Ending(run, info)
+        self.ending.begin(self.step, run.freeze.phases(self.decisions.log))
 
     def train(self, stop: StopSignals) -> int:
         """Runs the phases that are left; returns the exit code."""
@@ -119,12 +124,12 @@ class _Trainer:
             foreseen = run.freeze.foreseen(self.decisions.log)
             following = [phase for phase in foreseen if phase.stop_step > self.step]
             self.steps.ahead(following, stop=lambda: stop.exit_code is not None)
-        while self.step < run.total_steps:
+        while not self.done:
             phase = run.freeze.at(self.step, self.decisions.log)
             self.enter(phase)
             decided = len(self.decisions.log)
             last = min(phase.stop_step, run.total_steps)
-            while self.step < last and len(self.decisions.log) == decided:
+            while self.step < last and len(self.decisions.log) == decided and not self.done:
                 self.update()
                 if phase.key not in self.compared:
                     check_replicas(self.state)
@@ -138,15 +143,27 @@ class _Trainer:
         self.feed.end()
         return 0
 
+    @property
+    def done(self) -> bool:
+        """Whether the run has come to its end."""
+        return self.step >= self.run.total_steps or self.ending.reason is not None
+
+    def compile_seconds(self) -> float:
+        """Returns what compilation took so far."""
+        return self.steps.seconds + self.evaluator.compile_seconds
+
     def leaves(self) -> tuple[Flat, Flat]:
         """Returns all parameters and all statistics of the model."""
         params = unstack({**self.state.params, **self.frozen.params})
         return params, {**self.state.model_state, **self.frozen.model_state}
 
     def eval_leaves(self) -> tuple[Flat, Flat]:
-        """Returns the same with the parameters that are evaluated, where others are trained."""
+        """Returns the leaves that are evaluated: averages, or those of the best checkpoint."""
+        if self.ending.leaves is not None:
+            return self.ending.leaves
         params = unstack({**eval_params(leaves_by_path(self.state)), **self.frozen.params})
-        return params, {**self.state.model_state, **self.frozen.model_state}
+        stats = {**self.state.model_state, **self.frozen.model_state}
+        return averaged(unstack(self.state.averages), params, stats)
 
     def choose(self, phase: Phase) -> Input:
         """Returns what a phase reads."""
@@ -154,7 +171,7 @@ class _Trainer:
 
     def decide(self) -> None:
         """Makes the freezing decision that is due at this step, if there is one."""
-        if self.step >= self.run.total_steps:
+        if self.done:
             return
         due = self.run.freeze.due(self.step, self.decisions.log)
         if due is None:
@@ -192,10 +209,11 @@ class _Trainer:
             self.batch_names = tuple(batch_shape(run, self.feed.input))
             rates = run.optim.rates(phase)
             self.frozen = dataclasses.replace(
-                self.frozen, rates=rates, elements=elements, cache=cache
+                self.frozen, rates=rates, elements=elements, cache=cache, teacher={}
             )
             stacked = run.stacks(phase).stack((self.state, self.frozen))
             self.state, self.frozen = run.parallel.place(stacked)
+            self.frozen = dataclasses.replace(self.frozen, teacher=self.teacher)
             self.current, compile_seconds = self.steps.get(phase)
             phases = run.freeze.phases(self.decisions.log)
             self.rows.enter(phase, phases, self.steps.flops(phase))
@@ -241,14 +259,22 @@ class _Trainer:
         every = run.eval_every_steps
         if "val" in run.splits and (last or (every and self.step % every == 0)):
             self.evaluate("val")
-        if last:
-            for split in run.splits:
-                if split != "val":
-                    self.evaluate(split)
+        if self.done:
+            self.end()
         self.decide()
-        if last or (run.save_every_steps and self.step % run.save_every_steps == 0):
+        due = run.save_every_steps and self.step % run.save_every_steps == 0
+        if self.done or due or self.ending.is_best(self.step):
             self.save()
         run.checkpoints.poll()
+
+    def end(self) -> None:
+        """Evaluates what is left at the end of the run; on its best checkpoint, all splits."""
+        text = self.ending.restore(self.step)
+        if text:
+            self.writer.message(text)
+        for split in self.run.splits:
+            if split != "val" or self.ending.leaves is not None:
+                self.evaluate(split)
 
     def check_last(self) -> None:
         """Writes all rows and raises if the run has halted by now; waits for the device."""
@@ -256,46 +282,30 @@ class _Trainer:
             self.rows.add(self.step, self.phase.index, self.last, shown=False)
         self.rows.write(wait=True)
 
-    def predict_step(self) -> Predict:
-        """Returns the evaluation step on the present parameters."""
-        run = self.run
-        params, stats = self.eval_leaves()
-        if self.eval_step is None:
-            began = time.monotonic()
-            step = make_eval_step(run.parts)
-            self.eval_step = run.parallel.compile_eval(step, params, stats, run.eval_batch_shape)
-            self.eval_compile_seconds += time.monotonic() - began
-        compiled = self.eval_step
-
-        def predict(batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-            placed = run.parallel.place_batch({name: batch[name] for name in run.eval_batch_shape})
-            return compiled(params, stats, placed)
-
-        return predict
-
-    def counted(self, predict: Predict, split: str) -> Predict:
-        """Returns `predict`, which then tells how far the evaluation of a split is."""
-        rows, total = self.run.eval_batch_shape["label"].shape[0], self.run.examples.get(split)
-        batches = itertools.count(1)
-
-        def told(batch: Mapping[str, Any]) -> dict[str, jax.Array]:
-            self.writer.evaluating(split, next(batches) * rows, total)
-            return predict(batch)
-
-        return told
-
     def evaluate(self, split: str) -> None:
-        """Evaluates one split and logs it; "val" is logged as "eval/..."."""
+        """Evaluates one split and logs it; "val" as "eval/...", of the best step as "best/..."."""
         self.check_last()
-        began, compiling = time.monotonic(), self.eval_compile_seconds
-        scalars = self.run.evaluate(self.counted(self.predict_step(), split), split, self.step)
-        prefix = "eval" if split == "val" else split
-        named = {f"{prefix}/{name}": value for name, value in scalars.items()}
+        began, run, final = time.monotonic(), self.run, self.ending.leaves is not None
+        compiling = self.evaluator.compile_seconds
+        prefix, raw = "eval" if split == "val" else split, {}
+        if run.eval_raw and self.state.averages and not final:  # first: the other file stays
+            found = run.evaluate(self.evaluator.predict(split, self.leaves()), split, self.step)
+            raw = {f"{prefix}_raw/{name}": value for name, value in found.items()}
+        step = self.ending.restored_step if final else self.step
+        predict = self.evaluator.predict(split, self.eval_leaves())
+        scalars = run.evaluate(predict, split, step or self.step)
+        named: dict[str, Any] = {f"{prefix}/{name}": value for name, value in scalars.items()} | raw
         self.results.update(named)
-        self.decisions.observe(self.step, named)
-        self.evaluated_step = self.step
+        if final and split == "val":
+            named = {f"best/{name}": value for name, value in scalars.items()} | {"best/step": step}
+        else:
+            self.decisions.observe(self.step, named)
+            self.evaluated_step = self.step
+        if split == "val" and not final:
+            self.ranked = named
+            self.ending.observe(self.step, named, run.freeze.phases(self.decisions.log))
         taken = time.monotonic() - began
-        seconds = taken - (self.eval_compile_seconds - compiling)
+        seconds = taken - (self.evaluator.compile_seconds - compiling)
         self.rows.eta.evaluated(split, seconds)
         self.writer.write(
             self.step, {"phase": self.phase.index, **named}, {"eval_seconds": seconds}
@@ -312,9 +322,9 @@ class _Trainer:
         state, frozen = pack(*self.apart(self.state, self.frozen), beside)
         info = {**self.run.info, "phase": self.phase.index, "batches": self.step}
         info |= {"results": self.results, "decisions": list(self.decisions.log)}
-        info["caches"] = dict(self.feed.chosen)
+        info |= {"caches": dict(self.feed.chosen), **self.ending.info}
         # A checkpoint is ranked by an evaluation of this very step, never by an older one.
-        metrics = self.results if self.step == self.evaluated_step else {}
+        metrics = self.results | self.ranked if self.step == self.evaluated_step else {}
         self.guard.check(self.frozen.params | self.frozen.model_state)
         self.run.checkpoints.save(self.step, state, frozen, info, metrics)
         self.saved_step = self.step
@@ -325,6 +335,8 @@ class _Trainer:
         if self.decisions.log:
             self.run.record(self.decisions.log)
         state = {0: "done", 75: "preempted", 130: "interrupted"}[exit_code]
-        reason = None if exit_code == 0 else f"stopped by a signal at step {self.step}, saved"
+        signalled = f"stopped by a signal at step {self.step}, saved"
+        reason = self.ending.reason if exit_code == 0 else signalled
         self.writer.status(state=state, step=self.step, eta_seconds=None, exit_reason=reason)
-        return Outcome(exit_code, self.step, dict(self.results), *self.eval_leaves())
+        leaves, restored = self.eval_leaves(), self.ending.restored_step
+        return Outcome(exit_code, self.step, dict(self.results), *leaves, restored)

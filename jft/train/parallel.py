@@ -1,4 +1,4 @@
-"""Devices: one step function, run by pmap or by jit over a mesh, compiled ahead of time."""
+"""Devices: one step function, run by pmap, shard_map or jit over a mesh, compiled ahead of time."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jft.errors import ConfigError, nearest
 
 AXIS = "batch"
-MODES = ("pmap", "auto")
+MODES = ("pmap", "shard_map", "auto")
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Parallel:
     """How a run uses its devices; state is replicated and never stacked, batches are split.
 
     Attributes:
-      mode: "pmap", or "auto" for jit over the mesh with the batch sharded.
+      mode: "pmap" or "shard_map", where the step sums over devices itself, or "auto" for jit over
+        the mesh with the batch sharded.
       mesh: one axis, "batch", over every device of every process.
     """
 
@@ -38,7 +39,7 @@ class Parallel:
 
         None on one device as well: a sum of one would still wait for every gradient.
         """
-        return AXIS if self.mode == "pmap" and self.num_devices > 1 else None
+        return AXIS if self.mode != "auto" and self.num_devices > 1 else None
 
     @property
     def replicated(self) -> NamedSharding:
@@ -81,7 +82,16 @@ class Parallel:
         state = _abstract(state, self.replicated)
         frozen = _abstract(frozen, self.replicated)
         batch = _abstract(batch, self.batched)
-        if self.mode == "auto":
+        if self.mode != "pmap":
+            if self.mode == "shard_map":
+                # Unchecked, as under pmap: `check_replicas` compares what the devices hold.
+                step = jax.shard_map(
+                    step,
+                    mesh=self.mesh,
+                    in_specs=(P(), P(), P(AXIS)),
+                    out_specs=(P(), P()),
+                    check_vma=False,
+                )
             out = (self.replicated, self.replicated)
             jitted = jax.jit(step, donate_argnums=0, out_shardings=out)
             return jitted.lower(state, frozen, batch).compile()
@@ -128,7 +138,9 @@ def make_parallel(*, mode: str = "pmap", devices: int | None = None) -> Parallel
     if mode not in MODES:
         raise ConfigError(f"parallel.mode: no mode {mode!r}{nearest(mode, MODES)}")
     if mode == "pmap" and jax.process_count() > 1:
-        raise ConfigError("parallel.mode: 'pmap' is for one process; use 'auto' for several")
+        raise ConfigError(
+            "parallel.mode: 'pmap' is for one process; use 'shard_map' or 'auto' for several"
+        )
     available = jax.devices()
     count = len(available) if devices is None else devices
     if not 1 <= count <= len(available):

@@ -10,16 +10,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from jft.errors import ConfigError
+from jft.errors import ConfigError, WeightsError
 from jft.freeze.phases import Phase
 from jft.freeze.schedule import FreezeSchedule
 from jft.plan import PhasePlan
 from jft.report.tables import Overview
 from jft.report.writers import RunWriter
+from jft.train.averages import eval_params
 from jft.train.checkpoint import Checkpoints, Restored
+from jft.train.ema import averaged
 from jft.train.inputs import Input, Inputs
 from jft.train.optim import OptimSection
 from jft.train.parallel import Parallel
+from jft.train.patience import Stopping
 from jft.train.stacks import Stacks, make_stacks
 from jft.train.state import (
     Frozen,
@@ -31,6 +34,7 @@ from jft.train.state import (
     make_state,
 )
 from jft.train.step import StepParts, make_train_step
+from jft.train.teacher import Leaves
 from jft.tree import Flat
 
 
@@ -69,6 +73,10 @@ class Run:
       flops: {Phase.key: FLOPs of a step on one device that reads images} of the phases foreseen.
       examples: {split: number of examples} of what is evaluated.
       scanned: prefix of the stages that run as loops, or None.
+      teacher: leaves of `parts.teacher`, on the host; {} without one.
+      notes: lines to show before the first step.
+      eval_raw: whether the parameters themselves are evaluated too, where averages are kept.
+      stopping: what ends the run early, and whether it ends with its best checkpoint.
     """
 
     workdir: Path
@@ -99,6 +107,10 @@ class Run:
     scanned: str | None = None
     flops: Mapping[Any, float] = field(default_factory=dict)
     examples: Mapping[str, int] = field(default_factory=dict)
+    teacher: Leaves = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    eval_raw: bool = False
+    stopping: Stopping = Stopping()
 
     def rebuild(self, paths: list[str]) -> Flat:
         """Returns frozen leaves of a checkpoint anew from what the run started from."""
@@ -129,8 +141,10 @@ class Outcome:
       exit_code: 0 done, 75 preempted, 130 interrupted.
       step: updates done.
       metrics: the last evaluation's, by name.
-      params: {path: leaf}, all of them.
-      model_state: {path: leaf}, all statistics.
+      params: {path: leaf}, all of them: averages, or the best checkpoint's, where the run evaluates
+        these.
+      model_state: {path: leaf}, all statistics, likewise.
+      restored_step: of the checkpoint that the run ended with; None for its last step.
     """
 
     exit_code: int
@@ -138,6 +152,7 @@ class Outcome:
     metrics: dict[str, float]
     params: Flat
     model_state: Flat
+    restored_step: int | None = None
 
 
 def compile_phase(run: Run, phase: Phase, chosen: Input | None = None) -> tuple[Any, float]:
@@ -154,6 +169,8 @@ def compile_phase(run: Run, phase: Phase, chosen: Input | None = None) -> tuple[
     state, frozen = jax.eval_shape(stacks.stack, abstract_state(run, phase))
     if run.inputs is not None:
         frozen = dataclasses.replace(frozen, cache=run.inputs.table_shape(chosen))
+    if run.parts.teacher is not None:
+        frozen = dataclasses.replace(frozen, teacher=run.parts.teacher.shapes)
     step = make_train_step(
         run.parts,
         run.optim.tx(placed, run.enforce),
@@ -178,7 +195,7 @@ def abstract_state(run: Run, phase: Phase) -> tuple[TrainState, Frozen]:
     """Returns shapes and dtypes of the state and frozen leaves of `phase`; allocates nothing."""
     tx = run.optim.tx(phase, run.enforce)
     state, frozen = jax.eval_shape(
-        lambda p, s: make_state(phase, tx, p, s, run.enforce), *run.shapes
+        lambda p, s: make_state(phase, tx, p, s, run.enforce, run.parts.averages), *run.shapes
     )
     rates = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
@@ -207,7 +224,7 @@ def pack(
     for kind, flat in (beside or {}).items():
         more |= {f"{kind}/{name}": leaf for name, leaf in flat.items()}
     return leaves_by_path(state) | more, leaves_by_path(
-        dataclasses.replace(frozen, rates={}, cache={})
+        dataclasses.replace(frozen, rates={}, cache={}, teacher={})
     )
 
 
@@ -230,7 +247,16 @@ def phase_of(run: Run, restored: Restored) -> Phase:
 def from_checkpoint(
     run: Run, phase: Phase, restored: Restored
 ) -> tuple[TrainState, Frozen, dict[str, Flat]]:
-    """Returns a restored checkpoint as state and frozen leaves of `phase`, and what is beside."""
+    """Returns a restored checkpoint as state and frozen leaves of `phase`, and what is beside.
+
+    Raises:
+      WeightsError: it does not fit the run, or the run has another teacher now.
+    """
+    then, now = restored.info.get("teacher"), run.info.get("teacher")
+    if then and now and then["teacher"] == now["teacher"] and then["sha256"] != now["sha256"]:
+        raise WeightsError(
+            f"distill.teacher: {now['teacher']} has other weights than when the run started"
+        )
     state, frozen = abstract_state(run, phase)
     beside: dict[str, Flat] = {kind: {} for kind in BESIDE}
     rest: Flat = {}
@@ -239,3 +265,34 @@ def from_checkpoint(
         (beside[kind] if kind in beside else rest)[inner if kind in beside else name] = leaf
     filled = fill(dataclasses.replace(frozen, rates={}), restored.frozen)
     return fill(state, rest), dataclasses.replace(filled, rates=run.optim.rates(phase)), beside
+
+
+def model_leaves(restored: Restored, shapes: tuple[Flat, Flat]) -> tuple[Flat, Flat]:
+    """Returns (params, statistics) of a checkpoint as they are evaluated: averages if it has any.
+
+    Args:
+      restored: the checkpoint.
+      shapes: {path: shape} of all params, and the same of all statistics.
+
+    Raises:
+      WeightsError: a leaf is missing, or of another shape.
+    """
+    trained = {f"params/{path}": leaf for path, leaf in eval_params(restored.state).items()}
+    leaves = {**restored.frozen, **restored.state, **trained}
+    flats: list[Flat] = []
+    for kind, wanted in zip(("params", "model_state"), shapes, strict=True):
+        for path, shape in wanted.items():
+            if f"{kind}/{path}" not in leaves:
+                raise WeightsError(f"the checkpoint lacks {path!r}")
+            found = tuple(leaves[f"{kind}/{path}"].shape)
+            if found != tuple(shape.shape):
+                raise WeightsError(
+                    f"the checkpoint's {path!r} is {list(found)}, the model needs"
+                    f" {list(shape.shape)}"
+                )
+        flats.append({path: leaves[f"{kind}/{path}"] for path in wanted})
+    held = {
+        kind: {p: leaves[f"averages/{kind}/{p}"] for p in flat if f"averages/{kind}/{p}" in leaves}
+        for kind, flat in zip(("params", "model_state"), flats, strict=True)
+    }
+    return averaged(held, flats[0], flats[1])

@@ -118,7 +118,7 @@ class Apart:
         # What is never saved is not held either: the entries of a cache may fill a device.
         kept = {**frozen.params, **frozen.model_state, **frozen.elements}
         if self._frozen[0] is None or not _same_leaves(self._frozen[0], kept):
-            bare = dataclasses.replace(frozen, cache={}, rates={})
+            bare = dataclasses.replace(frozen, cache={}, rates={}, teacher={})
             self._frozen = (kept, unstack(_fetch_stacks(bare)))
         return unstack(_fetch_stacks(state)), self._frozen[1]
 

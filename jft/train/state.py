@@ -13,7 +13,9 @@ import optax
 
 from jft.errors import WeightsError
 from jft.freeze.phases import Phase
+from jft.train import ema
 from jft.train.averages import anchors, averages, training_points
+from jft.train.teacher import Leaves
 from jft.tree import Flat, split
 
 WINDOW_SUMS = ("loss_sum", "correct_sum", "weight_sum")
@@ -30,6 +32,7 @@ class TrainState:
       opt_state: optax state, over the trainable leaves only.
       window: sums since the last logged step, kept here so that a resumed run logs the same.
       faults: "total" non-finite steps so far, "halted" 1 once the run must stop; [] int32.
+      averages: of trainable leaves and moving statistics, see `jft.train.ema`; {} for none.
     """
 
     step: Any
@@ -38,6 +41,7 @@ class TrainState:
     opt_state: Any
     window: Flat
     faults: Flat
+    averages: ema.Averages = flax.struct.field(default_factory=dict)
 
 
 @flax.struct.dataclass
@@ -51,6 +55,7 @@ class Frozen:
         mask; else empty.
       rates: learning-rate factors of the phase, see `jft.train.rates.make_rates`; never saved.
       cache: "table", the outputs of the frozen prefix, where the device holds them; never saved.
+      teacher: leaves of a second model, see `jft.train.teacher`; never saved.
     """
 
     params: Flat
@@ -58,6 +63,7 @@ class Frozen:
     elements: Flat = flax.struct.field(default_factory=dict)
     rates: Flat = flax.struct.field(default_factory=dict)
     cache: Flat = flax.struct.field(default_factory=dict)
+    teacher: Leaves = flax.struct.field(default_factory=dict)
 
 
 def norm_of(path: str) -> str:
@@ -91,8 +97,9 @@ def make_state(
     params: Flat,
     model_state: Flat,
     enforce: str = "split",
+    averages: bool = False,
 ) -> tuple[TrainState, Frozen]:
-    """Returns the state at step 0 from all leaves of the model."""
+    """Returns the state at step 0 from all leaves of the model, with or without averages."""
     trainable, frozen = split_phase(phase, params, model_state, enforce)
     zero = np.zeros((), np.int32)
     state = TrainState(
@@ -102,6 +109,7 @@ def make_state(
         opt_state=tx.init(trainable[0]),
         window={name: np.zeros((), np.float32) for name in WINDOW_SUMS},
         faults={"total": zero, "halted": zero},
+        averages=ema.start(*trainable, phase.mask) if averages else {},
     )
     return state, Frozen(*frozen)
 
@@ -166,8 +174,13 @@ def switch_phase(
     opt_state = jax.tree_util.tree_unflatten(structure, moved)
     averaged = anchors(leaves_by_path(opt_state))
     points = training_points(params, {p: averaged[p] for p in returned & averaged.keys()})
+    kept = ema.start(*trainable, phase.mask, state.averages) if state.averages else {}
     state = dataclasses.replace(
-        state, params={**trainable[0], **points}, model_state=trainable[1], opt_state=opt_state
+        state,
+        params={**trainable[0], **points},
+        model_state=trainable[1],
+        opt_state=opt_state,
+        averages=kept,
     )
     return state, Frozen(*rest), parked
 

@@ -1,70 +1,25 @@
 """One training step: merge, forward, backward over the trainable leaves, clip, update."""
 
 import functools
-import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jft.data.mixing import PAIR, Mixing, mixed_sums
+from jft.data.mixing import mixed_sums
 from jft.freeze.phases import Elements
-from jft.losses import Loss
 from jft.metrics import batch_sums
 from jft.models.layers import Training
-from jft.stack_names import members
-from jft.train.micro import micro_batches
+from jft.train import ema, sharpness
+from jft.train.accumulate import sum_gradients
+from jft.train.draws import add_noise, choose_elements
 from jft.train.state import WINDOW_SUMS, Frozen, TrainState
+from jft.train.step_parts import StepParts
 from jft.tree import Flat, flatten, merge
 
 Batch = dict[str, jax.Array]
-
-
-@dataclass(frozen=True)
-class StepParts:
-    """What a step is built from; everything static.
-
-    Attributes:
-      apply: (variables, images, training=, rngs=, mutable=) -> logits, or (logits, state).
-      loss: (logits [B, K], label [B] or [B, K]) -> [B].
-      transform: (uint8 images, key, index [B]) -> model input, augmentation included.
-      eval_transform: (uint8 images) -> model input.
-      view_transform: (uint8 images, example [B], view [B]) -> model input, the same at every visit;
-        for batches that say which view.
-      seed: every key derives from (seed, step), and then from the row in the global batch.
-      accum_steps: micro-batches per update.
-      nonfinite: "stop" or "skip".
-      nonfinite_quota: skipped steps allowed in the whole run.
-      log_every_steps: the running sums start anew after each multiple.
-      kind: of the labels, see jft.data.protocol.
-      eval_loss: as `loss`, for evaluation: without the weights of classes; None is `loss`.
-      mixing: mixes the images of pairs, and their losses; None mixes nothing.
-      test_time: (model input -> logits, uint8 images) -> logits, over several views of the images;
-        None sees each image once, by `eval_transform`.
-    """
-
-    apply: Callable[..., Any]
-    loss: Loss
-    transform: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-    eval_transform: Callable[[jax.Array], jax.Array]
-    view_transform: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None
-    seed: int = 0
-    accum_steps: int = 1
-    nonfinite: str = "stop"
-    nonfinite_quota: int = 0
-    log_every_steps: int = 10
-    kind: str = "class"
-    eval_loss: Loss | None = None
-    mixing: Mixing | None = None
-    test_time: Callable[[Callable[[jax.Array], jax.Array], jax.Array], jax.Array] | None = None
-
-    @property
-    def together(self) -> int:
-        """Consecutive rows of the global batch that a micro-batch holds whole."""
-        return 1 if self.mixing is None else PAIR
 
 
 def make_loss_sums(
@@ -78,7 +33,7 @@ def make_loss_sums(
 
     It is what a step differentiates by `params`, the trainable leaves; batch has "row", the place
     of each example in the global batch. A batch without images has what the stages below the cut
-    made of them: "features", or "entry" of the table in `frozen.cache`.
+    made of them: "features", or "entry" of the table in `frozen.cache`; or `look` made its "input".
     """
 
     def loss_sums(params: Flat, stats: Flat, frozen: Frozen, batch: Batch, key: jax.Array):
@@ -86,17 +41,11 @@ def make_loss_sums(
         if stats or frozen.model_state:
             variables["batch_stats"] = merge(stats, frozen.model_state)
         training = Training(batch["mask"], batch["row"], axis_name, cut, frozen_norms)
-        pixel_key, dropout_key = jax.random.split(key)
-        begin: dict[str, Any] = {}
-        if "image" not in batch:
-            x, begin = features(frozen.cache.get("table"), batch), {"start": cut}
-        elif "view" in batch and parts.view_transform is not None:
-            x = parts.view_transform(batch["image"], batch["example"], batch["view"])
-        else:
-            x = parts.transform(batch["image"], pixel_key, batch["row"])
-        own = None
-        if parts.mixing is not None and "image" in batch:
-            x, own = parts.mixing(x, batch["mask"], batch["row"], key)
+        dropout_key = jax.random.split(key)[1]
+        if "image" in batch:
+            batch = look(parts, frozen, batch, key)
+        begin = {} if "input" in batch else {"start": cut}
+        x = features(frozen.cache.get("table"), batch) if begin else batch["input"]
         logits, updated = parts.apply(
             variables,
             x,
@@ -105,11 +54,18 @@ def make_loss_sums(
             mutable=["batch_stats"],
             **begin,
         )
+
+        def loss(logits: jax.Array, label: jax.Array) -> jax.Array:
+            losses = parts.loss(logits, label)
+            if parts.teacher is None:
+                return losses
+            return parts.teacher.mix(losses, logits, batch["taught"])
+
         label, mask = batch["label"], batch["mask"]
-        if own is None:
-            sums = batch_sums(logits, label, mask, parts.loss(logits, label), parts.kind)
+        if "own" in batch:
+            sums = mixed_sums(loss, logits, label, mask, batch["own"], parts.kind)
         else:
-            sums = mixed_sums(parts.loss, logits, label, mask, own, parts.kind)
+            sums = batch_sums(logits, label, mask, loss(logits, label), parts.kind)
         moved = flatten(updated.get("batch_stats", {}))
         return sums["loss_sum"], (
             sums,
@@ -119,6 +75,44 @@ def make_loss_sums(
     return loss_sums
 
 
+def look(parts: StepParts, frozen: Frozen, batch: Batch, key: jax.Array) -> Batch:
+    """Returns a batch of images with the model's "input" in their place, augmentation done.
+
+    Mixed images also have "own", the share of each that is its own; with a teacher there is
+    "taught", its logits. `key` is the step's.
+    """
+    seen = {name: x for name, x in batch.items() if name not in ("image", "example", "view")}
+    if "view" in batch and parts.view_transform is not None:
+        seen["input"] = parts.view_transform(batch["image"], batch["example"], batch["view"])
+    else:
+        pixel_key = jax.random.split(key)[0]
+        seen["input"] = parts.transform(batch["image"], pixel_key, batch["row"])
+    if parts.mixing is not None:
+        mixed = parts.mixing(seen["input"], batch["mask"], batch["row"], key)
+        seen["input"], seen["own"] = mixed
+    if parts.teacher is not None:
+        seen["taught"] = parts.teacher.logits(frozen.teacher, seen["input"])
+    return seen
+
+
+def look_once(parts: StepParts, cut: int, frozen: Frozen, batch: Batch, key: jax.Array) -> Batch:
+    """Returns a batch with all that two passes of a step share: no trainable leaf changes it.
+
+    That is the augmented input, what the teacher makes of it and, where the model runs in parts,
+    the output of the frozen prefix.
+    """
+    if "image" not in batch:
+        return batch
+    batch = look(parts, frozen, batch, key)
+    if not (cut and parts.in_parts and frozen.params):  # under enforce="optax" nothing is apart
+        return batch
+    variables: dict[str, Any] = {"params": merge(frozen.params)}
+    if frozen.model_state:
+        variables["batch_stats"] = merge(frozen.model_state)
+    x = batch.pop("input")
+    return {**batch, "features": parts.apply(variables, x, stop=cut)}
+
+
 def features(table: jax.Array | None, batch: Mapping[str, jax.Array]) -> jax.Array:
     """Returns the suffix's input [B, ...], inside the step."""
     if table is None:
@@ -126,32 +120,55 @@ def features(table: jax.Array | None, batch: Mapping[str, jax.Array]) -> jax.Arr
     return table.at[batch["entry"]].get(mode="promise_in_bounds")
 
 
-def _sum_gradients(
-    loss_sums: Callable[..., Any],
+def _make_gradients(
     parts: StepParts,
-    state: TrainState,
-    frozen: Frozen,
-    batch: Batch,
-    key: jax.Array,
-) -> tuple[Flat, dict[str, jax.Array], Flat]:
-    """Returns (gradients of the loss sum, sums, moved statistics), over all micro-batches."""
-    grad = jax.grad(loss_sums, has_aux=True)
-    if parts.accum_steps == 1:
-        grads, (sums, stats) = grad(state.params, state.model_state, frozen, batch, key)
-        return grads, sums, stats
-    micro_batch = micro_batches(batch, parts.accum_steps, parts.together)
+    mask: dict[str, bool],
+    *,
+    cut: int,
+    frozen_norms: frozenset[str],
+    axis_name: str | None,
+    elements: Elements | None,
+) -> Callable[..., tuple[Flat, Flat, Flat]]:
+    """Returns f(state, frozen, batch, key) -> (mean gradients, sums, moved statistics)."""
+    loss_sums = make_loss_sums(parts, cut=cut, frozen_norms=frozen_norms, axis_name=axis_name)
 
-    def body(carry: Any, index: jax.Array) -> tuple[Any, None]:
-        grads, sums, stats = carry
-        more, (micro_sums, stats) = grad(state.params, stats, frozen, micro_batch(index), key)
-        added = jax.tree.map(jnp.add, (grads, sums), (more, micro_sums))
-        return (*added, stats), None
+    def at(
+        state: TrainState, frozen: Frozen, batch: Batch, key: jax.Array, params: Flat, first: Any
+    ) -> tuple[Flat, Flat, Flat]:
+        """The gradients at `params`; a second pass takes the sums of the first."""
+        grads, sums, stats = sum_gradients(
+            loss_sums,
+            parts.accum_steps,
+            params,
+            state.model_state,
+            frozen,
+            batch,
+            key,
+            together=parts.together,
+        )
+        if axis_name is not None:
+            grads, sums = jax.lax.psum((grads, sums if first is None else {}), axis_name)
+        sums = sums if first is None else first
+        # A quotient would be computed and kept for every leaf; a product is fused into its uses.
+        share = 1.0 / jnp.maximum(sums["weight_sum"], 1.0)
+        means = jax.tree.map(lambda grad: (grad * share).astype(grad.dtype), grads)
+        if elements is not None:
+            means = choose_elements(elements, means, frozen.elements, key)
+        return means, sums, stats
 
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
-    sums = {name: jnp.zeros((), jnp.float32) for name in WINDOW_SUMS}
-    start = (zeros, sums, state.model_state)
-    carry, _ = jax.lax.scan(body, start, jnp.arange(parts.accum_steps))
-    return carry
+    def gradients(state: TrainState, frozen: Frozen, batch: Batch, key: jax.Array):
+        if parts.sam_rho is None:
+            means, sums, stats = at(state, frozen, batch, key, state.params, None)
+        else:
+            if parts.accum_steps == 1:  # else the prefix of every micro-batch would be kept
+                batch = look_once(parts, cut, frozen, batch, key)
+            near = functools.partial(at, state, frozen, batch, key)
+            means, sums, stats = sharpness.two_passes(near, state.params, mask, parts.sam_rho)
+        if parts.grad_noise:
+            means = add_noise(means, mask, key, state.step, parts.grad_noise)
+        return means, sums, stats
+
+    return gradients
 
 
 def make_train_step(
@@ -171,35 +188,32 @@ def make_train_step(
     under jit alone, where the batch is whole), and divided once by the number of examples that
     count: ragged masks, accumulation and the number of devices change nothing.
     """
-    loss_sums = make_loss_sums(parts, cut=cut, frozen_norms=frozen_norms, axis_name=axis_name)
+    how = {"cut": cut, "frozen_norms": frozen_norms, "axis_name": axis_name}
+    gradients = _make_gradients(parts, mask, elements=elements, **how)
 
     def step(state: TrainState, frozen: Frozen, batch: Batch):
         key = jax.random.fold_in(jax.random.key(parts.seed), state.step)
         rows = batch["label"].shape[0]
         first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * rows
         batch = dict(batch, row=first + jnp.arange(rows, dtype=jnp.int32))
-        grads, sums, stats = _sum_gradients(loss_sums, parts, state, frozen, batch, key)
-        if axis_name is not None:
-            grads, sums = jax.lax.psum((grads, sums), axis_name)
-        # A quotient would be computed and kept for every leaf; a product is fused into its uses.
-        share = 1.0 / jnp.maximum(sums["weight_sum"], 1.0)
-        means = jax.tree.map(lambda grad: (grad * share).astype(grad.dtype), grads)
-        if elements is not None:
-            means = _choose_elements(elements, means, frozen.elements, key)
+        means, sums, stats = gradients(state, frozen, batch, key)
         # The norm, like everything after it, sees the trainable leaves alone.
         norm = optax.tree.norm({path: mean for path, mean in means.items() if mask[path]})
         faults = _count_fault(parts, state.faults, sums["loss_sum"], norm)
         take = (faults["total"] == state.faults["total"]) & (faults["halted"] == 0)
 
-        update = functools.partial(_update, tx, mask, means, stats, state.step, frozen)
-        old = (state.params, state.model_state, state.opt_state)
+        update = functools.partial(
+            _update, tx, mask, means, stats, state.step, frozen, parts.ema_decay
+        )
+        old = (state.params, state.model_state, state.opt_state, state.averages)
         if parts.nonfinite == "skip":
             # A branch, not a selection leaf by leaf: no leaf is held twice, the update stays fused.
-            params, model_state, opt_state = jax.lax.cond(take, update, lambda old: old, old)
+            moved = jax.lax.cond(take, update, lambda old: old, old)
         else:
             # No branch, so no gradient waits for the norm: each is used up as soon as it is there.
             # What a halted run computes after its fault is neither logged nor saved.
-            params, model_state, opt_state = update(old)
+            moved = update(old)
+        params, model_state, opt_state, averages = moved
         window = _add_to_window(parts, state, sums, take)
         metrics = dict(
             window,
@@ -208,7 +222,8 @@ def make_train_step(
             nonfinite_steps=faults["total"],
             halted=faults["halted"],
         )
-        return TrainState(state.step + 1, params, model_state, opt_state, window, faults), metrics
+        state = TrainState(state.step + 1, params, model_state, opt_state, window, faults, averages)
+        return state, metrics
 
     return step
 
@@ -229,10 +244,14 @@ def _update(
     stats: Flat,
     step: jax.Array,
     frozen: Frozen,
-    old: tuple[Flat, Flat, Any],
-) -> tuple[Flat, Flat, Any]:
-    """Returns (params, statistics, optimizer state) after mean gradients and moved statistics."""
-    params, _, opt_state = old
+    decay: float | None,
+    old: tuple[Flat, Flat, Any, ema.Averages],
+) -> tuple[Flat, Flat, Any, ema.Averages]:
+    """Returns `old` after mean gradients and moved statistics.
+
+    That is (params, statistics, optimizer state, averages).
+    """
+    params, _, opt_state, averages = old
     updates, opt_state = tx.update(means, opt_state, params, step=step, rates=frozen.rates)
     # Weight decay moves elements whose gradient is zero.
     for path, chosen in frozen.elements.items():
@@ -241,34 +260,9 @@ def _update(
         path: leaf + updates[path].astype(leaf.dtype) if mask[path] else leaf
         for path, leaf in params.items()
     }
-    return moved, stats, opt_state
-
-
-# Folded into a step's key for its element-wise mask; `split` in the loss gives other keys.
-_ELEMENT_FOLD = 0xE1E
-
-
-def _choose_elements(elements: Elements, means: Flat, fixed: Flat, key: jax.Array) -> Flat:
-    """Returns the gradients of the elements that train, zero elsewhere.
-
-    "fixed" takes the masks of `Frozen.elements`. "bernoulli" draws each element anew with
-    probability `share` and divides by it, so that the expected gradient stays what it was.
-    """
-    if elements.kind == "fixed":
-        chosen = {path: jnp.where(mask, means[path], 0.0) for path, mask in fixed.items()}
-        return {**means, **chosen}
-    key = jax.random.fold_in(key, _ELEMENT_FOLD)
-    drawn: Flat = {}
-    for path, mean in means.items():
-        held = members(path)
-        own = [jax.random.fold_in(key, zlib.crc32(member.encode())) for member in held]
-        if held == (path,):
-            keep = jax.random.bernoulli(own[0], elements.share, mean.shape)
-        else:
-            shape = mean.shape[1:]
-            keep = jnp.stack([jax.random.bernoulli(k, elements.share, shape) for k in own])
-        drawn[path] = jnp.where(keep, mean / elements.share, 0.0).astype(mean.dtype)
-    return drawn
+    if decay is not None:
+        averages = ema.update(averages, moved, stats, step, decay)
+    return moved, stats, opt_state, averages
 
 
 def _count_fault(parts: StepParts, faults: Flat, loss: jax.Array, norm: jax.Array) -> Flat:
