@@ -295,4 +295,5 @@ FAMILY = Family(
     source_config=_source_config,
     variant_from_config=_variant_from_config,
     faults=_faults,
+    first_conv="stem/conv/kernel",
 )

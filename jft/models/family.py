@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from flax import linen as nn
@@ -45,6 +45,20 @@ class Preprocess:
         return cls(**kept)
 
 
+def adapt_preprocess(preprocess: Preprocess, channels: int) -> Preprocess:
+    """The preprocessing for images of another number of channels.
+
+    Every channel gets the average of the means and of the deviations, so that a grey image,
+    repeated over however many channels, is normalised alike in each of them. With the channels that
+    it has already, `preprocess` is returned as it is.
+    """
+    if channels == len(preprocess.mean):
+        return preprocess
+    mean = sum(preprocess.mean) / len(preprocess.mean)
+    std = sum(preprocess.std) / len(preprocess.std)
+    return replace(preprocess, mean=(mean,) * channels, std=(std,) * channels)
+
+
 @dataclass(frozen=True)
 class Family:
     """One model family.
@@ -62,6 +76,8 @@ class Family:
       source_config: module -> content of config.json in the source's format.
       variant_from_config: content of a source's config.json -> the module fields it fixes.
       faults: (module, image_size) -> {argument: what is wrong with it}.
+      first_conv: path of the kernel [h, w, C, features] that reads the image, which can be adapted
+        to another number of channels; None where there is none.
     """
 
     name: str
@@ -74,6 +90,7 @@ class Family:
     source_config: Callable[[Any], dict[str, Any]]
     variant_from_config: Callable[[Mapping[str, Any]], dict[str, Any]]
     faults: Callable[[Any, int], dict[str, str]]
+    first_conv: str | None = None
 
 
 def range_faults(

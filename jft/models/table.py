@@ -40,6 +40,31 @@ FORMS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
 }
 
 
+def _join_heads(value: Array, axis: int, ndim: int, heads: int | None) -> Array:
+    if value.ndim != ndim:
+        raise ValueError(f"{ndim} dimensions are needed, with the heads apart")
+    if heads is not None and value.shape[axis] != heads:
+        raise ValueError(f"it has {value.shape[axis]} heads, the model {heads}")
+    shape = value.shape
+    return value.reshape(*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])
+
+
+def _split_heads(value: Array, axis: int, heads: int | None) -> Array:
+    if heads is None:
+        raise ValueError("the number of heads is needed")
+    shape = value.shape
+    return value.reshape(*shape[:axis], heads, shape[axis] // heads, *shape[axis + 1 :])
+
+
+# Forms of attention whose heads stand apart in the source: name -> (axis of the heads, dimensions
+# in the source). Joined, all counts of heads look alike, so the model's own is compared with them.
+_HEAD_FORMS = {
+    "heads_out": (1, 3),  # [D, H, D / H] <-> [D, D]: query, key and value
+    "heads_in": (0, 3),  # [H, D / H, D] <-> [D, D]: the output matrix
+    "heads": (0, 2),  # [H, D / H] <-> [D]: biases
+}
+
+
 @functools.lru_cache(maxsize=4096)
 def _regex(template: str, prefix: str) -> re.Pattern[str]:
     """Compiles a template to a regex whose int fields are named groups; "{p}" is the prefix."""
@@ -69,7 +94,7 @@ class Entry:
     form: str = "same"
 
     def __post_init__(self) -> None:
-        if self.form not in FORMS:
+        if self.form not in FORMS and self.form not in _HEAD_FORMS:
             raise ValueError(f"entry {self.path}: unknown form {self.form!r}")
         names = set(_FIELD.findall(self.path))
         if names != set(_FIELD.findall(self.source)) - {"p"}:
@@ -98,12 +123,21 @@ class Table:
         are deliberately unread, such as batch counters.
       prefixes: alternatives for "{p}"; the one whose names occur is used, export writes the first.
       head: regex of the jft paths that are made anew when the class counts differ.
+      before_head: regexes of source names that only a source's own head reads; they are left unread
+        when the head is made anew, and belong to no leaf otherwise.
+      implies: (module field, value) pairs that hold for whatever is saved under such names, where
+        no config.json says so.
+      exported: whether weights that were read under these names are exported under them; otherwise
+        under the family's first.
     """
 
     entries: tuple[Entry, ...]
     ignore: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ("",)
     head: str = r"head/.*"
+    before_head: tuple[str, ...] = ()
+    implies: tuple[tuple[str, object], ...] = ()
+    exported: bool = True
 
     def source_of(self, path: str, prefix: str | None = None) -> tuple[str, str] | None:
         """(source name, form) of a jft path, or None; the prefix is `prefixes[0]` unless given."""
@@ -127,6 +161,10 @@ class Table:
         """Whether a source name is deliberately unread."""
         return any(re.fullmatch(rule, source) for rule in self.ignore)
 
+    def only_before_head(self, source: str) -> bool:
+        """Whether only the source's own head reads a source name."""
+        return any(re.fullmatch(rule, source) for rule in self.before_head)
+
     def prefix_for(self, names: Iterable[str]) -> tuple[str, int]:
         """(prefix under which most names are known, how many); the earlier prefix wins a tie."""
         names = list(names)
@@ -140,13 +178,26 @@ class Table:
         return best, counts[best]
 
 
-def to_jft(form: str, value: Array) -> Array:
-    """A source array in jft's layout (a view where numpy can make one)."""
+def to_jft(form: str, value: Array, heads: int | None = None) -> Array:
+    """A source array in jft's layout (a view where numpy can make one).
+
+    Args:
+      form: of the table's entry.
+      value: as the source has it.
+      heads: attention heads of the model; only forms that show the heads look at it.
+
+    Raises:
+      ValueError: the array has no such form, or another number of heads.
+    """
+    if form in _HEAD_FORMS:
+        return _join_heads(value, *_HEAD_FORMS[form], heads)
     return FORMS[form][0](value)
 
 
-def to_source(form: str, value: Array) -> Array:
+def to_source(form: str, value: Array, heads: int | None = None) -> Array:
     """A jft array in the source's layout; the bitwise inverse of `to_jft`."""
+    if form in _HEAD_FORMS:
+        return _split_heads(value, _HEAD_FORMS[form][0], heads)
     return FORMS[form][1](value)
 
 

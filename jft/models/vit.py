@@ -22,7 +22,7 @@ from jft.models.layers import (
     matmul,
 )
 from jft.models.scan import draws_of, scan_blocks
-from jft.models.vit_files import HF_TABLE, source_config, variant_from_config
+from jft.models.vit_files import TABLES, source_config, variant_from_config
 from jft.stack_names import Range, stack_range
 
 
@@ -289,7 +289,7 @@ FAMILY = Family(
         },
         "vit_tiny": {"patch": 8, "features": 32, "depth": 4, "heads": 4, "mlp_features": 64},
     },
-    tables=(HF_TABLE,),
+    tables=TABLES,
     groups=(
         ("embed", r"embed/.*"),
         ("block", r"blocks_(\d+)/.*"),
@@ -307,4 +307,5 @@ FAMILY = Family(
     source_config=source_config,
     variant_from_config=variant_from_config,
     faults=_faults,
+    first_conv="embed/patch/kernel",
 )

@@ -43,6 +43,66 @@ HF_TABLE = Table(
     prefixes=("vit.", ""),
 )
 
+
+def _flax_table(position: str, attention: str, norm2: str, mlp: str, **options: Any) -> Table:
+    """Names of parameters that Flax saved as npz: kernels [in, out], heads apart.
+
+    Linen's LayerNorm has epsilon 1e-6 and its GELU is the tanh form, which no array shows. timm
+    reads the same files with the exact GELU, Hugging Face's conversions have epsilon 1e-12 too:
+    both deviate a little from what was trained.
+    """
+    block = "{p}Transformer/encoderblock_{i}"
+    weights = ("kernel", "bias")
+    return Table(
+        entries=(
+            Entry("embed/cls_token", "{p}cls"),
+            Entry("embed/pos_embedding", "{p}" + position),
+            *(Entry(f"embed/patch/{name}", f"{{p}}embedding/{name}") for name in weights),
+            *_as_saved("blocks_{i}/norm1", f"{block}/LayerNorm_0", ("scale", "bias")),
+            *(
+                Entry(f"blocks_{{i}}/attn/{name}", f"{block}/{attention}/{name}", form)
+                for part in ("query", "key", "value")
+                for name, form in ((f"{part}/kernel", "heads_out"), (f"{part}/bias", "heads"))
+            ),
+            Entry("blocks_{i}/attn/out/kernel", f"{block}/{attention}/out/kernel", "heads_in"),
+            Entry("blocks_{i}/attn/out/bias", f"{block}/{attention}/out/bias"),
+            *_as_saved("blocks_{i}/norm2", f"{block}/{norm2}", ("scale", "bias")),
+            *_as_saved("blocks_{i}/mlp/fc1", f"{block}/{mlp}/Dense_0", weights),
+            *_as_saved("blocks_{i}/mlp/fc2", f"{block}/{mlp}/Dense_1", weights),
+            *_as_saved("norm", "{p}Transformer/encoder_norm", ("scale", "bias")),
+            *_as_saved("head", "{p}head", weights),
+        ),
+        before_head=(r"(params/)?pre_logits/.*",),
+        implies=(("epsilon", 1e-6), ("gelu", "tanh")),
+        exported=False,
+        **options,
+    )
+
+
+def _as_saved(path: str, source: str, names: tuple[str, ...]) -> tuple[Entry, ...]:
+    return tuple(Entry(f"{path}/{name}", f"{source}/{name}") for name in names)
+
+
+# The npz files of https://github.com/google-research/vision_transformer: the original ViTs and
+# those of AugReg (Steiner et al. 2021, https://arxiv.org/abs/2106.10270).
+AUGREG_TABLE = _flax_table(
+    "Transformer/posembed_input/pos_embedding",
+    "MultiHeadDotProductAttention_1",
+    "LayerNorm_2",
+    "MlpBlock_3",
+)
+# Those of https://github.com/google-research/big_vision, whose modules count anew by kind. With a
+# class token they have no position for it, which this family cannot hold; without one they fit.
+BIG_VISION_TABLE = _flax_table(
+    "pos_embedding",
+    "MultiHeadDotProductAttention_0",
+    "LayerNorm_1",
+    "MlpBlock_0",
+    ignore=(r"opt/.*",),
+    prefixes=("params/", ""),
+)
+TABLES = (HF_TABLE, AUGREG_TABLE, BIG_VISION_TABLE)
+
 _HF_FIELDS = {
     "patch_size": "patch",
     "hidden_size": "features",

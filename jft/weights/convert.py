@@ -6,10 +6,9 @@ are two tensors of equal shape that changed places: golden logits catch those.
 """
 
 import itertools
-import math
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +20,19 @@ from jft.errors import WeightsError, nearest
 from jft.models import table as tables
 from jft.tree import Flat, count_params, select, unflatten
 from jft.weights import naming as namings
+from jft.weights.agreement import check_card, check_fields
+from jft.weights.channels import adapt_channels, adaptation_note
 from jft.weights.naming import Leaves, Naming
 from jft.weights.preprocessing import source_preprocess
 from jft.weights.random_weights import write_random
 from jft.weights.readers import read
 from jft.weights.report import Report as Report
 from jft.weights.report import Row
-from jft.weights.resize import resize_positions
+from jft.weights.resize import Grids
 from jft.weights.source import Source, resolve
 
 _SHOWN = 3  # leaves or names in one message
 _NEAREST_OF = 2_000  # names that are searched for a similar one
-_POSITIONS = re.compile(r"(.*/)?pos_embedding")
-_CLASS_TOKEN = "cls_token"
-# Fields of a source's config that shape training, not the function that the weights compute.
-_FREE_FIELDS = re.compile(r".*(_rate|momentum)")
 
 
 class _MisfitError(Exception):
@@ -72,15 +69,16 @@ def load_pretrained(
     """
     leaves = namings.abstract_leaves(model, image_shape)
     found, sha256, arrays = _open(model, source, image_shape, scratch_dir)
-    _check_card(found, sha256)
+    check_card(found, sha256)
     arrays, notes = namings.without_module_prefix(arrays)
     naming = namings.choose_naming(model, leaves, arrays, source)
-    _check_config(model, found)
+    check_fields(model, found, naming.table)
     reasons = {path: f"by {rule!r}" for rule in fresh for path in select(leaves, rule, "fresh")}
     reasons |= _replaced_head(naming, leaves, arrays, reasons)
     shape = namings.image_shape_of(model, image_shape)
-    grids = _Grids(leaves, found, shape)
-    rows, flat = _assign(naming, leaves, arrays, reasons, grids, source)
+    first_conv = getattr(getattr(model, "family", None), "first_conv", None)
+    fit = _Fit(leaves, naming, Grids(leaves, found.config or {}, shape), first_conv)
+    rows, flat = _assign(fit, arrays, reasons, source)
     flat |= _fresh_leaves(model, reasons, key, shape)
     own = getattr(model, "preprocess", None)
     preprocess, remarks = source_preprocess(found, own) if own else (None, [])
@@ -125,32 +123,6 @@ def _open(
         return found, found.sha256(), arrays
 
 
-def _check_card(source: Source, sha256: str) -> None:
-    """Refuses an export whose weights are not the ones that its jft.json was written for."""
-    recorded = (source.card or {}).get("weights_sha256")
-    if recorded and source.files[0].name == "model.safetensors" and recorded != sha256:
-        raise WeightsError(f"{source.files[0]}: damaged or replaced, jft.json has another SHA-256")
-
-
-def _check_config(model: Any, source: Source) -> None:
-    """Refuses a source whose config.json tells of another architecture or another epsilon."""
-    if getattr(model, "family", None) is None or source.config is None:
-        return
-    try:
-        fields = model.family.variant_from_config(source.config)
-    except (TypeError, ValueError, KeyError) as error:
-        raise WeightsError(
-            f"source {source.text!r}: its config.json does not fit: {error}"
-        ) from error
-    for name, value in fields.items():
-        own = getattr(model.module, name, value)
-        if not _FREE_FIELDS.fullmatch(name) and own != value:
-            raise WeightsError(
-                f"source {source.text!r}: its config.json has {name} = {value!r}, the model has "
-                f"{own!r}; set model.args.{name} to match"
-            )
-
-
 def _replaced_head(
     naming: Naming, leaves: Leaves, arrays: dict[str, np.ndarray], reasons: Mapping[str, str]
 ) -> dict[str, str]:
@@ -161,7 +133,7 @@ def _replaced_head(
         name, form = naming.names[path]
         if name not in arrays or arrays[name].ndim != leaves[path][1].ndim:
             return {}
-        theirs, ours = tables.to_jft(form, arrays[name]).shape, leaves[path][1].shape
+        theirs, ours = tables.to_jft(form, arrays[name], naming.heads).shape, leaves[path][1].shape
         if theirs[:-1] != ours[:-1]:
             return {}
         counts.add((theirs[-1:], ours[-1:]))
@@ -171,53 +143,36 @@ def _replaced_head(
     return {path: f"{theirs[0]} classes in the source, {ours[0]} here" for path in head}
 
 
-class _Grids:
-    """The patch grids of position embeddings, in the model and in the source."""
+@dataclass(frozen=True)
+class _Fit:
+    """What the leaves of a model need, and how a source's arrays can be made to fit."""
 
-    def __init__(self, leaves: Leaves, source: Source, image_shape: tuple[int, int, int]) -> None:
-        self.leaves, self.config = leaves, source.config or {}
-        self.image_shape = image_shape
+    leaves: Leaves
+    naming: Naming
+    grids: Grids
+    first_conv: str | None
 
-    def resize(self, path: str, value: np.ndarray) -> tuple[np.ndarray, str] | None:
-        """`value` on the model's grid and a note, or None where it cannot be fitted."""
+    def reshape(self, path: str, value: np.ndarray) -> tuple[np.ndarray, str, str] | None:
+        """(value in the model's shape, status, note), or None where nothing can make it fit."""
         wanted = self.leaves[path][1].shape
-        if value.ndim != 3 or len(wanted) != 3 or value.shape[::2] != wanted[::2]:
-            return None
-        folder = path.rpartition("/")[0]
-        extra = int(f"{folder}/{_CLASS_TOKEN}" in self.leaves)
-        new = self._grid(f"{folder}/patch/kernel", self.image_shape[:2], wanted[1] - extra)
-        size = self.config.get("image_size")
-        size = tuple(size) if isinstance(size, list) else (size, size)
-        old = self._grid(f"{folder}/patch/kernel", size, value.shape[1] - extra)
-        if new is None or old is None:
-            return None
-        moved = resize_positions(np.asarray(value, np.float32), old, new, extra)
-        return moved, f"grid {old[0]}x{old[1]} -> {new[0]}x{new[1]}, bicubic"
-
-    def _grid(self, kernel: str, size: Sequence[Any], tokens: int) -> tuple[int, int] | None:
-        """(rows, columns) by image size over patch size where that fits, else a square."""
-        if kernel in self.leaves and all(type(side) is int for side in size):
-            patch = self.leaves[kernel][1].shape[:2]
-            rows, columns = (side // p for side, p in zip(size, patch, strict=True))
-            if rows * columns == tokens > 0:
-                return rows, columns
-        side = math.isqrt(max(tokens, 0))
-        return (side, side) if side and side * side == tokens else None
+        floating = jnp.issubdtype(value.dtype, jnp.floating)
+        if path == self.first_conv and floating and value.ndim == len(wanted) == 4:
+            have, channels = value.shape[2], wanted[2]
+            if have and (*value.shape[:2], channels, value.shape[3]) == wanted:
+                note = adaptation_note(have, channels)
+                return adapt_channels(value, channels), "adapted", note
+        resized = self.grids.resize(path, value)
+        return resized and (resized[0], "resized", resized[1])
 
 
 def _assign(
-    naming: Naming,
-    leaves: Leaves,
-    arrays: dict[str, np.ndarray],
-    reasons: Mapping[str, str],
-    grids: _Grids,
-    source: str,
+    fit: _Fit, arrays: dict[str, np.ndarray], reasons: Mapping[str, str], source: str
 ) -> tuple[list[Row], Flat]:
     """Rows and arrays of all leaves; raises on what is missing, misshapen or extra."""
     rows, flat, problems = [], {}, []
-    expected = {name for name, _ in naming.names.values()}
-    extra = [name for name in arrays if name not in expected and not naming.table.ignored(name)]
-    for path, (_, leaf) in leaves.items():
+    naming = fit.naming
+    extra = _extra_names(naming, arrays, reasons)
+    for path, (_, leaf) in fit.leaves.items():
         name, form = naming.names.get(path, (None, "same"))
         if path in reasons:
             rows.append(
@@ -233,13 +188,29 @@ def _assign(
                 if path in naming.head():
                     near += f" (a source without a head needs fresh = [{naming.table.head!r}])"
                 raise _MisfitError(f"{path!r} needs {name!r}, which is missing{near}")
-            flat[path], status, note = _convert(path, leaf, arrays[name], name, form, grids)
+            flat[path], status, note = _convert(fit, path, arrays[name], name, form)
             rows.append(Row(path, status, name, leaf.shape, note))
         except _MisfitError as misfit:
             problems.append(str(misfit))
     if problems or extra:
         raise WeightsError(f"source {source!r} does not fit: " + _summary(problems, extra, naming))
     return rows, flat
+
+
+def _extra_names(
+    naming: Naming, arrays: Mapping[str, np.ndarray], reasons: Mapping[str, str]
+) -> list[str]:
+    """Names in the source that no leaf of the model stands for, and that nothing excuses."""
+    expected = {name for name, _ in naming.names.values()}
+    head = naming.head()
+    headless = bool(head) and all(path in reasons for path in head)
+    return [
+        name
+        for name in arrays
+        if name not in expected
+        and not naming.table.ignored(name)
+        and not (headless and naming.table.only_before_head(name))
+    ]
 
 
 def _summary(problems: list[str], extra: list[str], naming: Naming) -> str:
@@ -251,6 +222,8 @@ def _summary(problems: list[str], extra: list[str], naming: Naming) -> str:
     for name in extra[:_SHOWN]:
         known = naming.table.path_of(name, naming.prefix)
         to = f" (the model has no leaf {known[0]!r})" if known else nearest(name, expected)
+        if naming.table.only_before_head(name):
+            to = f" (only its own head reads it: fresh = [{naming.table.head!r}] leaves both out)"
         parts.append(f"{name!r} in the source belongs to no leaf{to}")
     if len(extra) > _SHOWN:
         parts.append(f"and {len(extra) - _SHOWN} more unread names")
@@ -258,28 +231,25 @@ def _summary(problems: list[str], extra: list[str], naming: Naming) -> str:
 
 
 def _convert(
-    path: str,
-    leaf: jax.ShapeDtypeStruct,
-    value: np.ndarray,
-    name: str,
-    form: str,
-    grids: _Grids,
+    fit: _Fit, path: str, value: np.ndarray, name: str, form: str
 ) -> tuple[np.ndarray, str, str]:
     """(array in the model's layout, shape and dtype; status; note) of one leaf."""
+    leaf = fit.leaves[path][1]
     status, note = "loaded", ""
     stored = value.shape
     try:
-        value = tables.to_jft(form, value)
-    except ValueError:
-        raise _MisfitError(f"{path!r} {leaf.shape} cannot be read from {name!r} {stored}") from None
+        value = tables.to_jft(form, value, fit.naming.heads)
+    except ValueError as error:
+        raise _MisfitError(
+            f"{path!r} {leaf.shape} cannot be read from {name!r} {stored}: {error}"
+        ) from None
     if value.shape != leaf.shape:
-        resized = grids.resize(path, value) if _POSITIONS.fullmatch(path) else None
-        if resized is None:
+        fitted = fit.reshape(path, value)
+        if fitted is None:
             raise _MisfitError(
                 f"{path!r} has shape {leaf.shape}, {name!r} gives {value.shape} (stored: {stored})"
             )
-        value, note = resized
-        status = "resized"
+        value, status, note = fitted
     theirs, ours = value.dtype, np.dtype(leaf.dtype)
     if theirs != ours:
         kinds = (jnp.floating, jnp.integer, jnp.bool_)

@@ -44,7 +44,8 @@ def export_weights(
       out_dir: the folder; must not exist, or be empty.
       label_names: one a class.
       preprocess: of the source where it differs from the model's (`Report.preprocess`).
-      table: index of the family's naming style (`Report.table`).
+      table: index of the family's naming style (`Report.table`); those that no other tool reads
+        from safetensors are written in the family's first.
       provenance: where the weights came from: source, sha256, run, ...
       extra: further JSON content for jft.json.
 
@@ -63,6 +64,9 @@ def export_weights(
         raise ConfigError(f"export: {len(label_names)} label names for {num_classes} classes")
     preprocess = preprocess or getattr(model, "preprocess", None)
     leaves = namings.join(variables)
+    family = getattr(model, "family", None)
+    if family is not None and not family.tables[table].exported:
+        table = 0
     naming = namings.naming_of(model, leaves, table)
     arrays = namings.to_source_arrays(naming, {path: leaf for path, (_, leaf) in leaves.items()})
     card = _card(model, label_names, preprocess, table) | {"provenance": dict(provenance or {})}

@@ -28,12 +28,14 @@ class Naming:
       table: the naming style.
       prefix: what "{p}" stands for.
       index: of the table in its family.
+      heads: attention heads of the model, for forms that show them.
     """
 
     names: dict[str, tuple[str, str]]
     table: Table
     prefix: str
     index: int = 0
+    heads: int | None = None
 
     def head(self) -> list[str]:
         """Paths that are made anew when the class counts differ."""
@@ -89,7 +91,9 @@ def naming_of(
     table = family.tables[index]
     used = table.prefixes[0] if prefix is None else prefix
     found = {path: table.source_of(path, used) for path in paths}
-    return Naming({path: name for path, name in found.items() if name}, table, used, index)
+    names = {path: name for path, name in found.items() if name}
+    heads = getattr(getattr(model, "module", None), "heads", None)
+    return Naming(names, table, used, index, heads)
 
 
 def choose_naming(model: Any, paths: Iterable[str], names: Iterable[str], source: str) -> Naming:
@@ -137,5 +141,6 @@ def to_source_arrays(naming: Naming, flat: Mapping[str, Any]) -> dict[str, np.nd
                 f"the leaf {path!r} has no name in the family's table, no way to write it"
             )
         name, form = naming.names[path]
-        arrays[name] = np.ascontiguousarray(tables.to_source(form, np.asarray(leaf)))
+        value = tables.to_source(form, np.asarray(leaf), naming.heads)
+        arrays[name] = np.ascontiguousarray(value)
     return arrays

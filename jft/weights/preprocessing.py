@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from jft.errors import WeightsError
-from jft.models.family import Preprocess
+from jft.models.family import Preprocess, adapt_preprocess
 from jft.weights.source import Source
 
 _PIL_FILTERS = {"bilinear": 2, "bicubic": 3}
@@ -17,18 +17,25 @@ def source_preprocess(source: Source, own: Preprocess) -> tuple[Preprocess, list
     """The preprocessing that a source asks for, and remarks; `own` where it says nothing.
 
     Mean, std (0..255 scale), crop and interpolation come from the source; the image size stays the
-    model's, which may be fine-tuned at another one.
+    model's, which may be fine-tuned at another one, and so does the number of channels, to which
+    mean and std are adapted as the first convolution is.
 
     Raises:
       WeightsError: the source's file is malformed.
     """
     try:
         if source.card and isinstance(source.card.get("preprocess"), Mapping):
-            found = Preprocess.from_dict(source.card["preprocess"])
-            return replace(found, image_size=own.image_size), []
-        if source.preprocess is None:
+            found, notes = Preprocess.from_dict(source.card["preprocess"]), []
+        elif source.preprocess is None:
             return own, []
-        return _from_hugging_face(source.preprocess, own)
+        else:
+            found, notes = _from_hugging_face(source.preprocess, own)
+        have, channels = len(found.mean), len(own.mean)
+        if have != len(found.std) or not have or min(found.std) <= 0:
+            raise ValueError("as many means as positive deviations are needed")
+        if have != channels:
+            notes.append(f"mean and std of {have} channels are averaged for each of {channels}")
+        return adapt_preprocess(replace(found, image_size=own.image_size), channels), notes
     except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
         raise WeightsError(
             f"{source.text}: preprocessor_config.json is malformed: {error}"
@@ -42,8 +49,6 @@ def _from_hugging_face(values: Mapping[str, Any], own: Preprocess) -> tuple[Prep
     if values.get("do_normalize", True) and "image_mean" in values:
         mean = [float(x) for x in values["image_mean"]]
         std = [float(x) for x in values["image_std"]]
-    if len(mean) != len(own.mean) or len(std) != len(own.std) or min(std) <= 0:
-        raise ValueError(f"{len(own.mean)} means and positive deviations are needed")
     interpolation = own.interpolation
     code = values.get("resample")
     if code in _PIL_FILTERS.values():

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from jft.models.family import Preprocess
 
-STATUSES = ("loaded", "cast", "resized", "fresh")
+STATUSES = ("loaded", "cast", "resized", "adapted", "fresh")
 
 
 class Row(NamedTuple):
@@ -14,7 +14,8 @@ class Row(NamedTuple):
     Attributes:
       path: in the model; parameters and statistics share the path space.
       status: "loaded" (bitwise, but for the layout), "cast" (another dtype in the source),
-        "resized" (position embeddings) or "fresh" (from the module's own init).
+        "resized" (position embeddings), "adapted" (the first convolution, to other channels) or
+        "fresh" (from the module's own init).
       source_name: in the source; None when it has no such tensor.
       shape: in the model.
       note: what was changed, or why the leaf is fresh.

@@ -1,7 +1,14 @@
 """Position embeddings on another grid of patches."""
 
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 
+_POSITIONS = re.compile(r"(.*/)?pos_embedding")
+_CLASS_TOKEN = "cls_token"
 _SHARPNESS = -0.75  # of the cubic kernel (Keys 1981), as torch and OpenCV; TensorFlow takes -0.5
 
 
@@ -46,3 +53,49 @@ def _cubic(x: np.ndarray) -> np.ndarray:
     near = (a + 2) * x**3 - (a + 3) * x**2 + 1
     far = a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
     return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+
+
+class Grids:
+    """The patch grids of position embeddings, in a model and in its source.
+
+    Args:
+      leaves: of the model: path -> (collection, shape and dtype).
+      config: content of the source's config.json; its image_size tells of grids not square.
+      image_shape: (height, width, channels) of the model.
+    """
+
+    def __init__(
+        self,
+        leaves: Mapping[str, tuple[str, Any]],
+        config: Mapping[str, Any],
+        image_shape: tuple[int, int, int],
+    ) -> None:
+        self.leaves, self.config, self.image_shape = leaves, config, image_shape
+
+    def resize(self, path: str, value: np.ndarray) -> tuple[np.ndarray, str] | None:
+        """`value` on the model's grid and a note, or None where it cannot be fitted."""
+        wanted = self.leaves[path][1].shape
+        if not _POSITIONS.fullmatch(path):
+            return None
+        if value.ndim != 3 or len(wanted) != 3 or value.shape[::2] != wanted[::2]:
+            return None
+        folder = path.rpartition("/")[0]
+        extra = int(f"{folder}/{_CLASS_TOKEN}" in self.leaves)
+        new = self._grid(f"{folder}/patch/kernel", self.image_shape[:2], wanted[1] - extra)
+        size = self.config.get("image_size")
+        size = tuple(size) if isinstance(size, list) else (size, size)
+        old = self._grid(f"{folder}/patch/kernel", size, value.shape[1] - extra)
+        if new is None or old is None:
+            return None
+        moved = resize_positions(np.asarray(value, np.float32), old, new, extra)
+        return moved, f"grid {old[0]}x{old[1]} -> {new[0]}x{new[1]}, bicubic"
+
+    def _grid(self, kernel: str, size: Sequence[Any], tokens: int) -> tuple[int, int] | None:
+        """(rows, columns) by image size over patch size where that fits, else a square."""
+        if kernel in self.leaves and all(type(side) is int for side in size):
+            patch = self.leaves[kernel][1].shape[:2]
+            rows, columns = (side // p for side, p in zip(size, patch, strict=True))
+            if rows * columns == tokens > 0:
+                return rows, columns
+        side = math.isqrt(max(tokens, 0))
+        return (side, side) if side and side * side == tokens else None

@@ -1,0 +1,63 @@
+"""Whether a source and a model speak of the same function, beyond names and shapes of arrays."""
+
+import re
+from typing import Any
+
+from jft.errors import WeightsError
+from jft.models.table import Table
+from jft.weights.source import Source
+
+# Fields of a source's config that shape training, not the function that the weights compute.
+_FREE_FIELDS = re.compile(r".*(_rate|momentum)")
+
+
+def check_card(source: Source, sha256: str) -> None:
+    """Refuses an export whose weights are not the ones that its jft.json was written for.
+
+    Raises:
+      WeightsError: the file has another SHA-256 than its card says.
+    """
+    recorded = (source.card or {}).get("weights_sha256")
+    if recorded and source.files[0].name == "model.safetensors" and recorded != sha256:
+        raise WeightsError(f"{source.files[0]}: damaged or replaced, jft.json has another SHA-256")
+
+
+def stated_fields(family: Any, source: Source, table: Table) -> dict[str, Any]:
+    """The module fields that a source fixes: by its config.json, else by the names of its arrays.
+
+    Raises:
+      WeightsError: its config.json tells of an architecture that the family does not have.
+    """
+    try:
+        found = family.variant_from_config(source.config) if source.config is not None else {}
+    except (TypeError, ValueError, KeyError) as error:
+        raise WeightsError(
+            f"source {source.text!r}: its config.json does not fit: {error}"
+        ) from error
+    fields = dict(table.implies) | found
+    return {name: value for name, value in fields.items() if not _FREE_FIELDS.fullmatch(name)}
+
+
+def check_fields(model: Any, source: Source, table: Table) -> None:
+    """Refuses a source that tells of another architecture, epsilon or activation than the model's.
+
+    Raises:
+      WeightsError: naming the arguments of the model to change.
+    """
+    family = getattr(model, "family", None)
+    if family is None:
+        return
+    wrong = {
+        name: (value, getattr(model.module, name))
+        for name, value in stated_fields(family, source, table).items()
+        if getattr(model.module, name, value) != value
+    }
+    if not wrong:
+        return
+    where = "its config.json has" if source.config is not None else "weights so named have"
+    theirs = " and ".join(f"{name} = {value!r}" for name, (value, _) in wrong.items())
+    ours = " and ".join(repr(own) for _, own in wrong.values())
+    names = " and ".join(f"model.args.{name}" for name in wrong)
+    raise WeightsError(
+        f"source {source.text!r}: {where} {theirs}, the model has {ours}; set {names} to match"
+    )
