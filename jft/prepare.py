@@ -138,7 +138,7 @@ def setup(
     task = with_preprocess(task, (conversion or {}).get("preprocess"))
 
     def start() -> tuple[Flat, Flat]:
-        return (leaves or initial_leaves(task))[:2]
+        return (leaves or initial_leaves(task, conversion))[:2]
 
     return _make_run(task, splits, workdir, checkpoints, start, conversion, dry_run)
 

@@ -15,13 +15,14 @@ from jft.data.decode import Shape
 from jft.data.images import canvas_shape
 from jft.data.protocol import Kind, label_layout
 from jft.data.sources import Splits, make_splits
-from jft.errors import ConfigError
+from jft.errors import ConfigError, WeightsError
 from jft.freeze.groups import COMMON_SETS, Groups, make_groups
 from jft.models.family import Preprocess
 from jft.models.own import OwnModel, own_model
 from jft.models.zoo import Model, make_model
 from jft.tree import Flat, flatten
 from jft.weights.convert import load_pretrained
+from jft.weights.hub import pinned
 
 # Folded into the run's key for fresh leaves; no step of a run has this number.
 INIT_FOLD = 0xFFFFFFFF
@@ -163,9 +164,22 @@ def _make_model(config: ConfigDict, module: Any, num_classes: int) -> Model | Ow
     return make_model(name=config.model.name, args=args, num_classes=num_classes)
 
 
-def initial_leaves(task: Task) -> tuple[Flat, Flat, dict[str, Any] | None]:
-    """Returns (params, model_state, conversion report or None) that a run starts from."""
+def initial_leaves(
+    task: Task, recorded: Mapping[str, Any] | None = None
+) -> tuple[Flat, Flat, dict[str, Any] | None]:
+    """Returns (params, model_state, conversion report or None) that a run starts from.
+
+    Args:
+      task: the fitted model.
+      recorded: the conversion report of a run that started already: the same commit of a source on
+        a hub is taken, and any source must still hold what it held.
+
+    Raises:
+      WeightsError: the source is missing, does not fit, or is not what was recorded.
+    """
     config, size = task.config, task.preprocess.image_size
+    if recorded is not None and recorded.get("source") != config.init.source:
+        recorded = None  # resumed by force with another one
     key = jax.random.fold_in(jax.random.key(config.seed), INIT_FOLD)
     shape = (size, size, len(task.preprocess.mean))
     if config.init.source is None:
@@ -176,11 +190,17 @@ def initial_leaves(task: Task) -> tuple[Flat, Flat, dict[str, Any] | None]:
         with tempfile.TemporaryDirectory(prefix="jft-random-") as scratch:
             variables, found = load_pretrained(
                 task.model,
-                config.init.source,
+                pinned(config.init.source, (recorded or {}).get("revision")),
                 fresh=list(config.init.fresh),
                 key=key,
                 image_shape=shape,
                 scratch_dir=Path(scratch),
+            )
+        then = (recorded or {}).get("sha256")
+        if then is not None and then != found.sha256:
+            raise WeightsError(
+                f"init.source: {found.source} has changed since the run started: its SHA-256 is"
+                f" {found.sha256[:16]}..., it was {str(then)[:16]}..."
             )
         report = found.to_dict() | {"text": found.text()}
     flat = (flatten(variables["params"]), flatten(variables.get("batch_stats", {})))

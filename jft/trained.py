@@ -99,10 +99,11 @@ def load_trained(workdir: str | Path, model: Any = None, step: str | int = "newe
     config = read_config(workdir)
     labels, native, kind = read_data(workdir)
     task = make_task(config, labels, native, model, kind)
-    task = with_preprocess(task, (read_json(workdir / "conversion.json") or {}).get("preprocess"))
+    conversion = read_json(workdir / "conversion.json") or {}
+    task = with_preprocess(task, conversion.get("preprocess"))
 
     def rebuild(paths: list[str]) -> Flat:
-        leaves = leaves_by_path(Frozen(*initial_leaves(task)[:2]))
+        leaves = leaves_by_path(Frozen(*initial_leaves(task, conversion)[:2]))
         return {path: leaves[path] for path in paths if path in leaves}
 
     checkpoints = make_checkpoints(config, workdir)
@@ -218,6 +219,7 @@ def export(
         provenance={
             "source": conversion.get("source"),
             "sha256": conversion.get("sha256"),
+            "revision": conversion.get("revision"),
             "step": trained.step,
             "config": json.loads((Path(workdir) / "config.json").read_text()),
         },

@@ -52,7 +52,8 @@ def load_pretrained(
 
     Args:
       model: a Model; one without a family reads files in its own path names.
-      source: "pkg:DISTRIBUTION/path", "file:PATH" or "random:SEED".
+      source: "pkg:DISTRIBUTION/path", "file:PATH", "hf:OWNER/NAME[@REVISION][/PATH]" or
+        "random:SEED".
       fresh: regexes of the paths that are not loaded but made by the module's own init. The head
         needs none when the class counts differ: it is fresh then, and the report says so.
       key: a jax.random.key for the fresh leaves; key(0) by default.
@@ -94,6 +95,7 @@ def load_pretrained(
         notes=notes + remarks,
         table=naming.index,
         preprocess=preprocess,
+        revision=found.revision,
     )
     nested = {collection: {} for collection, _ in leaves.values()}
     for path, (collection, _) in leaves.items():

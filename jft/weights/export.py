@@ -16,9 +16,9 @@ from safetensors.numpy import save_file
 from jft.errors import ConfigError, WeightsError
 from jft.models.family import Preprocess
 from jft.weights import naming as namings
+from jft.weights.hashes import file_sha256
 from jft.weights.preprocessing import to_hugging_face
 from jft.weights.random_weights import write_random as write_random
-from jft.weights.source import file_sha256
 
 FORMAT_VERSION = 1
 

@@ -17,6 +17,7 @@ from jft.errors import WeightsError
 
 HEADER_BYTES = 8 << 20  # a safetensors header, or all the pickles of a torch file
 TENSORS = 100_000
+FILE_BYTES = 1 << 38  # one file of weights; hubs part larger ones
 RANK = 16
 NAME_CHARACTERS = 512
 DIRECTORY_BYTES = 32 << 20  # the list of members at the end of a zip archive

@@ -42,6 +42,7 @@ class Report:
       notes: further remarks, one line each.
       table: index of the family's table that was used.
       preprocess: the source's own preprocessing where it has one, else the model's.
+      revision: the commit that a source on a hub was resolved to, else None.
     """
 
     source: str
@@ -53,6 +54,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     table: int = 0
     preprocess: Preprocess | None = None
+    revision: str | None = None
 
     @property
     def coverage(self) -> float:
@@ -68,6 +70,7 @@ class Report:
         return {
             "source": self.source,
             "sha256": self.sha256,
+            "revision": self.revision,
             "coverage": self.coverage,
             "loaded_params": self.loaded_params,
             "all_params": self.all_params,
@@ -85,6 +88,8 @@ class Report:
           every_leaf: also list the loaded ones.
         """
         lines = [f"weights   {self.source}", f"sha256    {self.sha256}"]
+        if self.revision:
+            lines.append(f"commit    {self.revision}")
         lines.append(f"{'stage':<14}" + "".join(f"{status:>9}" for status in STATUSES))
         for stage, counts in self._stages().items():
             lines.append(f"{stage:<14}" + "".join(f"{counts[s] or '-':>9}" for s in STATUSES))

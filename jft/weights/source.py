@@ -1,13 +1,12 @@
-"""Where weights come from: a source names files on this machine, and nothing else.
+"""Where weights come from: what each kind of source names.
 
 "pkg:DISTRIBUTION/path" is a file or folder inside an installed package, found through its own list
-of files without importing it. "file:PATH" is a file or folder. "random:SEED" stands for weights
-that `load_pretrained` writes itself, for trials without a download.
+of files without importing it. "file:PATH" is a file or folder. "hf:OWNER/NAME[@REVISION][/PATH]" is
+a repository of the Hugging Face hub, fetched into its cache. "random:SEED" stands for weights that
+`load_pretrained` writes itself, for trials without a download.
 """
 
-import functools
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -15,12 +14,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jft.errors import WeightsError, nearest
+from jft.weights import hub
+from jft.weights.hashes import file_sha256
+from jft.weights.shards import INDEX, read_index, read_json
 
-JSON_BYTES = 16 << 20
 # Of a folder, the first of these that has a file is read; several of one kind are ambiguous.
 _PATTERNS = ("*.safetensors", "*.npz", "*.bin", "*.pth", "*.pt")
 _WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Source:
       preprocess: content of preprocessor_config.json beside them, or None.
       card: content of jft.json beside them (written by `export_weights`), or None.
       weight_map: tensor name -> file name, of a sharded safetensors folder.
+      revision: the commit that a source on a hub was resolved to, else None.
     """
 
     text: str
@@ -44,6 +45,7 @@ class Source:
     preprocess: dict[str, Any] | None = None
     card: dict[str, Any] | None = None
     weight_map: Mapping[str, str] | None = field(default=None, repr=False)
+    revision: str | None = None
 
     def sha256(self) -> str:
         """SHA-256 of the file; of several, of their (name, SHA-256) lines in reading order."""
@@ -54,28 +56,21 @@ class Source:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    status = path.stat()
-    return _file_sha256(path, status.st_mtime_ns, status.st_size)
-
-
-@functools.lru_cache(maxsize=64)
-def _file_sha256(path: Path, _modified: int, _size: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def resolve(source: str) -> Source:
-    """Finds the weight files of a source.
+    """Finds the weight files of a source, and fetches them where they are on a hub.
 
     Raises:
-      WeightsError: the package, file or folder is missing, or the folder's content is ambiguous.
+      WeightsError: the package, file, folder or repository is missing, the folder's content is
+        ambiguous, or a download is not what the hub declares.
     """
-    path = locate(source)
+    revision = None
+    if source.startswith(hub.PREFIX):
+        path, revision = hub.fetch(source)
+    else:
+        path = locate(source)
     if path.is_file():
         folder, files, weight_map = path.parent, (path,), None
-        if path.name == _INDEX:
+        if path.name == INDEX:
             files, weight_map = _shards(source, folder)
     else:
         folder = path
@@ -84,10 +79,11 @@ def resolve(source: str) -> Source:
         text=source,
         path=path,
         files=files,
-        config=_read_json(folder / "config.json"),
-        preprocess=_read_json(folder / "preprocessor_config.json"),
-        card=_read_json(folder / "jft.json"),
+        config=read_json(folder / "config.json"),
+        preprocess=read_json(folder / "preprocessor_config.json"),
+        card=read_json(folder / "jft.json"),
         weight_map=weight_map,
+        revision=revision,
     )
 
 
@@ -99,8 +95,9 @@ def locate(source: str) -> Path:
     """
     kind, colon, rest = source.partition(":")
     if not colon or kind not in ("pkg", "file") or not rest:
-        known = "'pkg:DISTRIBUTION/path', 'file:PATH' or 'random:SEED'"
-        raise WeightsError(f"source {source!r}: expected {known}{nearest(kind, ['pkg', 'file'])}")
+        known = "'pkg:DISTRIBUTION/path', 'file:PATH', 'hf:OWNER/NAME' or 'random:SEED'"
+        hint = nearest(kind, ("pkg", "file", "hf", "random"))
+        raise WeightsError(f"source {source!r}: expected {known}{hint}")
     if kind == "pkg":
         return _locate_in_package(source, rest)
     path = Path(rest).expanduser()
@@ -154,7 +151,7 @@ def _nearest_path(inside: str, paths: set[str]) -> str:
 def _folder_files(source: str, folder: Path) -> tuple[tuple[Path, ...], Mapping[str, str] | None]:
     if (folder / _WEIGHTS).is_file():
         return (folder / _WEIGHTS,), None
-    if (folder / _INDEX).is_file():
+    if (folder / INDEX).is_file():
         return _shards(source, folder)
     for pattern in _PATTERNS:
         found = sorted(path for path in folder.glob(pattern) if path.is_file())
@@ -171,30 +168,8 @@ def _folder_files(source: str, folder: Path) -> tuple[tuple[Path, ...], Mapping[
 
 
 def _shards(source: str, folder: Path) -> tuple[tuple[Path, ...], Mapping[str, str]]:
-    index = _read_json(folder / _INDEX) or {}
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise WeightsError(f"source {source!r}: {_INDEX} has no weight_map")
+    weight_map = read_index(source, folder / INDEX)
     for name in weight_map.values():
-        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name:
-            raise WeightsError(f"source {source!r}: {_INDEX} names {name!r}, not a file beside it")
         if not (folder / name).is_file():
-            raise WeightsError(f"source {source!r}: the shard {name!r} of {_INDEX} is missing")
+            raise WeightsError(f"source {source!r}: the shard {name!r} of {INDEX} is missing")
     return tuple(folder / name for name in sorted(set(weight_map.values()))), weight_map
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file, None where there is no file."""
-    if not path.is_file():
-        return None
-    try:
-        if path.stat().st_size > JSON_BYTES:
-            raise WeightsError(f"{path}: larger than {JSON_BYTES} bytes")
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, WeightsError):
-            raise
-        raise WeightsError(f"{path}: not readable as JSON: {str(error)[:120]}") from error
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path}: expected a JSON object")
-    return content

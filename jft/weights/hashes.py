@@ -1,0 +1,27 @@
+"""Hashes of files, computed once as long as a file does not change."""
+
+import functools
+import hashlib
+from pathlib import Path
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    return _hash(path, "sha256", b"")
+
+
+def git_sha1(path: Path) -> str:
+    """The SHA-1 by which git names a file's content, in hexadecimal."""
+    return _hash(path, "sha1", b"blob %d\0" % path.stat().st_size)
+
+
+def _hash(path: Path, kind: str, prefix: bytes) -> str:
+    status = path.stat()
+    return _cached_hash(path, kind, prefix, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=256)
+def _cached_hash(path: Path, kind: str, prefix: bytes, _modified: int, _size: int) -> str:
+    digest = hashlib.new(kind, prefix, usedforsecurity=False)
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: digest).hexdigest()
