@@ -18,7 +18,8 @@ KEYS: dict[str, Key] = {
     "init.source": Key(
         None,
         str | None,
-        "starting weights: pkg:DISTRIBUTION/path, file:PATH, random:SEED; None trains from scratch",
+        "starting weights: pkg:DISTRIBUTION/path, file:PATH, hf:OWNER/NAME[@REVISION][/PATH] or"
+        " random:SEED; None trains from scratch",
     ),
     "init.fresh": Key(
         [], list, "patterns of leaves that may start fresh (a head whose classes differ always may)"

@@ -201,9 +201,9 @@ class Server:
         for server in self.servers:
             server.daemon_threads = True
             threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        self.hub.endpoint, self.hub.cdn = (
-            f"http://127.0.0.1:{server.server_port}" for server in self.servers
-        )
+        hub, cdn = (server.server_port for server in self.servers)
+        # Of another host by name, so that huggingface_hub takes it for a stranger.
+        self.hub.endpoint, self.hub.cdn = f"http://127.0.0.1:{hub}", f"http://localhost:{cdn}"
 
     def close(self):
         for server in self.servers:

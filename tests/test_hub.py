@@ -58,7 +58,7 @@ def site(server, tmp_path, monkeypatch):
         monkeypatch.setattr(constants, name, value)
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     monkeypatch.setattr(huggingface_hub.file_download.time, "sleep", lambda seconds: None)
     return site
 
@@ -388,3 +388,49 @@ def test_the_environment_of_the_command_line_is_honoured(site, tmp_path):
     )  # fmt: skip
     assert second.stdout == first.stdout and str(tmp_path / "home") in first.stdout
     assert not site.requests
+
+
+# --- runs ----------------------------------------------------------------------------------------
+
+
+def test_a_rebuilt_leaf_comes_from_the_commit_that_the_run_began_with(site, tmp_path, monkeypatch):
+    import jft
+    from jft.models.zoo import make_model
+    from jft.weights.export import write_random
+
+    def files(seed):
+        args = {"patch": 4, "depth": 1, "image_size": 16}
+        model = make_model(name="vit_tiny", args=args, num_classes=10)
+        folder = write_random(model, tmp_path / f"seed-{seed}", seed)
+        return {name: (folder / name).read_bytes() for name in ("model.safetensors", "config.json")}
+
+    def damage():
+        one = min((workdir / "frozen").glob("*.safetensors"), key=lambda path: path.stat().st_size)
+        one.write_bytes(one.read_bytes()[:-1] + b"?")
+
+    first, workdir = site.repo().commit(files(0)), tmp_path / "run"
+    keys = [f"init.source={SOURCE}", "model.args.depth=1", "freeze.phases=head", "train.steps=2"]
+    keys += ["parallel.devices=1", "log.tensorboard=False", "eval.splits=[]"]
+    jft.fit(jft.setup(jft.load_config("digits_vit:tiny", keys), workdir))
+    conversion = json.loads((workdir / "conversion.json").read_text())
+    assert conversion["revision"] == first and conversion["source"] == SOURCE
+    assert f"commit    {first}" in conversion["text"]
+
+    site.repo().commit(files(1))  # main moves on
+    resolve(SOURCE)
+    damage()
+    site.requests.clear()
+    jft.export(workdir, tmp_path / "out")
+    assert not site.requests, "the commit is in the cache"
+    card = json.loads((tmp_path / "out" / "jft.json").read_text())
+    assert card["provenance"]["revision"] == first
+    exported = read(resolve(f"file:{tmp_path / 'out'}"))
+    original = read(resolve(f"file:{tmp_path / 'seed-0'}"))
+    name = "vit.encoder.layer.0.intermediate.dense.weight"
+    np.testing.assert_array_equal(exported[name], original[name])
+
+    conversion["sha256"] = "0" * 64  # as if the source held something else when the run began
+    (workdir / "conversion.json").write_text(json.dumps(conversion))
+    damage()
+    with pytest.raises(WeightsError, match="has changed since the run started"):
+        jft.export(workdir, tmp_path / "again")

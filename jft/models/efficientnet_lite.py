@@ -227,6 +227,7 @@ TORCH_TABLE = Table(
         Entry("head/bias", "_fc.bias"),
     ),
     ignore=(r".*\.num_batches_tracked",),
+    title="the PyTorch port",
 )
 
 

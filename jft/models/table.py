@@ -129,6 +129,7 @@ class Table:
         no config.json says so.
       exported: whether weights that were read under these names are exported under them; otherwise
         under the family's first.
+      title: whose names they are, for people.
     """
 
     entries: tuple[Entry, ...]
@@ -138,6 +139,7 @@ class Table:
     before_head: tuple[str, ...] = ()
     implies: tuple[tuple[str, object], ...] = ()
     exported: bool = True
+    title: str = ""
 
     def source_of(self, path: str, prefix: str | None = None) -> tuple[str, str] | None:
         """(source name, form) of a jft path, or None; the prefix is `prefixes[0]` unless given."""
@@ -192,6 +194,12 @@ def to_jft(form: str, value: Array, heads: int | None = None) -> Array:
     if form in _HEAD_FORMS:
         return _join_heads(value, *_HEAD_FORMS[form], heads)
     return FORMS[form][0](value)
+
+
+def heads_of(form: str, value: Array) -> int | None:
+    """The number of heads that a source array of a form shows; None where it shows none."""
+    axis, ndim = _HEAD_FORMS.get(form, (0, -1))
+    return value.shape[axis] if value.ndim == ndim else None
 
 
 def to_source(form: str, value: Array, heads: int | None = None) -> Array:

@@ -41,6 +41,7 @@ HF_TABLE = Table(
     ),
     ignore=(r"(vit\.)?pooler\..*", r"(vit\.)?embeddings\.mask_token"),
     prefixes=("vit.", ""),
+    title="Hugging Face",
 )
 
 
@@ -90,6 +91,7 @@ AUGREG_TABLE = _flax_table(
     "MultiHeadDotProductAttention_1",
     "LayerNorm_2",
     "MlpBlock_3",
+    title="vision_transformer (AugReg)",
 )
 # Those of https://github.com/google-research/big_vision, whose modules count anew by kind. With a
 # class token they have no position for it, which this family cannot hold; without one they fit.
@@ -100,6 +102,7 @@ BIG_VISION_TABLE = _flax_table(
     "MlpBlock_0",
     ignore=(r"opt/.*",),
     prefixes=("params/", ""),
+    title="big_vision",
 )
 TABLES = (HF_TABLE, AUGREG_TABLE, BIG_VISION_TABLE)
 

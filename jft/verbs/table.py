@@ -17,7 +17,8 @@ FLAGS: dict[str, dict[str, Any]] = {
         "default": "newest",
         "help": "checkpoint to use: newest, best or a number of updates (default: newest)",
     },
-    "--model": {"metavar": "NAME", "help": "model to check the weights against"},
+    "--model": {"metavar": "NAME", "help": "model to fit the weights to"},
+    "--stats": {"action": "store_true", "help": "mean and standard deviation of each tensor"},
     "--dry_run": {
         "action": "store_true",
         "help": "one step, one evaluation and one save in a temporary folder",
@@ -88,9 +89,16 @@ VERBS: dict[str, Verb] = {
     ),
     "weights": Verb(
         "jft.verbs.weights:weights",
-        "`check SOURCE`: read weights, and fit them to a model",
-        ("--model", "--out"),
-        ("check SOURCE", "+", "pkg:DISTRIBUTION/path or file:PATH"),
+        "`show`, `check`, `convert` or `diff` weights of a source",
+        ("--model", "--out", "--stats"),
+        (
+            "ACTION SOURCE",
+            "+",
+            "show SOURCE (tensors, and the model they belong to), check SOURCE (fit them to"
+            " --model), convert SOURCE (write them as --model's safetensors to --out), diff A B"
+            " (exit 1 where they differ); a SOURCE is pkg:DISTRIBUTION/path, file:PATH or"
+            " hf:OWNER/NAME[@REVISION][/PATH]",
+        ),
     ),
     "data": Verb(
         "jft.verbs.data:data",

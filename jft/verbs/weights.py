@@ -1,33 +1,234 @@
-"""The verb `weights`: looks at weight files, and fits them to a model."""
+"""The verb `weights`: looks at weight files, fits them to models, writes and compares them."""
 
 import argparse
+import dataclasses
 import json
+import shlex
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from jft.errors import ConfigError
-from jft.models.zoo import make_model
-from jft.verbs.models import CLASSES
+import numpy as np
+
+from jft.errors import ConfigError, nearest
+from jft.models.zoo import FAMILIES, Model, make_model
+from jft.weights.compare import compare
 from jft.weights.convert import load_pretrained
+from jft.weights.export import export_weights
+from jft.weights.hub import pinned
 from jft.weights.readers import read
+from jft.weights.recognise import CLASSES, Match, fitting_model, recognise
 from jft.weights.source import resolve
 
+DIFFERENT = 1  # the exit code of `diff`, as of diff(1)
 
-def weights(args: argparse.Namespace) -> None:
-    """Reads a source; lists its tensors, or fits them to a model and prints the report."""
-    if len(args.words) != 2 or args.words[0] != "check":
-        raise ConfigError("jft weights: should be jft weights check SOURCE [--model=NAME]")
-    text = args.words[1]
+
+@dataclasses.dataclass(frozen=True)
+class Action:
+    """One action of the verb.
+
+    Attributes:
+      run: takes the parsed arguments and the sources.
+      sources: how many it takes.
+      flags: that it takes, and whether they must be given.
+      usage: what stands behind `jft weights`.
+    """
+
+    run: Callable[..., int | None]
+    sources: int
+    flags: dict[str, bool]
+    usage: str
+
+
+def weights(args: argparse.Namespace) -> int | None:
+    """Runs one action: show, check, convert or diff."""
+    name, *words = args.words
+    if name not in ACTIONS:
+        near = nearest(name, ACTIONS)
+        if near:
+            action = near.split("'")[1]
+            near = f"; did you mean jft weights {ACTIONS[action].usage}?"
+        raise ConfigError(f"jft weights: no action {name!r}{near or '; ' + ', '.join(ACTIONS)}")
+    action = ACTIONS[name]
+    usage = f"; written jft weights {action.usage}"
+    if len(words) != action.sources:
+        raise ConfigError(f"jft weights {name}: {len(words)} sources given{usage}")
+    for flag in ("model", "out", "stats"):
+        given = bool(getattr(args, flag))
+        if given and flag not in action.flags:
+            raise ConfigError(f"jft weights {name}: takes no --{flag}{usage}")
+        if not given and action.flags.get(flag):
+            raise ConfigError(f"jft weights {name}: --{flag} is missing{usage}")
+    return action.run(args, *(_source_text(word) for word in words))
+
+
+def show(args: argparse.Namespace, text: str) -> None:
+    """Lists the tensors of a source, and the models that they belong to."""
+    found = resolve(text)
+    arrays = read(found)
+    tensors = [_tensor(name, array, args.stats) for name, array in arrays.items()]
+    matches = recognise(found, arrays)
+    width = max((len(name) for name in arrays), default=0)
+    for tensor in tensors:
+        print(_tensor_line(tensor, width))
+    count, size = sum(a.size for a in arrays.values()), sum(a.nbytes for a in arrays.values())
+    print(f"{len(tensors)} tensors, {count:,} numbers, {size:,} bytes")
+    print(f"sha256 {found.sha256()}" + (f", commit {found.revision}" if found.revision else ""))
+    for match in matches:
+        print(_match_line(match, len(arrays), text))
+    if not matches:
+        print(f"recognised by no family ({', '.join(FAMILIES)})")
+    about = {"source": text, "sha256": found.sha256(), "revision": found.revision}
+    about |= {"numbers": count, "bytes": size, "tensors": tensors}
+    _write(args.out, about | {"recognised": [_match_dict(match) for match in matches]})
+
+
+def check(args: argparse.Namespace, text: str) -> None:
+    """Reads a source whole; with a model, fits it and prints the report."""
     if args.model:
-        model = make_model(name=args.model, args={}, num_classes=CLASSES)
+        model, text, _ = _model(args.model, text)
         _, report = load_pretrained(model, text)
-        summary, result = report.text(), report.to_dict()
-    else:
-        source = resolve(text)
-        tensors = read(source)
-        rows = [[name, list(array.shape), str(array.dtype)] for name, array in tensors.items()]
-        summary = "\n".join(f"{name} {tuple(shape)} {dtype}" for name, shape, dtype in rows)
-        summary += f"\n{len(rows)} tensors; --model=NAME fits them to a model"
-        result = {"source": text, "sha256": source.sha256(), "tensors": rows}
-    print(summary)
-    if args.out:
-        Path(args.out).write_text(json.dumps(result, indent=2) + "\n")
+        print(_model_line(model))
+        print(report.text())
+        _write(args.out, report.to_dict())
+        return
+    source = resolve(text)
+    tensors = read(source)
+    rows = [[name, list(array.shape), str(array.dtype)] for name, array in tensors.items()]
+    for name, shape, dtype in rows:
+        print(f"{name} {tuple(shape)} {dtype}")
+    print(f"{len(rows)} tensors; --model=NAME fits them to a model")
+    _write(args.out, {"source": text, "sha256": source.sha256(), "tensors": rows})
+
+
+def convert(args: argparse.Namespace, text: str) -> None:
+    """Writes a source as safetensors with its config, in the names that the family exports."""
+    model, text, config = _model(args.model, text)
+    variables, report = load_pretrained(model, text)
+    print(_model_line(model))
+    print(report.text())
+    origin = {"source": text, "sha256": report.sha256, "revision": report.revision}
+    out = export_weights(
+        model,
+        variables,
+        args.out,
+        label_names=_label_names(config, model.num_classes),
+        preprocess=report.preprocess,
+        table=report.table,
+        provenance=origin,
+    )
+    print(f"wrote {out}")
+
+
+def diff(args: argparse.Namespace, first: str, second: str) -> int:
+    """Compares two sources tensor by tensor; 0 where they are equal bit for bit, else 1."""
+    found = compare(read(resolve(first)), read(resolve(second)))
+    print(f"A {first}\nB {second}\n{found.text()}")
+    _write(args.out, {"a": first, "b": second} | found.to_dict())
+    return DIFFERENT if found else 0
+
+
+ACTIONS = {
+    "show": Action(show, 1, {"stats": False, "out": False}, "show SOURCE [--stats] [--out=FILE]"),
+    "check": Action(
+        check, 1, {"model": False, "out": False}, "check SOURCE [--model=NAME] [--out=FILE]"
+    ),
+    "convert": Action(
+        convert, 1, {"model": True, "out": True}, "convert SOURCE --model=NAME --out=DIR"
+    ),
+    "diff": Action(diff, 2, {"out": False}, "diff A B [--out=FILE]"),
+}
+
+
+def _source_text(word: str) -> str:
+    """A word of the command line as a source; a plain path is one of kind file."""
+    return f"file:{word}" if ":" not in word and Path(word).exists() else word
+
+
+def _write(out: str | None, content: dict[str, Any]) -> None:
+    if out:
+        Path(out).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _model(name: str, text: str) -> tuple[Model, str, dict[str, Any] | None]:
+    """(model with a source's classes, image size and channels; the source; its config.json).
+
+    A source on a hub comes back with its commit, so that it is asked for no second time.
+    """
+    plain = make_model(name=name, num_classes=CLASSES)  # a wrong name, before anything is fetched
+    if text.startswith("random:"):
+        return plain, text, None
+    found = resolve(text)
+    return fitting_model(name, found, read(found)), pinned(text, found.revision), found.config
+
+
+def _model_line(model: Model) -> str:
+    plain = make_model(name=model.variant or "", num_classes=CLASSES).module
+    changed = [
+        f"{name} = {getattr(model.module, name)!r}"
+        for name in (field.name for field in dataclasses.fields(plain))
+        if name not in ("parent", "name", "num_classes")
+        and getattr(model.module, name) != getattr(plain, name)
+    ]
+    size, channels = model.preprocess.image_size, len(model.preprocess.mean)
+    shape = f"{model.num_classes:,} classes, images [{size}, {size}, {channels}]"
+    return "model     " + ", ".join([str(model.variant), shape, *changed])
+
+
+def _tensor(name: str, array: np.ndarray, stats: bool) -> dict[str, Any]:
+    row = {"name": name, "shape": list(array.shape), "dtype": array.dtype.name}
+    row["bytes"] = array.nbytes
+    if stats and array.size:
+        with np.errstate(all="ignore"):
+            numbers = array.astype(np.float64)
+            row |= {"mean": float(numbers.mean()), "std": float(numbers.std())}
+    return row
+
+
+def _tensor_line(tensor: dict[str, Any], width: int) -> str:
+    shape = "x".join(map(str, tensor["shape"])) or "scalar"
+    line = f"{tensor['name']:<{width}}  {shape:<16} {tensor['dtype']:<9} {tensor['bytes']:>12,}"
+    if "mean" in tensor:
+        line += f"  mean {tensor['mean']:<11.4g} std {tensor['std']:.4g}"
+    return line
+
+
+def _match_line(match: Match, names: int, text: str) -> str:
+    whose = f", names of {match.table.title}" if match.table.title else ""
+    line = f"recognised as {match.family.name}{whose}: {match.known} of {names} names"
+    if match.ignored:
+        line += f", {match.ignored} more are known and not needed"
+    if match.variant is None:
+        return f"{line}; no model has these shapes"
+    args = "".join(f" {_override(name, value)}" for name, value in match.args.items())
+    classes = f", {match.num_classes:,} classes" if match.num_classes else ", without a head"
+    return (
+        f"{line}{classes}, {match.channels} channels\n"
+        f"  --config.model.name={match.variant}{args} --config.init.source={text}"
+    )
+
+
+def _override(name: str, value: Any) -> str:
+    """One argument of a model as the command line takes it."""
+    key = "data.image_size" if name == "image_size" else f"model.args.{name}"
+    return shlex.quote(f"--config.{key}={list(value) if isinstance(value, tuple) else value}")
+
+
+def _match_dict(match: Match) -> dict[str, Any]:
+    return {
+        "family": match.family.name,
+        "table": match.family.tables.index(match.table),
+        "known": match.known,
+        "model": match.variant,
+        "args": dict(match.args),
+        "num_classes": match.num_classes,
+        "channels": match.channels,
+    }
+
+
+def _label_names(config: dict[str, Any] | None, num_classes: int) -> list[str] | None:
+    """Names of the classes as a config.json has them, where there is one for each."""
+    names = (config or {}).get("id2label")
+    if not isinstance(names, dict) or set(names) != {str(i) for i in range(num_classes)}:
+        return None
+    return [str(names[str(i)]) for i in range(num_classes)]

@@ -77,19 +77,17 @@ def load_pretrained(
     reasons = {path: f"by {rule!r}" for rule in fresh for path in select(leaves, rule, "fresh")}
     reasons |= _replaced_head(naming, leaves, arrays, reasons)
     shape = namings.image_shape_of(model, image_shape)
-    first_conv = getattr(getattr(model, "family", None), "first_conv", None)
-    fit = _Fit(leaves, naming, Grids(leaves, found.config or {}, shape), first_conv)
+    fit = _make_fit(model, leaves, naming, Grids(leaves, found.config or {}, shape))
     rows, flat = _assign(fit, arrays, reasons, source)
     flat |= _fresh_leaves(model, reasons, key, shape)
     own = getattr(model, "preprocess", None)
     preprocess, remarks = source_preprocess(found, own) if own else (None, [])
-    used = {row.source_name for row in rows if row.status != "fresh"}
     params = {path: leaf for path, (collection, leaf) in leaves.items() if collection == "params"}
     report = Report(
         source=source,
         sha256=sha256,
         rows=rows,
-        unread=[name for name in arrays if name not in used],
+        unread=_unread(arrays, rows),
         loaded_params=count_params({p: v for p, v in params.items() if p not in reasons}),
         all_params=count_params(params),
         notes=notes + remarks,
@@ -167,6 +165,11 @@ class _Fit:
         return resized and (resized[0], "resized", resized[1])
 
 
+def _make_fit(model: Any, leaves: Leaves, naming: Naming, grids: Grids) -> _Fit:
+    family = getattr(model, "family", None)
+    return _Fit(leaves, naming, grids, family.first_conv if family else None)
+
+
 def _assign(
     fit: _Fit, arrays: dict[str, np.ndarray], reasons: Mapping[str, str], source: str
 ) -> tuple[list[Row], Flat]:
@@ -197,6 +200,11 @@ def _assign(
     if problems or extra:
         raise WeightsError(f"source {source!r} does not fit: " + _summary(problems, extra, naming))
     return rows, flat
+
+
+def _unread(arrays: Mapping[str, np.ndarray], rows: Sequence[Row]) -> list[str]:
+    used = {row.source_name for row in rows if row.status != "fresh"}
+    return [name for name in arrays if name not in used]
 
 
 def _extra_names(

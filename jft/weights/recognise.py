@@ -1,0 +1,168 @@
+"""Which model a source's arrays belong to, told from their names and shapes."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from jft.errors import ConfigError, WeightsError
+from jft.models import table as tables
+from jft.models.family import Family, adapt_preprocess
+from jft.models.table import Table
+from jft.models.zoo import FAMILIES, Model, make_model, model_args
+from jft.weights import naming as namings
+from jft.weights.agreement import stated_fields
+from jft.weights.source import Source
+
+CLASSES = 1000  # where no head says how many there are
+_CHANNELS = 3
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Match:
+    """A family whose names a source has.
+
+    Attributes:
+      family: of models.
+      table: the naming style that knows most of the names.
+      known: names that it knows.
+      ignored: names that it deliberately leaves unread.
+      shapes: {path: shape} of what it knows, in the model's layout.
+      fields: module fields that the source states.
+      variant: whose leaves have just these shapes; None where none has.
+      args: what `make_model` must be given for that, beside the name and the classes.
+    """
+
+    family: Family
+    table: Table
+    known: int
+    ignored: int
+    shapes: Shapes = field(repr=False)
+    fields: Mapping[str, Any]
+    variant: str | None = None
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_classes(self) -> int | None:
+        """Classes of the source's head; None where it has none."""
+        head = [shape for path, shape in self.shapes.items() if re.fullmatch(self.table.head, path)]
+        return head[0][-1] if head and head[0] else None
+
+    @property
+    def channels(self) -> int:
+        """Channels of the images that the first convolution reads."""
+        first = self.shapes.get(self.family.first_conv or "", ())
+        return first[2] if len(first) == 4 and first[2] else _CHANNELS
+
+    @property
+    def image_size(self) -> int | None:
+        """Side of the images in pixels, where position embeddings show a square grid."""
+        patch = self.shapes.get(self.family.first_conv or "", (0,))[0]
+        for path, shape in self.shapes.items():
+            folder, _, name = path.rpartition("/")
+            if name == "pos_embedding" and len(shape) == 3 and patch:
+                tokens = shape[1] - int(f"{folder}/cls_token" in self.shapes)
+                side = math.isqrt(max(tokens, 0))
+                return side * patch if side and side * side == tokens else None
+        return None
+
+
+def recognise(source: Source, arrays: Mapping[str, np.ndarray]) -> list[Match]:
+    """The families that know any of a source's names, the best first, each with its best model.
+
+    Raises:
+      WeightsError: the source's config.json is of none of the family's architectures.
+    """
+    found = [match for family in FAMILIES.values() if (match := _match(family, source, arrays))]
+    found.sort(key=lambda match: -match.known)
+    return [_with_variant(match) for match in found]
+
+
+def fitting_model(name: str, source: Source, arrays: Mapping[str, np.ndarray]) -> Model:
+    """A variant as a source's weights need it: its classes, image size and channels.
+
+    What no shape shows, an epsilon or an activation, is taken from the source too; another width,
+    depth or number of heads is not, so that weights of another variant do not fit.
+
+    Raises:
+      ConfigError: there is no such variant.
+      WeightsError: the source's config.json is not of the variant's family.
+    """
+    plain = make_model(name=name, num_classes=CLASSES)
+    match = plain.family and _match(plain.family, source, arrays)
+    if not match:
+        return plain
+    defaults = model_args(name)
+    args = {
+        key: value
+        for key, value in match.fields.items()
+        if isinstance(value, (float, str)) and key in defaults and defaults[key] != value
+    }
+    return _model(name, args, match)
+
+
+def _match(family: Family, source: Source, arrays: Mapping[str, np.ndarray]) -> Match | None:
+    arrays, _ = namings.without_module_prefix(dict(arrays))
+    table = tables.choose_table(family.tables, arrays)
+    if table is None:
+        return None
+    prefix, known = table.prefix_for(arrays)
+    shapes: Shapes = {}
+    heads = None
+    for name, array in arrays.items():
+        path, form = table.path_of(name, prefix) or (None, "same")
+        if path is not None:
+            heads = tables.heads_of(form, array) or heads
+            try:
+                shapes[path] = tables.to_jft(form, array).shape
+            except ValueError:
+                shapes[path] = ()
+    ignored = sum(table.ignored(name) or table.only_before_head(name) for name in arrays)
+    try:
+        fields = stated_fields(family, source, table)
+    except WeightsError:
+        fields = {}
+    if heads:
+        fields = fields | {"heads": heads}
+    return Match(family, table, known, ignored, shapes, fields)
+
+
+def _with_variant(match: Match) -> Match:
+    """The match with the variant that needs the fewest arguments for the source's shapes."""
+    stages = {path.split("/")[0] for path in match.shapes}
+    wanted = []
+    for order, name in enumerate(match.family.variants):
+        defaults = model_args(name)
+        args = {k: v for k, v in match.fields.items() if k in defaults and defaults[k] != v}
+        wanted.append((len(args), order, name, args))
+    for _, _, name, args in sorted(wanted, key=lambda one: one[:2]):
+        try:
+            model = _model(name, args, match)
+        except ConfigError:
+            continue
+        if stages | {"head"} == set(model.stages) | {"head"} and _shapes_agree(model, match):
+            size = model.preprocess.image_size
+            if size != model_args(name)["image_size"]:
+                args = args | {"image_size": size}
+            return replace(match, variant=name, args=args)
+    return match
+
+
+def _model(name: str, args: Mapping[str, Any], match: Match) -> Model:
+    args = dict(args)
+    if match.image_size is not None:
+        args["image_size"] = match.image_size
+    made = make_model(name=name, args=args, num_classes=match.num_classes or CLASSES)
+    return replace(made, preprocess=adapt_preprocess(made.preprocess, match.channels))
+
+
+def _shapes_agree(model: Model, match: Match) -> bool:
+    leaves = {path: leaf.shape for path, (_, leaf) in namings.abstract_leaves(model).items()}
+    if match.num_classes is None:
+        leaves = {p: s for p, s in leaves.items() if not re.fullmatch(match.table.head, p)}
+    return leaves == match.shapes
