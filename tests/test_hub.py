@@ -254,6 +254,13 @@ def test_an_interrupted_download_goes_on_in_the_next_run(site, tmp_path):
     assert partial not in blobs(tmp_path)
 
 
+def test_a_busy_cdn_is_said_and_the_next_run_goes_on(site):
+    site.repo().commit({"model.safetensors": WEIGHTS, "config.json": CONFIG})
+    site.breaks["model.safetensors"] = ["busy"]
+    assert "model.safetensors broke off at byte 0 of" in error_of()
+    assert read(resolve(SOURCE))
+
+
 def test_rotten_or_oversized_beginnings_are_thrown_away(site, tmp_path):
     site.repo().commit({"model.safetensors": WEIGHTS, "config.json": CONFIG})
     path = resolve(SOURCE).path.resolve()

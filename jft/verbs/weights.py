@@ -197,7 +197,7 @@ def _match_line(match: Match, names: int, text: str) -> str:
     whose = f", names of {match.table.title}" if match.table.title else ""
     line = f"recognised as {match.family.name}{whose}: {match.known} of {names} names"
     if match.ignored:
-        line += f", {match.ignored} more are known and not needed"
+        line += f", {match.ignored} more are left unread on purpose"
     if match.variant is None:
         return f"{line}; no model has these shapes"
     args = "".join(f" {_override(name, value)}" for name, value in match.args.items())

@@ -119,7 +119,7 @@ def is_silence(error: Exception) -> bool:
     """Whether the hub did not answer, rather than answered with a no."""
     errors = library().errors
     if isinstance(error, errors.HfHubHTTPError):
-        return error.response is not None and error.response.status_code in _BUSY
+        return getattr(getattr(error, "response", None), "status_code", None) in _BUSY
     kinds = (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.HTTPError)
     return isinstance(error, (*kinds, ConnectionError, TimeoutError))
 
