@@ -21,7 +21,8 @@ from jft.freeze.cache_choice import runs_in_parts
 from jft.freeze.phases import Phase
 from jft.freeze.prefix import Prefix, split_identity
 from jft.overview import loss_costs, plan_phases
-from jft.plan import Costs, PhasePlan
+from jft.phase_plan import PhasePlan
+from jft.plan import Costs
 from jft.provenance import package_versions
 from jft.task import Task, batch_shapes
 from jft.train.inputs import Input, Inputs
@@ -54,16 +55,8 @@ def make_inputs(
     Raises:
       ConfigError: a cache is demanded of a model that does not run in parts.
     """
-    config = task.config
-    if config.freeze.cache == "on" and not runs_in_parts(task.model.apply):
-        raise ConfigError(
-            "freeze.cache: 'on' needs a model whose apply takes start and stop; 'auto' does without"
-        )
-    if config.freeze.cache == "on" and parts.teacher is not None:
-        raise ConfigError(
-            "freeze.cache: 'on' keeps no pixels, which distill.teacher needs; 'auto' does without"
-        )
-    section = config.augment
+    _check_cache(task, parts)
+    config, section = task.config, task.config.augment
     random = is_random(flip=section.flip, crop=section.crop, ops=section.ops)
     views = config.freeze.views if random else 1
     prefix = _prefix(task, source, views or 1)
@@ -92,6 +85,19 @@ def make_inputs(
         loader=_loader(task),
         mixed=parts.mixing is not None,
     )
+
+
+def _check_cache(task: Task, parts: StepParts) -> None:
+    if task.config.freeze.cache != "on":
+        return
+    if not runs_in_parts(task.model.apply):
+        raise ConfigError(
+            "freeze.cache: 'on' needs a model whose apply takes start and stop; 'auto' does without"
+        )
+    if parts.teacher is not None:
+        raise ConfigError(
+            "freeze.cache: 'on' keeps no pixels, which distill.teacher needs; 'auto' does without"
+        )
 
 
 def _loader(task: Task) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from jft.freeze.explain import explain
 from jft.freeze.phases import Phase
 from jft.freeze.schedule import FreezeSchedule
 from jft.memory import memory_text
-from jft.plan import Costs, PhaseParts, PhasePlan, make_plan
+from jft.phase_plan import PhasePlan
+from jft.plan import Costs, PhaseParts, make_plan
 from jft.plan import to_dict as plan_dict
 from jft.plan_text import plan_table
 from jft.report.tables import Overview, Table

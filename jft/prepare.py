@@ -191,12 +191,10 @@ def _make_run(
     plans = planned(phases)
     describe = functools.partial(describe_plan, task, schedule, optim)
     steps, most_batches = (1, DRY_RUN_BATCHES) if dry_run else (phases[-1].stop_step, None)
-
     images = functools.partial(train_batches, task, splits.train)
     inputs = make_inputs(task, splits.train, parallel, optim, parts, costs, workdir, images)
     if dry_run:  # a cache takes a pass over all training examples
         inputs = dataclasses.replace(inputs, mode="off")
-
     return Run(
         workdir=workdir,
         freeze=schedule,
@@ -216,14 +214,10 @@ def _make_run(
         make_writer=functools.partial(make_writer, config, workdir, steps, tracked=not dry_run),
         begin=lambda: write_run_files(task, splits, workdir, describe(phases, plans), conversion),
         record=functools.partial(_record, schedule, workdir, planned, describe),
-        info={"source": config.init.source, "label_names": task.label_names}
-        | ({"teacher": taught.info} if taught else {}),
+        info=_info(task, taught),
         teacher=(taught and taught.leaves) or {},
         notes=_notes(config, taught),
-        enforce=config.freeze.enforce,
         eval_batch_shape=batch_shapes(task, eval_batch_size(config, parallel)),
-        eval_every_steps=config.eval.every_steps,
-        save_every_steps=config.checkpoint.every_steps,
         stop_step=steps,
         plan=functools.partial(plan_phase, task, parallel, optim, parts, costs, inputs),
         inputs=inputs,
@@ -231,8 +225,11 @@ def _make_run(
         scanned=task.scanned,
         flops={phase.key: plan.flops for phase, plan in zip(phases, plans, strict=True)},
         examples=eval_examples(config, splits, parallel, most_batches),
-        eval_raw=config.eval.raw,
         stopping=make_stopping(config, splits),
+        enforce=config.freeze.enforce,
+        eval_every_steps=config.eval.every_steps,
+        eval_raw=config.eval.raw,
+        save_every_steps=config.checkpoint.every_steps,
     )
 
 
@@ -246,6 +243,12 @@ def _record(
     """Writes what the decisions of a run made of it."""
     phases = schedule.phases(log)
     write_decisions(workdir, log, describe(phases, planned(phases)))
+
+
+def _info(task: Task, taught: Taught | None) -> dict[str, Any]:
+    """What every checkpoint says of its run."""
+    info = {"source": task.config.init.source, "label_names": task.label_names}
+    return info | ({"teacher": taught.info} if taught else {})
 
 
 def _notes(config: ConfigDict, taught: Taught | None) -> tuple[str, ...]:

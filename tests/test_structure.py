@@ -67,6 +67,7 @@ RANKS: dict[str, float] = {
     "jft.eval_table": 4.9,
     "jft.evaluation": 5,
     "jft.weights.export": 5,
+    "jft.phase_plan": 5,
     "jft.plan": 5,
     "jft.plan_text": 5,
     "jft.memory": 5,

@@ -18,7 +18,7 @@ from jft import hlo
 from jft.freeze.groups import Groups
 from jft.freeze.masks import Mask, make_mask
 from jft.models.conv import STRIDED
-from jft.plan import PhasePlan
+from jft.phase_plan import PhasePlan
 from jft.tree import Flat
 
 # A compiled step may differ from its plan by so much.

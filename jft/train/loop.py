@@ -324,7 +324,7 @@ class _Trainer:
         info |= {"results": self.results, "decisions": list(self.decisions.log)}
         info |= {"caches": dict(self.feed.chosen), **self.ending.info}
         # A checkpoint is ranked by an evaluation of this very step, never by an older one.
-        metrics = self.results | self.ranked if self.step == self.evaluated_step else {}
+        metrics = {**self.results, **self.ranked} if self.step == self.evaluated_step else {}
         self.guard.check(self.frozen.params | self.frozen.model_state)
         self.run.checkpoints.save(self.step, state, frozen, info, metrics)
         self.saved_step = self.step

@@ -13,7 +13,7 @@ import numpy as np
 from jft.errors import ConfigError, WeightsError
 from jft.freeze.phases import Phase
 from jft.freeze.schedule import FreezeSchedule
-from jft.plan import PhasePlan
+from jft.phase_plan import PhasePlan
 from jft.report.tables import Overview
 from jft.report.writers import RunWriter
 from jft.train.averages import eval_params
