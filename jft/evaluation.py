@@ -270,9 +270,9 @@ def _keep_hardest(
         if floor is not None and (-float(loss[at]), int(row["example"][at])) >= floor:
             continue
         image = None
-        if images is not None and getattr(images, "dtype", None) == np.uint8:
+        if images is not None and getattr(images, "dtype", None) in (np.uint8, np.uint16):
             # A copy: a view would keep the whole batch alive, or change with a reused buffer.
-            image = np.array(images[row["row"][at]])
+            image = _visible(np.array(images[row["row"][at]]))
         candidates.append(
             Hard(
                 example=int(row["example"][at]),
@@ -284,6 +284,12 @@ def _keep_hardest(
             )
         )
     return sorted(candidates, key=_difficulty)[:count]
+
+
+def _visible(image: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 1 or 3] of a canvas: the upper 8 bits, and of many bands the first three."""
+    image = image if image.dtype == np.uint8 else (image >> 8).astype(np.uint8)
+    return image if image.shape[-1] in (1, 3) else image[..., : 3 if image.shape[-1] > 3 else 1]
 
 
 def _difficulty(hard: Hard) -> tuple[float, int]:

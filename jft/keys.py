@@ -48,6 +48,32 @@ KEYS: dict[str, Key] = {
     "data.image_size": Key(
         None, int | None, "side of the model's input in pixels; None is the model's own", low=1
     ),
+    "data.channels": Key(
+        None, int | None, "channels of the model's input; None is the model's own, 3", low=1
+    ),
+    "data.bands": Key(
+        None, list | None, "bands of each picture that count, from 0, `[3, 2, 1]`; None is all"
+    ),
+    "data.depth": Key(
+        None,
+        int | None,
+        "bits of a value that reach the device, 8 or 16; None keeps 16 where all images have more"
+        " than 8",
+        low=8,
+        high=16,
+    ),
+    "data.range": Key(
+        None,
+        list | None,
+        "values that become black and white, [low, high] or one such pair a band; None is the whole"
+        " range of 8 or 16 bits",
+    ),
+    "data.mean": Key(
+        None, list | None, "mean of each channel, on the scale 0..255; None is the weights' own"
+    ),
+    "data.std": Key(
+        None, list | None, "deviation of each channel, same scale; None is the weights' own"
+    ),
     "data.workers": Key(
         0, int, "processes that decode images; 0 decodes in threads", low=0, free=True
     ),

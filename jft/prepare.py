@@ -128,7 +128,7 @@ def setup(
         check_unchanged(config, workdir)
     splits = make_data(config)
     native = splits.train.image_shape
-    task = make_task(config, splits.label_names, native, model, splits.kind)
+    task = make_task(config, splits.label_names, native, model, splits.kind, splits.pixels)
     check_baselines(config, splits)
     conversion = read_json(workdir / "conversion.json") if resumes else None
     leaves = None
@@ -234,7 +234,8 @@ def plan_text(config: ConfigDict, every_leaf: bool = False) -> str:
         learning rate and its bytes; else one line a group.
     """
     splits = make_data(config)
-    task = make_task(config, splits.label_names, splits.train.image_shape, kind=splits.kind)
+    native, kind = splits.train.image_shape, splits.kind
+    task = make_task(config, splits.label_names, native, kind=kind, pixels=splits.pixels)
     parallel = make_parallel(mode=config.parallel.mode, devices=config.parallel.devices)
     parts = make_parts(task, loss_labels(config, splits))
     schedule, optim = make_schedule(task, splits, parallel, parts)

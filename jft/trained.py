@@ -17,6 +17,7 @@ from jft.baselines import measure
 from jft.batches import eval_batch_size, evaluate_split
 from jft.config import from_json
 from jft.data.decode import load_image
+from jft.data.pixels import Pixels
 from jft.data.protocol import KINDS, Kind
 from jft.errors import ConfigError, WeightsError, nearest
 from jft.evaluation import fetch_each
@@ -72,14 +73,15 @@ def read_config(workdir: Path) -> ConfigDict:
     return from_json(path.read_text())
 
 
-def read_data(workdir: Path) -> tuple[list[str], tuple[int, int, int] | None, Kind]:
-    """Returns (label names, native image shape, kind) of the data that a run was trained on."""
+def read_data(workdir: Path) -> tuple[list[str], tuple[int, int, int] | None, Kind, Pixels]:
+    """Returns (label names, native image shape, kind, pixels) of what a run was trained on."""
     found = read_json(workdir / "data.json")
     try:
         shape, names = found["image_shape"], [str(name) for name in found["label_names"]]
         shape = shape and (int(shape[0]), int(shape[1]), int(shape[2]))
-        return names, shape, KINDS[KINDS.index(found.get("kind", "class"))]
-    except (TypeError, LookupError, ValueError) as error:
+        kind, pixels = KINDS[KINDS.index(found.get("kind", "class"))], found.get("pixels")
+        return names, shape, kind, Pixels.from_dict(pixels)
+    except (TypeError, LookupError, ValueError, AttributeError) as error:
         raise ConfigError(f"{workdir / 'data.json'}: missing or damaged") from error
 
 
@@ -97,8 +99,8 @@ def load_trained(workdir: str | Path, model: Any = None, step: str | int = "newe
     """
     workdir = Path(workdir)
     config = read_config(workdir)
-    labels, native, kind = read_data(workdir)
-    task = make_task(config, labels, native, model, kind)
+    labels, native, kind, pixels = read_data(workdir)
+    task = make_task(config, labels, native, model, kind, pixels)
     task = with_preprocess(task, (read_json(workdir / "conversion.json") or {}).get("preprocess"))
 
     def rebuild(paths: list[str]) -> Flat:
@@ -176,9 +178,10 @@ def predict(
     def batches() -> Any:
         for start in range(0, len(files), rows):
             part = [Path(file) for file in files[start : start + rows]]
-            images = np.zeros((rows, *task.image_shape), np.uint8)
+            images = np.zeros((rows, *task.image_shape), task.pixels.dtype)
             for row, file in enumerate(part):
-                images[row] = load_image(file, task.image_shape, task.preprocess.interpolation)
+                how = (task.image_shape, task.preprocess.interpolation)
+                images[row] = load_image(file, *how, pixels=task.pixels)
             zeros = np.zeros(rows, np.int32)
             yield {"image": images, "label": zeros, "mask": zeros.astype(np.float32), "file": part}
 

@@ -63,7 +63,7 @@ def test_a_stray_label_does_not_invent_classes():
 
 def test_arrays_of_another_type_or_layout_are_refused():
     for images, match in (
-        (np.zeros((2, 4, 4), np.float32), "float32: give uint8"),
+        (np.zeros((2, 4, 4), np.float32), "float32 values have no range of their own"),
         (np.zeros((2, 3, 8, 8), np.uint8), "transpose"),
         (np.zeros((2, 4), np.uint8), "shape"),
         (np.zeros((3, 4, 4), np.uint8), "3 images but 2 labels"),

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from jft.data.decode import Shape, decode_image
-from jft.data.protocol import Kind
+from jft.data.encoded import EncodedSource
 from jft.errors import DataError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".npy")
 SPLIT_NAMES = {
     "train": "train",
     "val": "val",
@@ -22,36 +20,20 @@ SPLIT_NAMES = {
 }
 
 
-class FolderSource:
+class FolderSource(EncodedSource):
     """Files with labels known from their directory; decoded on access, at native size."""
 
-    kind: Kind = "class"
-    image_shape: Shape | None = None
-
     def __init__(self, paths: list[str], labels: np.ndarray, label_names: list[str]) -> None:
+        super().__init__(np.asarray(labels, np.int32), label_names)
         self.paths = paths
-        self.label_names = label_names
-        self._labels = np.asarray(labels, np.int32)
 
-    @property
-    def labels(self) -> np.ndarray:
-        """int32 [N]."""
-        return self._labels
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        return {"image": decode_image(self.paths[i]), "label": int(self._labels[i])}
+    def encoded(self, i: int) -> str:
+        """The file's path."""
+        return self.paths[i]
 
     def id(self, i: int) -> str:
         """The file's path."""
         return self.paths[i]
-
-    def gather(self, indices: np.ndarray) -> None:
-        """None: the images are on disk."""
-        del indices
-        return None
 
 
 def _subdirectories(path: Path) -> list[Path]:

@@ -47,7 +47,7 @@ class _Fetch:
         count = self.stop - self.start
         shape, dtype = label_layout(self.source.kind, len(self.source.label_names))
         batch = {
-            "image": np.zeros((count, *self.image_shape), np.uint8),
+            "image": np.zeros((count, *self.image_shape), self.source.dtype),
             "label": np.zeros((count, *shape), dtype),
             "mask": np.zeros(count, np.float32),
             "example": np.full(count, -1, np.int32),
@@ -78,19 +78,22 @@ class _Fetch:
             top = len(self.source.label_names) - 1
             if self.source.kind == "class" and not 0 <= example["label"] <= top:
                 return f"{self.source.id(index)}: label {example['label']}: give integers 0..{top}"
-            batch["image"][row] = fit_image(example["image"], self.image_shape, self.interpolation)
+            batch["image"][row] = example["image"]
             batch["label"][row] = example["label"]
             batch["mask"][row] = 1
             batch["example"][row] = index
         return ""
 
     def _read(self, index: int, bad: list[tuple[int, str]]) -> tuple[int, dict[str, Any]] | None:
-        """Example `index`; in training, in place of a bad one, the next readable of the source."""
+        """Example `index` on a canvas; in training, in place of a bad one, the next readable."""
         tries = min(len(self.source), 100) if self.training else 1
         for step in range(tries):
             candidate = (index + step) % len(self.source)
             try:
-                return candidate, self.source[candidate]
+                example = self.source[candidate]
+                name = self.source.id(candidate)
+                image = fit_image(example["image"], self.image_shape, self.interpolation, name)
+                return candidate, {**example, "image": image}
             except BadImage as error:
                 bad.append((candidate, str(error)))
         return None
@@ -220,9 +223,9 @@ def make_train_loader(
       views: K adds "view": int32 [b], epoch modulo K, to each batch.
 
     Returns:
-      An iterator of {"image": uint8 [b, H, W, C], "label": int32 [b] or float32 [b, K], "mask":
-      float32 [b], all 1, "example": int32 [b], index in the split}, with `position`, `bad_images`
-      and `close()`.
+      An iterator of {"image": `source.dtype` [b, H, W, C], "label": int32 [b] or float32 [b, K],
+      "mask": float32 [b], all 1, "example": int32 [b], index in the split}, with `position`,
+      `bad_images` and `close()`.
 
     Raises:
       DataError: an empty split; while iterating, a bad image or label.

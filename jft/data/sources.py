@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import numpy as np
 
 from jft.data.arrays import ArraySource, load_csv, load_npz, load_sklearn
 from jft.data.decode import BadImage
+from jft.data.encoded import EncodedSource
 from jft.data.folder import FolderSource, load_folder
+from jft.data.pixels import Pixels
 from jft.data.protocol import Kind, Source, Subset, strata
 from jft.data.tfds_source import TfdsSource, load_tfds
 from jft.errors import ConfigError, DataError, WeightsError, nearest
@@ -30,7 +32,8 @@ __all__ = [
     "stratified_order",
 ]
 
-# name -> function(path, **args) -> {"train": source, "val"?: source, "test"?: source}
+# name -> function(path, **args) -> {"train": source, "val"?: source, "test"?: source}; those that
+# hold arrays in memory take their Pixels as the second argument.
 SOURCES: dict[str, Callable[..., Mapping[str, Source]]] = {
     "folder": load_folder,
     "npz": load_npz,
@@ -60,6 +63,11 @@ class Splits(Mapping[str, Source]):
     def kind(self) -> Kind:
         """What a label is, see jft.data.protocol."""
         return self.train.kind
+
+    @property
+    def pixels(self) -> Pixels:
+        """Bands, depth and range of the images."""
+        return self.train.pixels
 
     def _parts(self) -> dict[str, Source]:
         parts = {"train": self.train, "val": self.val, "test": self.test}
@@ -119,7 +127,7 @@ def _check_fractions(val_fraction: float, test_fraction: float) -> None:
         raise ConfigError(f"{both} leave no training examples")
 
 
-def _load(name: str, path: str, args: Mapping[str, Any]) -> Mapping[str, Source]:
+def _load(name: str, path: str, args: Mapping[str, Any], pixels: Pixels) -> dict[str, Source]:
     if name not in SOURCES:
         known = ", ".join(SOURCES)
         raise ConfigError(f"data.name={name!r} is not one of {known}{nearest(name, SOURCES)}")
@@ -130,7 +138,28 @@ def _load(name: str, path: str, args: Mapping[str, Any]) -> Mapping[str, Source]
             raise ConfigError(
                 f"data.args.{key} is not an argument of {name!r}{nearest(key, known_args)}"
             )
-    return load(path if load is load_sklearn else _local(path), **args)
+    if load in (load_npz, load_csv, load_sklearn):
+        found = load(path if load is load_sklearn else _local(path), pixels, **args)
+    else:
+        found = load(_local(path), **args)
+    sources = dict(found)
+    _settle_pixels(sources, pixels)
+    return sources
+
+
+def _settle_pixels(sources: Mapping[str, Source], pixels: Pixels) -> None:
+    """Gives encoded images their bands, depth and range; every split has those of train."""
+    train = sources["train"]
+    if isinstance(train, EncodedSource):
+        settled = replace(pixels, depth=pixels.depth or train.bits())
+        for source in sources.values():
+            assert isinstance(source, EncodedSource)
+            source.pixels = settled
+    for name, source in sources.items():
+        if source.dtype != train.dtype:
+            raise DataError(
+                f"images of train are {train.dtype}, of {name} {source.dtype}: set data.depth"
+            )
 
 
 def _local(path: str) -> Path:
@@ -154,6 +183,7 @@ def make_splits(
     val_fraction: float = 0.1,
     test_fraction: float = 0.0,
     train_examples: int | None = None,
+    pixels: Pixels | None = None,
 ) -> Splits:
     """Opens a data set and splits it.
 
@@ -169,13 +199,15 @@ def make_splits(
       val_fraction: of all examples of the set's train part.
       test_fraction: of all examples of the set's train part.
       train_examples: keep so many training examples, stratified; None keeps all.
+      pixels: bands, depth and range of the images; by default all bands, and 16 bits where every
+        image has more than 8.
 
     Raises:
       ConfigError: an unknown name or argument, fractions or counts that cannot be met.
       DataError: the set is missing or wrong.
     """
     _check_fractions(val_fraction, test_fraction)
-    sources = dict(_load(name, path, args or {}))
+    sources = _load(name, path, args or {}, pixels or Pixels())
     whole = sources["train"]
     if not len(whole):
         raise DataError(f"data.path={path!r}: no examples")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from flax import linen as nn
@@ -43,6 +43,20 @@ class Preprocess:
         for name in ("mean", "std"):
             kept[name] = tuple(float(value) for value in kept[name])
         return cls(**kept)
+
+
+def adapt_preprocess(preprocess: Preprocess, channels: int) -> Preprocess:
+    """The preprocessing for images of another number of channels.
+
+    Every channel gets the average of the means and of the deviations, so that a grey image,
+    repeated over however many channels, is normalised alike in each of them. With the channels that
+    it has already, `preprocess` is returned as it is.
+    """
+    if channels == len(preprocess.mean):
+        return preprocess
+    mean = sum(preprocess.mean) / len(preprocess.mean)
+    std = sum(preprocess.std) / len(preprocess.std)
+    return replace(preprocess, mean=(mean,) * channels, std=(std,) * channels)
 
 
 @dataclass(frozen=True)
