@@ -216,7 +216,8 @@ def _resized(image: np.ndarray, image_shape: Shape, interpolation: str) -> np.nd
     if image.shape[2] > channels:
         image = np.rint(image @ _LUMINANCE).astype(image.dtype)[..., None]
     # Band by band in float32: Pillow has no picture of more than four, or of wide colour.
-    bands = [resize(Image.fromarray(band)) for band in np.moveaxis(np.float32(image), -1, 0)]
+    floats = image.astype(np.float32)
+    bands = [resize(Image.fromarray(band)) for band in np.moveaxis(floats, -1, 0)]
     top_value = np.iinfo(image.dtype).max
     return np.rint(np.clip(np.stack(bands, axis=-1), 0, top_value)).astype(image.dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ class EncodedSource:
 
     Attributes:
       pixels: how pictures are decoded; its depth is settled when splits are made.
+      notes: further lines for `jft data inspect`.
     """
 
     image_shape: Shape | None = None
@@ -37,7 +39,18 @@ class EncodedSource:
         self.kind: Kind = kind
         self.label_names = list(label_names)
         self.pixels = Pixels()
+        self.notes: tuple[str, ...] = ()
         self._labels = labels
+
+    def take(self, indices: np.ndarray) -> EncodedSource:
+        """A source of some examples; unlike `Subset` it is on its own, as a split is."""
+        found = copy.copy(self)
+        found._labels = self._labels[indices]
+        return found
+
+    def origins(self) -> list[str]:
+        """The files that hold the images; what changes with them tells that these changed."""
+        raise NotImplementedError
 
     def encoded(self, i: int) -> str | Path | bytes:
         """Path or content of image i."""
@@ -75,3 +88,41 @@ class EncodedSource:
         found = [bits_of(self.encoded(int(i))) for i in chosen]
         known = [bits for bits in found if bits is not None]
         return 16 if known and min(known) > 8 else 8
+
+
+class FileSource(EncodedSource):
+    """One file an image.
+
+    Args:
+      paths: the files.
+      labels, label_names, kind: as in `EncodedSource`.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        labels: np.ndarray,
+        label_names: Sequence[str],
+        kind: Kind = "class",
+    ) -> None:
+        super().__init__(labels, label_names, kind)
+        self.paths = list(paths)
+
+    def take(self, indices: np.ndarray) -> FileSource:
+        """A source of some examples."""
+        found = super().take(indices)
+        assert isinstance(found, FileSource)
+        found.paths = [self.paths[i] for i in indices]
+        return found
+
+    def encoded(self, i: int) -> str:
+        """The file's path."""
+        return self.paths[i]
+
+    def id(self, i: int) -> str:
+        """The file's path."""
+        return self.paths[i]
+
+    def origins(self) -> list[str]:
+        """The files."""
+        return self.paths

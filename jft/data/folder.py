@@ -7,33 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from jft.data.encoded import EncodedSource
+from jft.data.encoded import FileSource
+from jft.data.split_files import SPLIT_NAMES
 from jft.errors import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".npy")
-SPLIT_NAMES = {
-    "train": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-}
-
-
-class FolderSource(EncodedSource):
-    """Files with labels known from their directory; decoded on access, at native size."""
-
-    def __init__(self, paths: list[str], labels: np.ndarray, label_names: list[str]) -> None:
-        super().__init__(np.asarray(labels, np.int32), label_names)
-        self.paths = paths
-
-    def encoded(self, i: int) -> str:
-        """The file's path."""
-        return self.paths[i]
-
-    def id(self, i: int) -> str:
-        """The file's path."""
-        return self.paths[i]
 
 
 def _subdirectories(path: Path) -> list[Path]:
@@ -57,7 +35,7 @@ def _image_files(folder: Path) -> list[str]:
     return found
 
 
-def _class_files(path: Path, label_names: list[str] | None) -> FolderSource:
+def _class_files(path: Path, label_names: list[str] | None) -> FileSource:
     """Reads path/<class>/**; `label_names` fixes the classes (val or test may lack some)."""
     folders = {folder.name: _image_files(folder) for folder in _subdirectories(path)}
     if not any(folders.values()):
@@ -76,10 +54,10 @@ def _class_files(path: Path, label_names: list[str] | None) -> FolderSource:
         files = folders.get(name, [])
         paths += files
         labels += [label] * len(files)
-    return FolderSource(paths, np.array(labels, np.int32), label_names)
+    return FileSource(paths, np.array(labels, np.int32), label_names)
 
 
-def load_folder(path: Path) -> dict[str, FolderSource]:
+def load_folder(path: Path) -> dict[str, FileSource]:
     """Reads path/<class>/*, or path/{train,val,test}/<class>/*; classes are sorted by name.
 
     Directories inside a class are searched too. "valid" and "validation" serve for "val".

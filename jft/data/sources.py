@@ -13,16 +13,17 @@ import numpy as np
 from jft.data.arrays import ArraySource, load_csv, load_npz, load_sklearn
 from jft.data.decode import BadImage
 from jft.data.encoded import EncodedSource
-from jft.data.folder import FolderSource, load_folder
+from jft.data.folder import load_folder
 from jft.data.pixels import Pixels
 from jft.data.protocol import Kind, Source, Subset, strata
+from jft.data.shards import load_webdataset
+from jft.data.table import load_table
 from jft.data.tfds_source import TfdsSource, load_tfds
 from jft.errors import ConfigError, DataError, WeightsError, nearest
 from jft.weights.source import locate
 
 __all__ = [
     "ArraySource",
-    "FolderSource",
     "Source",
     "Splits",
     "Subset",
@@ -38,6 +39,8 @@ SOURCES: dict[str, Callable[..., Mapping[str, Source]]] = {
     "folder": load_folder,
     "npz": load_npz,
     "csv": load_csv,
+    "table": load_table,
+    "webdataset": load_webdataset,
     "sklearn": load_sklearn,
     "tfds": load_tfds,
 }

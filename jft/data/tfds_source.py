@@ -50,6 +50,11 @@ class TfdsSource(EncodedSource):
         image = decode_image(bytes(record[self.image_key]), self.id(i), self.pixels)
         return {"image": image, "label": int(record[self.label_key])}
 
+    def origins(self) -> list[str]:
+        """The files of the set."""
+        folder = Path(self.origin.rpartition(" [")[0])
+        return sorted(str(file) for file in folder.iterdir() if file.is_file())
+
     def encoded(self, i: int) -> bytes:
         """The stored file of image i."""
         return bytes(self.records[int(i)][self.image_key])
