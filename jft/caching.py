@@ -76,6 +76,7 @@ def make_inputs(
         source=source,
         batch_size=config.train.batch_size,
         seed=config.seed,
+        sampling=config.data.sampling,
         parallel=parallel,
         workdir=workdir,
         images=images,

@@ -45,6 +45,13 @@ KEYS: dict[str, Key] = {
     "data.train_examples": Key(
         None, int | None, "train on only so many examples, balanced over classes", low=1
     ),
+    "data.sampling": Key(
+        "shuffle",
+        str,
+        "how often an epoch visits each class: shuffle, as the data has it; balanced, all equally;"
+        " sqrt, by the square root of its size",
+        choices=("shuffle", "balanced", "sqrt"),
+    ),
     "data.image_size": Key(
         None, int | None, "side of the model's input in pixels; None is the model's own", low=1
     ),

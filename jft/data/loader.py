@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 
 from jft.data.decode import BadImage, Shape, fit_image
-from jft.data.order import Batch, Order, Views, check_sizes
+from jft.data.order import Batch, Views, check_sizes, make_order
 from jft.data.protocol import Source, label_layout
 from jft.errors import ConfigError, DataError
 
@@ -198,10 +198,12 @@ def make_train_loader(
     bad_image_quota: float = 0.0,
     interpolation: str = "bilinear",
     views: int | None = None,
+    sampling: str = "shuffle",
 ) -> TrainLoader:
     """Makes the endless stream of training batches.
 
-    Every epoch has another order and sees each example once; batches cross the edges of epochs.
+    Every epoch has another order and, shuffled, sees each example once; batches cross the edges of
+    epochs.
     Rank r of R gets rows [r * b, (r + 1) * b) of each global batch, b = batch_size / R, so the
     global batch is the same for every R.
 
@@ -220,7 +222,8 @@ def make_train_loader(
       ranks: number of processes.
       bad_image_quota: share of the split's images that may be unreadable; 0 stops at the first.
       interpolation: of the host's resize.
-      views: K adds "view": int32 [b], epoch modulo K, to each batch.
+      views: K adds "view": int32 [b], how often the example was seen before modulo K.
+      sampling: "shuffle", or "balanced" and "sqrt", which draw rare classes more often.
 
     Returns:
       An iterator of {"image": `source.dtype` [b, H, W, C], "label": int32 [b] or float32 [b, K],
@@ -235,7 +238,7 @@ def make_train_loader(
     start, stop = check_sizes(source, batch_size, rank, ranks)
     quota = _Quota(source, bad_image_quota)
     fetch = _Fetch(source, image_shape, interpolation, start, stop, training=True)
-    visits = Order(len(source), batch_size, seed)
+    visits = make_order(source, batch_size, seed, sampling)
     order = grain.MapDataset.source(visits if views is None else Views(visits, views))
     stream = _stream(order[start_batch:].map(fetch), _in_memory(fetch), threads, workers)
     return TrainLoader(stream, quota, start_batch)

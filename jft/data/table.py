@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -86,39 +86,38 @@ def load_table(
       DataError: no such table, a row that does not fit, a label that is none.
       ConfigError: a column that is not there, options that do not go together.
     """
+    columns = Columns(
+        image_column or "", label_column, tuple(label_columns), tuple(value_columns), separator,
+        _texts(classes), one_hot, split_column, root, suffix, mask_column, _texts(mask_names),
+        min_share,
+    )  # fmt: skip
     files = find_files(path, EXTENSIONS)
     tables = {split: [read_table(file) for file in found] for split, found in files.items()}
-    first = tables["train"][0]
-    image = image_column or next((n for n in _IMAGE_COLUMNS if n in first.columns), None)
-    if image is None:
+    return _sources(tables, _completed(columns, tables["train"][0]))
+
+
+def _texts(names: Sequence[Any] | None) -> tuple[str, ...] | None:
+    return None if names is None else tuple(str(name) for name in names)
+
+
+def _completed(columns: Columns, table: Table) -> Columns:
+    """The columns with those that go by their usual names."""
+    image = columns.image or next((n for n in _IMAGE_COLUMNS if n in table.columns), "")
+    if not image:
         raise ConfigError(
-            f"data.args.image_column is not set, and {first.path} has no column"
-            f" {', '.join(_IMAGE_COLUMNS)}: {', '.join(first.columns)}"
+            f"data.args.image_column is not set, and {table.path} has no column"
+            f" {', '.join(_IMAGE_COLUMNS)}: {', '.join(table.columns)}"
         )
-    chosen = sum(map(bool, (label_column, label_columns, value_columns)))
-    if not chosen and mask_column is None:
-        label_column = next((n for n in _LABEL_COLUMNS if n in first.columns), None)
-    if chosen > 1 or not (chosen or label_column or mask_column):
+    label = columns.label
+    chosen = sum(map(bool, (label, columns.labels, columns.values)))
+    if not chosen and columns.mask is None:
+        label = next((n for n in _LABEL_COLUMNS if n in table.columns), None)
+    if chosen > 1 or not (chosen or label or columns.mask):
         raise ConfigError(
             "data.args: give one of label_column, label_columns, value_columns, mask_column;"
-            f" {first.path} has {', '.join(first.columns)}"
+            f" {table.path} has {', '.join(table.columns)}"
         )
-    columns = Columns(
-        image=image,
-        label=label_column,
-        labels=tuple(label_columns),
-        values=tuple(value_columns),
-        separator=separator,
-        classes=None if classes is None else tuple(str(name) for name in classes),
-        one_hot=one_hot,
-        split=split_column,
-        root=root,
-        suffix=suffix,
-        mask=mask_column,
-        mask_names=None if mask_names is None else tuple(map(str, mask_names)),
-        min_share=min_share,
-    )
-    return _sources(tables, columns)
+    return replace(columns, image=image, label=label)
 
 
 def _sources(tables: Mapping[str, list[Table]], columns: Columns) -> dict[str, EncodedSource]:

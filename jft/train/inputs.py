@@ -59,6 +59,7 @@ class Inputs:
       source: the training split.
       batch_size: global.
       seed: of the run.
+      sampling: of the training examples.
       parallel: the devices.
       workdir: the run directory.
       images: (first batch, views or None) -> the stream of image batches.
@@ -86,6 +87,7 @@ class Inputs:
     prefix_flops: Callable[[int], float]
     step_bytes: Callable[[Phase], int]
     loader: Mapping[str, Any]
+    sampling: str = "shuffle"
     _memo: _Memo = field(default_factory=lambda: _Memo(), repr=False, compare=False)
 
     def choose(
@@ -295,6 +297,7 @@ class Inputs:
             rank=jax.process_index(),
             ranks=jax.process_count(),
             replaced=cache.replaced,
+            sampling=self.sampling,
         )
         return cache.batches(indexed)
 
