@@ -85,7 +85,19 @@ KEYS: dict[str, Key] = {
         0, int, "processes that decode images; 0 decodes in threads", low=0, free=True
     ),
     "data.bad_image_quota": Key(
-        0.0, float, "share of undecodable images to skip before the run stops", low=0, high=1
+        0.0,
+        float,
+        "share of a split's images that may be unreadable and are left out; above 0 at least one",
+        low=0,
+        high=1,
+    ),
+    "data.check": Key(
+        "auto",
+        str,
+        "images that are looked at before a run: all; auto: of up to 1,000 all, of up to 50,000"
+        " files the beginning; off",
+        choices=("auto", "off", "all"),
+        free=True,
     ),
     "augment.flip": Key(True, bool, "mirror half of the training images left to right"),
     "augment.crop": Key(

@@ -12,6 +12,7 @@ from jft.baselines import check as check_baselines
 from jft.batches import eval_batch_size, evaluate_split, train_batches
 from jft.caching import make_inputs, plan_phase
 from jft.config import METRICS, diff, from_json
+from jft.data.check import check_images
 from jft.data.sources import Splits
 from jft.errors import ConfigError, nearest
 from jft.freeze.masks import Mask
@@ -127,6 +128,7 @@ def setup(
     if resumes and resume != "force":
         check_unchanged(config, workdir)
     splits = make_data(config)
+    check_images(splits, config.data.bad_image_quota, config.data.check)
     native = splits.train.image_shape
     task = make_task(config, splits.label_names, native, model, splits.kind, splits.pixels)
     check_baselines(config, splits)

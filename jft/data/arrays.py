@@ -257,6 +257,10 @@ def _image_shape(count: int, wanted: Sequence[int] | None, path: Path) -> tuple[
 def load_sklearn(path: str, pixels: Pixels = _PLAIN) -> dict[str, ArraySource]:
     """Reads a set that ships inside scikit-learn: "digits", 1,797 grey images of 8 x 8.
 
+    Args:
+      path: its name.
+      pixels: bands, depth and range.
+
     Raises:
       ConfigError: an unknown set.
       DataError: scikit-learn is not installed.

@@ -81,9 +81,21 @@ def decode_image(
       DataError: a TIFF without the package that reads it.
     """
     name = name or ("image" if isinstance(source, bytes) else str(source))
+    return pixels.convert(decode_raw(source, name, pixels), name)
+
+
+def decode_raw(source: str | Path | bytes, name: str, pixels: Pixels = _EIGHT_BITS) -> np.ndarray:
+    """Decodes as `decode_image` does, but leaves bands and values as they are stored.
+
+    Returns:
+      any type [H, W, bands]. Colour of 16 bits has 8 where `pixels` wants no more.
+
+    Raises:
+      BadImage, DataError: as `decode_image`.
+    """
     try:
         with stream_of(source) as stream:
-            return pixels.convert(_decode(stream, name, pixels), name)
+            return _decode(stream, name, pixels)
     except DataError:
         raise
     except UnidentifiedImageError:

