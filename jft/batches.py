@@ -32,6 +32,7 @@ def train_batches(task: Task, source: Source, start_batch: int, views: int | Non
         bad_image_quota=config.data.bad_image_quota,
         interpolation=task.preprocess.interpolation,
         views=views,
+        sampling=config.data.sampling,
     )
 
 

@@ -74,6 +74,7 @@ def make_inputs(
         source=source,
         batch_size=config.train.batch_size,
         seed=config.seed,
+        sampling=config.data.sampling,
         parallel=parallel,
         workdir=workdir,
         images=images,
@@ -117,6 +118,7 @@ def _prefix(task: Task, source: Source, views: int) -> Prefix:
         stages=task.model.stages,
         cuts=(),
         image_shape=task.image_shape,
+        image_dtype=task.pixels.dtype,
         views=views,
         chunk=config.train.batch_size,
         described=describe(task, source) if config.freeze.cache != "off" else {},
@@ -156,7 +158,7 @@ def prefix_flops(task: Task, prefix: Prefix, cut: int) -> float:
         index = jnp.zeros(1, jnp.int32)
         return prefix.apply(variables, prefix.transform(image, index, index), stop=cut).sum()
 
-    image = jax.ShapeDtypeStruct((1, *task.image_shape), np.uint8)
+    image = jax.ShapeDtypeStruct((1, *task.image_shape), task.pixels.dtype)
     return analytic_flops(run, {}, prefix.variables(*task.shapes, 0, cut), image).forward
 
 

@@ -117,7 +117,9 @@ def arg_keys(section: str, name: str, where: str = "") -> dict[str, Key]:
         raise ConfigError(f"{where or f'config.{_keys(section)[0]}'}: no {section} {name!r}{hint}")
     target, fixed = choices[name] if section == "model" else (choices[name], {})
     parameters = inspect.signature(target).parameters.values()
-    given = (*_GIVEN, *(key.rpartition(".")[2] for key in KEYS if key.startswith(f"{section}.")))
+    given = {*_GIVEN, *(key.rpartition(".")[2] for key in KEYS if key.startswith(f"{section}."))}
+    if section == "data":
+        given.discard("num_classes")  # of data only the user can say it
     hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
     keys: dict[str, Key] = {}
     for parameter in parameters:

@@ -46,14 +46,59 @@ KEYS: dict[str, Key] = {
     "data.train_examples": Key(
         None, int | None, "train on only so many examples, balanced over classes", low=1
     ),
+    "data.sampling": Key(
+        "shuffle",
+        str,
+        "how often an epoch visits each class: shuffle, as the data has it; balanced, all equally;"
+        " sqrt, by the square root of its size",
+        choices=("shuffle", "balanced", "sqrt"),
+    ),
     "data.image_size": Key(
         None, int | None, "side of the model's input in pixels; None is the model's own", low=1
+    ),
+    "data.channels": Key(
+        None, int | None, "channels of the model's input; None is the model's own, 3", low=1
+    ),
+    "data.bands": Key(
+        None, list | None, "bands of each picture that count, from 0, `[3, 2, 1]`; None is all"
+    ),
+    "data.depth": Key(
+        None,
+        int | None,
+        "bits of a value that reach the device, 8 or 16; None keeps 16 where all images have more"
+        " than 8",
+        low=8,
+        high=16,
+    ),
+    "data.range": Key(
+        None,
+        list | None,
+        "values that become black and white, [low, high] or one such pair a band; None is the whole"
+        " range of 8 or 16 bits",
+    ),
+    "data.mean": Key(
+        None, list | None, "mean of each channel, on the scale 0..255; None is the weights' own"
+    ),
+    "data.std": Key(
+        None, list | None, "deviation of each channel, same scale; None is the weights' own"
     ),
     "data.workers": Key(
         0, int, "processes that decode images; 0 decodes in threads", low=0, free=True
     ),
     "data.bad_image_quota": Key(
-        0.0, float, "share of undecodable images to skip before the run stops", low=0, high=1
+        0.0,
+        float,
+        "share of a split's images that may be unreadable and are left out; above 0 at least one",
+        low=0,
+        high=1,
+    ),
+    "data.check": Key(
+        "auto",
+        str,
+        "images that are looked at before a run: all; auto: of up to 1,000 all, of up to 50,000"
+        " files the beginning; off",
+        choices=("auto", "off", "all"),
+        free=True,
     ),
     "augment.flip": Key(True, bool, "mirror half of the training images left to right"),
     "augment.crop": Key(

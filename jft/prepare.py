@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from jft.baselines import check as check_baselines
 from jft.batches import eval_batch_size, eval_examples, evaluate_split, train_batches
 from jft.caching import make_inputs, plan_phase
+from jft.data.check import check_images
 from jft.data.sources import Splits
 from jft.distill import Taught, make_teacher
 from jft.errors import ConfigError
@@ -154,9 +155,10 @@ def setup(
     if resumes and resume != "force":
         check_unchanged(config, workdir)
     splits = make_data(config)
+    check_images(splits, config.data.bad_image_quota, config.data.check)
     checkpoints = make_checkpoints(config, workdir, splits.kind, len(splits.label_names))
     native = splits.train.image_shape
-    task = make_task(config, splits.label_names, native, model, splits.kind)
+    task = make_task(config, splits.label_names, native, model, splits.kind, splits.pixels)
     check_baselines(config, splits)
     conversion = read_json(workdir / "conversion.json") if resumes else None
     leaves = None
@@ -269,7 +271,8 @@ def plan_overview(config: ConfigDict, every_leaf: bool = False) -> Overview:
         learning rate and its bytes; else one line a group.
     """
     splits = make_data(config)
-    task = make_task(config, splits.label_names, splits.train.image_shape, kind=splits.kind)
+    native, kind = splits.train.image_shape, splits.kind
+    task = make_task(config, splits.label_names, native, kind=kind, pixels=splits.pixels)
     parallel = make_parallel(mode=config.parallel.mode, devices=config.parallel.devices)
     taught = make_teacher(task, load=False)
     parts = make_parts(task, loss_labels(config, splits), taught and taught.teacher)

@@ -31,6 +31,7 @@ def write_run_files(
     write_atomic(workdir / "config.json", to_json(task.config))
     write_json(workdir / "run.json", describe_run(task.config.seed))
     data = {"label_names": task.label_names, "kind": task.kind, "image_shape": task.native_shape}
+    data["pixels"] = task.pixels.to_dict()
     sizes = {name: len(source) for name, source in splits.items()}
     write_json(workdir / "data.json", {**data, "examples": sizes})
     write_json(workdir / "plan.json", plan)

@@ -6,6 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jft.config import from_json
+from jft.data.pixels import Pixels
 from jft.data.protocol import KINDS, Kind
 from jft.errors import ConfigError, WeightsError
 from jft.measures import check_metric, less_is_better, resolve_metric
@@ -46,14 +47,15 @@ def read_config(workdir: Path) -> ConfigDict:
     return from_json(path.read_text())
 
 
-def read_data(workdir: Path) -> tuple[list[str], tuple[int, int, int] | None, Kind]:
-    """Returns (label names, native image shape, kind) of the data that a run was trained on."""
+def read_data(workdir: Path) -> tuple[list[str], tuple[int, int, int] | None, Kind, Pixels]:
+    """Returns (label names, native image shape, kind, pixels) of what a run was trained on."""
     found = read_json(workdir / "data.json")
     try:
         shape, names = found["image_shape"], [str(name) for name in found["label_names"]]
         shape = shape and (int(shape[0]), int(shape[1]), int(shape[2]))
-        return names, shape, KINDS[KINDS.index(found.get("kind", "class"))]
-    except (TypeError, LookupError, ValueError) as error:
+        kind, pixels = KINDS[KINDS.index(found.get("kind", "class"))], found.get("pixels")
+        return names, shape, kind, Pixels.from_dict(pixels)
+    except (TypeError, LookupError, ValueError, AttributeError) as error:
         raise ConfigError(f"{workdir / 'data.json'}: missing or damaged") from error
 
 
@@ -65,8 +67,8 @@ def read_task(workdir: Path, model: Any = None) -> Task:
       model: the user's own module, if the run was made with one.
     """
     config = read_config(workdir)
-    labels, native, kind = read_data(workdir)
-    task = make_task(config, labels, native, model, kind)
+    labels, native, kind, pixels = read_data(workdir)
+    task = make_task(config, labels, native, model, kind, pixels)
     return with_preprocess(task, (read_json(workdir / "conversion.json") or {}).get("preprocess"))
 
 

@@ -13,11 +13,12 @@ from ml_collections import ConfigDict
 
 from jft.data.decode import Shape
 from jft.data.images import canvas_shape
+from jft.data.pixels import Pixels, make_pixels
 from jft.data.protocol import Kind, label_layout
 from jft.data.sources import Splits, make_splits
 from jft.errors import ConfigError, WeightsError
 from jft.freeze.groups import COMMON_SETS, Groups, make_groups
-from jft.models.family import Preprocess
+from jft.models.family import Preprocess, adapt_preprocess
 from jft.models.own import OwnModel, own_model
 from jft.models.zoo import Model, make_model
 from jft.tree import Flat, flatten
@@ -40,6 +41,7 @@ class Task:
       model: from the zoo, or the user's own.
       preprocess: of the model, or of its source where that has its own.
       image_shape: (H, W, C) of a batch on the host.
+      pixels: how files become canvases: bands, depth, range.
       shapes: {path: shape and dtype} of params and of statistics.
     """
 
@@ -50,6 +52,7 @@ class Task:
     model: Model | OwnModel
     preprocess: Preprocess
     image_shape: tuple[int, int, int]
+    pixels: Pixels
     shapes: tuple[Flat, Flat]
 
     @property
@@ -120,6 +123,12 @@ def make_data(config: ConfigDict) -> Splits:
         val_fraction=data.val_fraction,
         test_fraction=data.test_fraction,
         train_examples=data.train_examples,
+        pixels=make_pixels(
+            channels=data.channels,
+            bands=data.bands,
+            depth=data.depth,
+            value_range=data.range,
+        ),
     )
 
 
@@ -129,6 +138,7 @@ def make_task(
     native_shape: Shape | None,
     model: Any = None,
     kind: Kind = "class",
+    pixels: Pixels | None = None,
 ) -> Task:
     """Returns the model of a config, fitted to its data.
 
@@ -138,15 +148,37 @@ def make_task(
       native_shape: (H, W, C) that every image of the data has, or None.
       model: the user's own module; None makes the one of `config.model`.
       kind: of the labels.
+      pixels: of the splits; 8 bits and the model's own channels by default.
     """
-    made = _make_model(config, model, len(label_names))
-    used = made.preprocess
+    pixels = pixels or Pixels()
+    made = _make_model(config, model, len(label_names), pixels)
+    used = _fitted(config, made.preprocess, pixels)
     size, channels = used.image_size, len(used.mean)
     image = jax.ShapeDtypeStruct((1, size, size, channels), np.float32)
     variables = jax.eval_shape(made.init, jax.random.key(0), image)
     shapes = (flatten(variables["params"]), flatten(variables.get("batch_stats", {})))
     canvas = canvas_shape(native_shape, used)
-    return Task(config, label_names, kind, native_shape, made, used, canvas, shapes)
+    return Task(config, label_names, kind, native_shape, made, used, canvas, pixels, shapes)
+
+
+def _fitted(config: ConfigDict, preprocess: Preprocess, pixels: Pixels) -> Preprocess:
+    """`preprocess` for the channels of the data, with the config's own mean and std.
+
+    Raises:
+      ConfigError: as many numbers as the images do not have channels.
+    """
+    channels = pixels.channels or len(preprocess.mean)
+    fitted = adapt_preprocess(preprocess, channels)
+    for name in ("mean", "std"):
+        given = config.data[name]
+        if given is None:
+            continue
+        if len(given) != channels or not all(isinstance(x, int | float) for x in given):
+            raise ConfigError(f"data.{name}={list(given)}: give {channels} numbers, a channel each")
+        if name == "std" and min(given) <= 0:
+            raise ConfigError(f"data.std={list(given)}: give numbers above 0")
+        fitted = replace(fitted, **{name: tuple(float(x) for x in given)})
+    return fitted
 
 
 def with_preprocess(task: Task, values: Mapping[str, Any] | None) -> Task:
@@ -154,12 +186,14 @@ def with_preprocess(task: Task, values: Mapping[str, Any] | None) -> Task:
     if not values:
         return task
     size = {"image_size": task.preprocess.image_size}
-    used = Preprocess.from_dict({**values, **size})
+    used = _fitted(task.config, Preprocess.from_dict({**values, **size}), task.pixels)
     shape = canvas_shape(task.native_shape, used)
     return replace(task, preprocess=used, image_shape=shape)
 
 
-def _make_model(config: ConfigDict, module: Any, num_classes: int) -> Model | OwnModel:
+def _make_model(
+    config: ConfigDict, module: Any, num_classes: int, pixels: Pixels
+) -> Model | OwnModel:
     size = config.data.image_size
     if module is not None:
         if config.train.dtype != "float32":
@@ -167,7 +201,7 @@ def _make_model(config: ConfigDict, module: Any, num_classes: int) -> Model | Ow
         own = getattr(module, "preprocess", None) or OwnModel.preprocess
         if size is not None:
             own = Preprocess.from_dict(own.to_dict() | {"image_size": size})
-        return own_model(module, num_classes, own)
+        return own_model(module, num_classes, _fitted(config, own, pixels))
     args = config.model.args.to_dict()
     args.setdefault("dtype", config.train.dtype)
     if size is not None:
@@ -222,7 +256,7 @@ def batch_shapes(task: Task, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shapes and dtypes of a global batch of `rows` examples."""
     shape, dtype = label_layout(task.kind, len(task.label_names))
     return {
-        "image": jax.ShapeDtypeStruct((rows, *task.image_shape), np.uint8),
+        "image": jax.ShapeDtypeStruct((rows, *task.image_shape), task.pixels.dtype),
         "label": jax.ShapeDtypeStruct((rows, *shape), dtype),
         "mask": jax.ShapeDtypeStruct((rows,), np.float32),
     }

@@ -131,6 +131,7 @@ def predict(
     task = trained.task
     rows = eval_batch_size(task.config, trained.parallel)
     shapes = batch_shapes(task, rows)
+    how = (task.image_shape, task.preprocess.interpolation)
 
     def batches() -> Any:
         for start in range(0, len(paths), rows):
@@ -138,7 +139,7 @@ def predict(
             read: list[Path] = []
             for file in paths[start : start + rows]:
                 try:
-                    image = load_image(file, task.image_shape, task.preprocess.interpolation)
+                    image = load_image(file, *how, pixels=task.pixels)
                 except BadImage as error:
                     if on_error is None:
                         raise

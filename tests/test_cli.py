@@ -108,7 +108,7 @@ def test_python_m_jft_is_the_same_command():
         (["models", "list", "a", "b"], "unexpected 'b'"),
         (["models", "show", "vit_b17"], "(did you mean 'vit_"),
         (["weights", "chekc", "x"], "weights check SOURCE"),
-        (["data", "inspct", f"--config={DIGITS}"], "data inspect"),
+        (["data", "inspct", f"--config={DIGITS}"], "did you mean 'inspect'"),
         (["doctor", "--workdir=w"], "unknown flag"),
     ],
 )

@@ -202,7 +202,7 @@ def test_evaluation_masks_a_bad_image_within_the_quota(damaged):
 def test_a_label_out_of_range_stops_with_its_index():
     class Wrong:
         kind = "class"
-        label_names, image_shape = ["a", "b"], None
+        label_names, image_shape, dtype = ["a", "b"], None, np.uint8
 
         def __len__(self):
             return 4

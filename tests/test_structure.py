@@ -90,6 +90,7 @@ RANKS: dict[str, float] = {
     "jft.task": 7.5,
     "jft.overview": 7.7,
     "jft.provenance": 2,
+    "jft.samples": 8,
     "jft.caching": 7.8,
     "jft.run_files": 7.8,
     "jft.parts": 7.8,

@@ -7,17 +7,20 @@ import io
 import warnings
 import zipfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jft.data.decode import Shape
+from jft.data.pixels import Pixels
 from jft.data.protocol import Kind, check_labels, check_targets
 from jft.errors import ConfigError, DataError, nearest
 
 MAX_BYTES = 64 << 30  # an npz may unfold 1,000-fold: what it declares is checked before it is read
 SKLEARN_SETS = ("digits",)
+_PLAIN = Pixels()
 _SPLITS = ("train", "val", "test")
 # Spellings seen in the wild: jft's own, MedMNIST's, Keras's; {s} is the split.
 _NPZ_KEYS = (("{s}_image", "{s}_label"), ("{s}_images", "{s}_labels"), ("x_{s}", "y_{s}"))
@@ -28,11 +31,12 @@ class ArraySource:
     """Images and labels in memory.
 
     Args:
-      images: uint8 [N, H, W] or [N, H, W, 1 or 3].
+      images: [N, H, W] or [N, H, W, C]; uint8 and uint16, or with a range any real type.
       labels: integers [N], or [N, K] of another kind.
       label_names: a name a class; "0", "1", ... by default.
       origin: where they came from, for messages.
       kind: see jft.data.protocol.
+      pixels: bands, depth and range; the depth of the array where none is given.
 
     Raises:
       DataError: another shape or type, or a wrong label (named by its index).
@@ -45,10 +49,15 @@ class ArraySource:
         label_names: Sequence[str] | None = None,
         origin: str = "",
         kind: Kind = "class",
+        pixels: Pixels = _PLAIN,
     ) -> None:
         self.origin = origin
         self.kind: Kind = kind
-        self.images = _check_images(np.asarray(images), origin)
+        images = _check_images(np.asarray(images), origin)
+        if pixels.depth is None:
+            pixels = replace(pixels, depth=16 if images.dtype == np.uint16 else 8)
+        self.pixels = pixels
+        self.images = _converted(images, pixels, origin or "images")
         self.image_shape: Shape | None = self.images.shape[1:]
         if kind == "class":
             num_classes = None if label_names is None else len(label_names)
@@ -70,6 +79,11 @@ class ArraySource:
         """[N] or [N, K], see `Source.labels`."""
         return self._labels
 
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the images."""
+        return self.images.dtype
+
     def __len__(self) -> int:
         return len(self.images)
 
@@ -81,8 +95,17 @@ class ArraySource:
         return _at(self.origin, f"index {i}")
 
     def gather(self, indices: np.ndarray) -> np.ndarray:
-        """uint8 [B, H, W, C]."""
+        """[B, H, W, C]."""
         return self.images[indices]
+
+
+def _converted(images: np.ndarray, pixels: Pixels, name: str) -> np.ndarray:
+    """The images as canvases; in parts, since scaling takes eight bytes a value for a while."""
+    if not len(images):
+        return images.astype(pixels.dtype)
+    parts = [pixels.convert(images[at : at + 256], name) for at in range(0, len(images), 256)]
+    same = all(np.may_share_memory(part, images) for part in parts)
+    return images if same and pixels.bands is None else np.concatenate(parts)
 
 
 def _at(origin: str, text: str) -> str:
@@ -90,16 +113,12 @@ def _at(origin: str, text: str) -> str:
 
 
 def _check_images(images: np.ndarray, origin: str) -> np.ndarray:
-    if images.dtype == bool:
-        images = images.astype(np.uint8) * np.uint8(255)
-    if images.dtype != np.uint8:
-        advice = "give uint8, 0..255"
-        raise DataError(_at(origin, f"images are {images.dtype.name}: {advice}"))
     if images.ndim == 3:
         images = images[..., None]
-    if images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape[1:]:
-        advice = "give [N, H, W] or [N, H, W, 1 or 3]"
-        if images.ndim == 4 and images.shape[1] in (1, 3):
+    turned = images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] not in (1, 3)
+    if images.ndim != 4 or turned or 0 in images.shape[1:]:
+        advice = "give [N, H, W] or [N, H, W, C]"
+        if turned:
             advice += " (this looks like [N, C, H, W]: transpose it)"
         raise DataError(_at(origin, f"images have shape {list(images.shape)}: {advice}"))
     return images
@@ -119,10 +138,22 @@ def _index(i: int) -> str:
     return f"index {i}"
 
 
-def load_npz(path: Path, *, num_classes: int | None = None) -> dict[str, ArraySource]:
+def load_npz(
+    path: Path,
+    pixels: Pixels = _PLAIN,
+    *,
+    num_classes: int | None = None,
+    kind: Kind = "class",
+) -> dict[str, ArraySource]:
     """Reads one npz file of image / label arrays, or of train_image / train_label, val_..., ...
 
     Plurals and Keras's x_train / y_train serve too; label_names (an array of text) is optional.
+
+    Args:
+      path: the file.
+      pixels: bands, depth and range.
+      num_classes: number of classes; inferred by default.
+      kind: of the labels: integers [N], or "multi" and "value" of [N, K].
 
     Raises:
       DataError: no such file or keys, objects instead of numbers, wrong images or labels.
@@ -144,13 +175,11 @@ def load_npz(path: Path, *, num_classes: int | None = None) -> dict[str, ArraySo
         keys = ", ".join(sorted(arrays))
         raise DataError(f"{path}: no image / label or train_image / train_label among: {keys}")
     names = arrays.get("label_names")
-    names = _names(
-        num_classes,
-        None if names is None else names.astype(str).tolist(),
-        [arrays[label] for _, label in found.values()],
-    )
+    names = None if names is None else names.astype(str).tolist()
+    if kind == "class":
+        names = _names(num_classes, names, [arrays[label] for _, label in found.values()])
     return {
-        split: ArraySource(arrays[image], arrays[label], names, f"{path} [{image}]")
+        split: ArraySource(arrays[image], arrays[label], names, f"{path} [{image}]", kind, pixels)
         for split, (image, label) in found.items()
     }
 
@@ -166,6 +195,7 @@ def _npz_pairs(arrays: dict[str, np.ndarray]) -> dict[str, tuple[str, str]]:
 
 def load_csv(
     path: Path,
+    pixels: Pixels = _PLAIN,
     *,
     label_column: int = -1,
     image_shape: Sequence[int] | None = None,
@@ -175,6 +205,7 @@ def load_csv(
 
     Args:
       path: the file; a first row of column names is skipped.
+      pixels: bands, depth and range.
       label_column: which column holds the label; -1 is the last.
       image_shape: (H, W) or (H, W, C); a grey or RGB square by default.
       num_classes: number of classes; inferred by default.
@@ -200,15 +231,15 @@ def load_csv(
     if not -table.shape[1] <= label_column < table.shape[1]:
         raise ConfigError(f"data.args.label_column={label_column}: {table.shape[1]} columns")
     labels = table[:, label_column]
-    pixels = np.delete(table, label_column, axis=1)
-    wrong = np.argwhere((pixels < 0) | (pixels > 255))
+    values = np.delete(table, label_column, axis=1)
+    wrong = np.argwhere((values < 0) | (values > 255))
     if len(wrong):
         row, column = wrong[0]
-        raise DataError(f"{path}: index {row}: pixel {pixels[row, column]} is not in 0..255")
-    shape = _image_shape(pixels.shape[1], image_shape, path)
-    images = pixels.astype(np.uint8).reshape(len(pixels), *shape)
+        raise DataError(f"{path}: index {row}: pixel {values[row, column]} is not in 0..255")
+    shape = _image_shape(values.shape[1], image_shape, path)
+    images = values.astype(np.uint8).reshape(len(values), *shape)
     names = None if num_classes is None else [str(i) for i in range(num_classes)]
-    return {"train": ArraySource(images, labels, names, str(path))}
+    return {"train": ArraySource(images, labels, names, str(path), pixels=pixels)}
 
 
 def _image_shape(count: int, wanted: Sequence[int] | None, path: Path) -> tuple[int, ...]:
@@ -223,8 +254,12 @@ def _image_shape(count: int, wanted: Sequence[int] | None, path: Path) -> tuple[
     raise DataError(f"{path}: {count} pixels a row make no square: give data.args.image_shape")
 
 
-def load_sklearn(path: str) -> dict[str, ArraySource]:
+def load_sklearn(path: str, pixels: Pixels = _PLAIN) -> dict[str, ArraySource]:
     """Reads a set that ships inside scikit-learn: "digits", 1,797 grey images of 8 x 8.
+
+    Args:
+      path: its name.
+      pixels: bands, depth and range.
 
     Raises:
       ConfigError: an unknown set.
@@ -242,4 +277,5 @@ def load_sklearn(path: str) -> dict[str, ArraySource]:
     digits: Any = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)  # stored as 0..16
     names = [str(name) for name in digits.target_names]
-    return {"train": ArraySource(images, digits.target, names, "sklearn digits")}
+    found = ArraySource(images, digits.target, names, "sklearn digits", pixels=pixels)
+    return {"train": found}

@@ -1,13 +1,25 @@
-"""Pictures on the host: bytes to uint8 arrays, and arrays to a static shape."""
+"""Pictures on the host: bytes to arrays, and arrays to a static shape."""
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from jft.data.pixels import BadImage as BadImage
+from jft.data.pixels import Pixels
+from jft.data.png_wide import png_layout, read_wide_png
+from jft.data.tiff import (
+    NPY_SIGNATURE,
+    is_tiff,
+    npy_bits,
+    read_npy,
+    read_tiff,
+    stream_of,
+    tiff_bits,
+)
 from jft.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # others have decoders with a record of memory errors
@@ -15,9 +27,10 @@ MAX_PIXELS = 64_000_000  # checked on the header, before any pixel is decoded
 
 Shape = tuple[int, int, int]
 
-
-class BadImage(DataError):
-    """One image cannot be read; the only data error that a quota may skip."""
+_HEAD_BYTES = 26  # up to the colour type of a PNG
+_EIGHT_BITS = Pixels(depth=8)
+# ITU-R BT.601, as Pillow weighs them.
+_LUMINANCE = np.asarray([0.299, 0.587, 0.114], np.float32)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -28,13 +41,17 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _pixels(image: Image.Image) -> np.ndarray:
-    """uint8 [H, W, 1 or 3] of a decoded picture of any mode."""
+def _pixels(image: Image.Image, keeps_alpha: bool = False) -> np.ndarray:
+    """uint8, or uint16 of 16-bit grey, [H, W, 1 or 3] of a decoded picture of any mode.
+
+    With `keeps_alpha` RGBA stays four channels, and grey with alpha two.
+    """
     if image.mode.startswith("I"):  # 16-bit grey: convert() would clip at 255 instead of scaling
-        wide = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-        return (wide >> 8).astype(np.uint8)[..., None]
+        return np.clip(np.asarray(image).astype(np.int64), 0, 65535).astype(np.uint16)[..., None]
     if image.mode in ("L", "1"):
         return np.asarray(image.convert("L"))[..., None]
+    if image.mode in ("RGBA", "LA") and keeps_alpha:
+        return np.asarray(image)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         # The colours under transparent pixels are arbitrary: a viewer shows the picture on white.
         image = image.convert("RGBA")
@@ -43,39 +60,70 @@ def _pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def decode_image(source: str | Path | bytes, name: str | None = None) -> np.ndarray:
-    """Decodes one JPEG, PNG or WebP picture, recognised by content.
+def decode_image(
+    source: str | Path | bytes, name: str | None = None, pixels: Pixels = _EIGHT_BITS
+) -> np.ndarray:
+    """Decodes one JPEG, PNG, WebP, TIFF or .npy picture, recognised by content.
 
-    EXIF orientation is applied; grey stays one channel (16 bits become 8); palette and CMYK become
-    RGB; transparency is laid on white; of an animation the first frame counts.
+    EXIF orientation is applied; grey stays one channel; palette and CMYK become RGB; transparency
+    is laid on white, unless `pixels` takes it for a band; of an animation the first frame counts.
 
     Args:
       source: a path, or the encoded bytes.
       name: how errors name it; the path by default.
+      pixels: bands, depth and range; 16 bits become 8 by default.
 
     Returns:
-      uint8 [H, W, 1 or 3].
+      `pixels.dtype` [H, W, bands].
 
     Raises:
       BadImage: unreadable, of another format, or more than MAX_PIXELS pixels.
+      DataError: a TIFF without the package that reads it.
     """
-    encoded = isinstance(source, bytes)
-    name = name or ("image" if encoded else str(source))
+    name = name or ("image" if isinstance(source, bytes) else str(source))
+    return pixels.convert(decode_raw(source, name, pixels), name)
+
+
+def decode_raw(source: str | Path | bytes, name: str, pixels: Pixels = _EIGHT_BITS) -> np.ndarray:
+    """Decodes as `decode_image` does, but leaves bands and values as they are stored.
+
+    Returns:
+      any type [H, W, bands]. Colour of 16 bits has 8 where `pixels` wants no more.
+
+    Raises:
+      BadImage, DataError: as `decode_image`.
+    """
     try:
-        with io.BytesIO(source) if encoded else open(source, "rb") as stream:
-            with Image.open(stream, formats=FORMATS) as image:
-                _check_size(image.size, name)
-                image.load()
-                return _pixels(_upright(image))
-    except BadImage:
+        with stream_of(source) as stream:
+            return _decode(stream, name, pixels)
+    except DataError:
         raise
     except UnidentifiedImageError:
-        raise BadImage(f"{name}: not a JPEG, PNG or WebP image") from None
+        raise BadImage(f"{name}: not a JPEG, PNG or WebP image, TIFF or .npy array") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BadImage(f"{name}: more than {MAX_PIXELS:,} pixels") from None
-    except Exception as error:  # Pillow's decoders raise a dozen unrelated types on damaged files
+    except Exception as error:  # decoders raise a dozen unrelated types on damaged files
         reason = str(error) or type(error).__name__
         raise BadImage(f"{name}: cannot be decoded ({reason})".replace("\n", " ")) from None
+
+
+def _decode(stream: BinaryIO, name: str, pixels: Pixels) -> np.ndarray:
+    """Any real type [H, W, bands]."""
+    head = stream.read(_HEAD_BYTES)
+    stream.seek(0)
+    if is_tiff(head):
+        return read_tiff(stream, MAX_PIXELS)
+    if head.startswith(NPY_SIGNATURE):
+        return read_npy(stream, MAX_PIXELS)
+    bits, channels = png_layout(head) or (8, 0)
+    with Image.open(stream, formats=FORMATS) as image:
+        _check_size(image.size, name)
+        if bits == 16 and channels > 1 and pixels.depth == 16:
+            stream.seek(0)
+            wide = read_wide_png(stream.read())
+            return _turned(_on_white(wide, pixels.keeps_alpha), image)
+        image.load()
+        return _pixels(_upright(image), pixels.keeps_alpha)
 
 
 def _check_size(size: tuple[int, int], name: str) -> None:
@@ -84,38 +132,106 @@ def _check_size(size: tuple[int, int], name: str) -> None:
         raise BadImage(f"{name}: {width} x {height} pixels, more than {MAX_PIXELS:,}")
 
 
-def fit_image(image: np.ndarray, image_shape: Shape, interpolation: str = "bilinear") -> np.ndarray:
+def _on_white(image: np.ndarray, keeps_alpha: bool) -> np.ndarray:
+    """Grey or colour of uint16 [H, W, 1 to 4], transparency laid on white."""
+    if keeps_alpha or image.shape[2] % 2:
+        return image
+    colour, alpha = image[..., :-1].astype(np.float32), image[..., -1:] / np.float32(65535)
+    return np.rint(colour * alpha + 65535 * (1 - alpha)).astype(np.uint16)
+
+
+def _turned(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
+    """`pixels` [H, W, C] by the EXIF orientation of the file that they come from."""
+    try:
+        orientation = image.getexif().get(0x0112, 1)
+    except Exception:
+        return pixels
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def bits_of(source: str | Path | bytes) -> int | None:
+    """Bits of a sample by the header of a picture: 8, 16, 32, ...; None where it cannot be read."""
+    try:
+        with stream_of(source) as stream:
+            head = stream.read(_HEAD_BYTES)
+            stream.seek(0)
+            if is_tiff(head):
+                return tiff_bits(stream)
+            if head.startswith(NPY_SIGNATURE):
+                return npy_bits(stream)
+            return (png_layout(head) or (8, 0))[0]
+    except Exception:  # what is wrong with it is told when it is decoded
+        return None
+
+
+def fit_image(
+    image: np.ndarray,
+    image_shape: Shape,
+    interpolation: str = "bilinear",
+    name: str = "image",
+) -> np.ndarray:
     """Resizes to cover `image_shape` and crops the centre, in one antialiased step of Pillow.
 
     The crop box is given to the resize, so a 30,000 x 1 strip never becomes a huge intermediate.
     Grey repeats to three channels; colour becomes luminance where one channel is wanted.
 
     Args:
-      image: uint8 [H, W, 1 or 3].
+      image: uint8 or uint16 [H, W, C].
       image_shape: (h, w, channels) wanted.
       interpolation: "bilinear" or "bicubic".
+      name: how errors name it.
 
     Returns:
-      uint8 [h, w, channels].
+      [h, w, channels] of the same type.
+
+    Raises:
+      BadImage: channels that do not fit.
     """
     height, width, channels = image_shape
-    if image.shape[:2] != (height, width) or image.shape[2] > channels:
-        picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-        if channels == 1:
-            picture = picture.convert("L")
-        factor = max(height / image.shape[0], width / image.shape[1])
-        box_width, box_height = width / factor, height / factor
-        left, top = (image.shape[1] - box_width) / 2, (image.shape[0] - box_height) / 2
-        # Rounding may put the far edge 1e-13 outside, which Pillow refuses.
-        right = min(left + box_width, image.shape[1])
-        bottom = min(top + box_height, image.shape[0])
-        box = (max(left, 0.0), max(top, 0.0), right, bottom)
-        method = getattr(Image.Resampling, interpolation.upper())
-        image = np.asarray(picture.resize((width, height), method, box=box))
-        image = image[..., None] if image.ndim == 2 else image
+    have = image.shape[2]
+    if have != channels and (have, channels) not in ((1, 3), (3, 1)):
+        raise BadImage(
+            f"{name}: has {have} channels, the model takes {channels}: set data.channels={have},"
+            f" or choose with data.bands"
+        )
+    if image.shape[:2] != (height, width) or have > channels:
+        image = _resized(image, image_shape, interpolation)
     if image.shape[2] < channels:
         image = np.repeat(image, channels, axis=2)
     return image
+
+
+def _resized(image: np.ndarray, image_shape: Shape, interpolation: str) -> np.ndarray:
+    height, width, channels = image_shape
+    factor = max(height / image.shape[0], width / image.shape[1])
+    box_width, box_height = width / factor, height / factor
+    left, top = (image.shape[1] - box_width) / 2, (image.shape[0] - box_height) / 2
+    # Rounding may put the far edge 1e-13 outside, which Pillow refuses.
+    right = min(left + box_width, image.shape[1])
+    bottom = min(top + box_height, image.shape[0])
+    box = (max(left, 0.0), max(top, 0.0), right, bottom)
+    method = getattr(Image.Resampling, interpolation.upper())
+
+    def resize(picture: Image.Image) -> np.ndarray:
+        return np.asarray(picture.resize((width, height), method, box=box))
+
+    if image.dtype == np.uint8 and image.shape[2] in (1, 3):
+        picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+        found = resize(picture.convert("L") if channels == 1 else picture)
+        return found[..., None] if found.ndim == 2 else found
+    if image.shape[2] > channels:
+        image = np.rint(image @ _LUMINANCE).astype(image.dtype)[..., None]
+    # Band by band in float32: Pillow has no picture of more than four, or of wide colour.
+    floats = image.astype(np.float32)
+    bands = [resize(Image.fromarray(band)) for band in np.moveaxis(floats, -1, 0)]
+    top_value = np.iinfo(image.dtype).max
+    return np.rint(np.clip(np.stack(bands, axis=-1), 0, top_value)).astype(image.dtype)
 
 
 def load_image(
@@ -123,10 +239,12 @@ def load_image(
     image_shape: Shape,
     interpolation: str = "bilinear",
     name: str | None = None,
+    pixels: Pixels = _EIGHT_BITS,
 ) -> np.ndarray:
-    """Decodes and fits one picture: uint8 `image_shape`.
+    """Decodes and fits one picture: `pixels.dtype`, `image_shape`.
 
     Raises:
-      BadImage: see `decode_image`.
+      BadImage: see `decode_image` and `fit_image`.
     """
-    return fit_image(decode_image(source, name), image_shape, interpolation)
+    image = decode_image(source, name, pixels)
+    return fit_image(image, image_shape, interpolation, name or str(source)[:200])

@@ -4,54 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from jft.data.decode import Shape, decode_image
-from jft.data.protocol import Kind
+from jft.data.encoded import FileSource
+from jft.data.split_files import SPLIT_NAMES
 from jft.errors import DataError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
-SPLIT_NAMES = {
-    "train": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-}
-
-
-class FolderSource:
-    """Files with labels known from their directory; decoded on access, at native size."""
-
-    kind: Kind = "class"
-    image_shape: Shape | None = None
-
-    def __init__(self, paths: list[str], labels: np.ndarray, label_names: list[str]) -> None:
-        self.paths = paths
-        self.label_names = label_names
-        self._labels = np.asarray(labels, np.int32)
-
-    @property
-    def labels(self) -> np.ndarray:
-        """int32 [N]."""
-        return self._labels
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        return {"image": decode_image(self.paths[i]), "label": int(self._labels[i])}
-
-    def id(self, i: int) -> str:
-        """The file's path."""
-        return self.paths[i]
-
-    def gather(self, indices: np.ndarray) -> None:
-        """None: the images are on disk."""
-        del indices
-        return None
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".npy")
 
 
 def _subdirectories(path: Path) -> list[Path]:
@@ -75,7 +35,7 @@ def _image_files(folder: Path) -> list[str]:
     return found
 
 
-def _class_files(path: Path, label_names: list[str] | None) -> FolderSource:
+def _class_files(path: Path, label_names: list[str] | None) -> FileSource:
     """Reads path/<class>/**; `label_names` fixes the classes (val or test may lack some)."""
     folders = {folder.name: _image_files(folder) for folder in _subdirectories(path)}
     if not any(folders.values()):
@@ -94,13 +54,16 @@ def _class_files(path: Path, label_names: list[str] | None) -> FolderSource:
         files = folders.get(name, [])
         paths += files
         labels += [label] * len(files)
-    return FolderSource(paths, np.array(labels, np.int32), label_names)
+    return FileSource(paths, np.array(labels, np.int32), label_names)
 
 
-def load_folder(path: Path) -> dict[str, FolderSource]:
+def load_folder(path: Path) -> dict[str, FileSource]:
     """Reads path/<class>/*, or path/{train,val,test}/<class>/*; classes are sorted by name.
 
     Directories inside a class are searched too. "valid" and "validation" serve for "val".
+
+    Args:
+      path: a directory of JPEG, PNG, WebP, TIFF or .npy files.
 
     Raises:
       DataError: no such directory, no images, an empty class, a class that train lacks.

@@ -45,12 +45,21 @@ def canvas_shape(
     Pictures of one small size go to the device as they are, grey ones as one channel, and are
     resized there. Larger ones, and files (`native_shape` None), become a square canvas of
     `canvas_side`.
+
+    Raises:
+      ConfigError: pictures in memory whose channels do not become those of the model.
     """
     size, fraction = image_size or preprocess.image_size, crop_fraction or preprocess.crop_fraction
     side, channels = canvas_side(size, fraction), len(preprocess.mean)
     if native_shape is None:
         return (side, side, channels)
-    channels = min(native_shape[2], channels)
+    have = native_shape[2]
+    if have != channels and (have, channels) not in ((1, 3), (3, 1)):
+        raise ConfigError(
+            f"images have {have} channels, the model takes {channels}: set data.channels={have},"
+            " or choose with data.bands"
+        )
+    channels = min(have, channels)
     if min(native_shape[:2]) <= side and max(native_shape[:2]) <= 2 * side:
         return (native_shape[0], native_shape[1], channels)
     return (side, side, channels)
@@ -60,6 +69,11 @@ def _virtual_size(height: int, width: int, side: int) -> tuple[int, int]:
     """(height, width) once the shorter side is `side`."""
     shorter = min(height, width)
     return round(height * side / shorter), round(width * side / shorter)
+
+
+def _levels(images: jax.Array) -> jax.Array:
+    """On the scale 0..255, as mean and std are: 65535 of uint16 is 255. uint8 stays as it is."""
+    return images.astype(jnp.float32) / 257.0 if images.dtype == jnp.uint16 else images
 
 
 def _make_finish(preprocess: Preprocess) -> Callable[[jax.Array], jax.Array]:
@@ -190,7 +204,7 @@ def make_eval_transform(
         _make_centre(preprocess, size, canvas_side(size, fraction), zoom, at),
         _make_finish(preprocess),
     )
-    return lambda images: finish(centre(images))
+    return lambda images: finish(centre(_levels(images)))
 
 
 def make_keyed_pixels(
@@ -234,7 +248,7 @@ def make_keyed_pixels(
     run_ops = make_ops(ops, preprocess.mean)
 
     def pixels(images: jax.Array, keys: jax.Array) -> jax.Array:
-        halves = jax.vmap(jax.random.split)(keys)
+        halves, images = jax.vmap(jax.random.split)(keys), _levels(images)
         images = random_crop(images, halves[:, 0]) if crop == "random_resized" else centre(images)
         if flip:
             mirrored = jax.vmap(jax.random.bernoulli)(halves[:, 1]).reshape(-1, 1, 1, 1)

@@ -18,8 +18,9 @@ import grain
 import numpy as np
 from absl import flags
 
+from jft.data.check import allowed_bad
 from jft.data.decode import BadImage, Shape, fit_image
-from jft.data.order import Batch, Order, Views, check_sizes
+from jft.data.order import Batch, Views, check_sizes, make_order
 from jft.data.protocol import Source, label_layout
 from jft.errors import ConfigError, DataError
 
@@ -47,7 +48,7 @@ class _Fetch:
         count = self.stop - self.start
         shape, dtype = label_layout(self.source.kind, len(self.source.label_names))
         batch = {
-            "image": np.zeros((count, *self.image_shape), np.uint8),
+            "image": np.zeros((count, *self.image_shape), self.source.dtype),
             "label": np.zeros((count, *shape), dtype),
             "mask": np.zeros(count, np.float32),
             "example": np.full(count, -1, np.int32),
@@ -78,19 +79,22 @@ class _Fetch:
             top = len(self.source.label_names) - 1
             if self.source.kind == "class" and not 0 <= example["label"] <= top:
                 return f"{self.source.id(index)}: label {example['label']}: give integers 0..{top}"
-            batch["image"][row] = fit_image(example["image"], self.image_shape, self.interpolation)
+            batch["image"][row] = example["image"]
             batch["label"][row] = example["label"]
             batch["mask"][row] = 1
             batch["example"][row] = index
         return ""
 
     def _read(self, index: int, bad: list[tuple[int, str]]) -> tuple[int, dict[str, Any]] | None:
-        """Example `index`; in training, in place of a bad one, the next readable of the source."""
+        """Example `index` on a canvas; in training, in place of a bad one, the next readable."""
         tries = min(len(self.source), 100) if self.training else 1
         for step in range(tries):
             candidate = (index + step) % len(self.source)
             try:
-                return candidate, self.source[candidate]
+                example = self.source[candidate]
+                name = self.source.id(candidate)
+                image = fit_image(example["image"], self.image_shape, self.interpolation, name)
+                return candidate, {**example, "image": image}
             except BadImage as error:
                 bad.append((candidate, str(error)))
         return None
@@ -104,7 +108,7 @@ class _Quota:
             raise ConfigError(f"data.bad_image_quota={quota}: give 0 <= bad_image_quota < 1")
         self.quota = quota
         self.length = len(source)
-        self.allowed = int(quota * len(source) + 1e-9)
+        self.allowed = allowed_bad(quota, len(source))
         self.seen: dict[int, str] = {}
 
     def take(self, fetched: dict[str, Any]) -> Batch:
@@ -195,10 +199,12 @@ def make_train_loader(
     bad_image_quota: float = 0.0,
     interpolation: str = "bilinear",
     views: int | None = None,
+    sampling: str = "shuffle",
 ) -> TrainLoader:
     """Makes the endless stream of training batches.
 
-    Every epoch has another order and sees each example once; batches cross the edges of epochs.
+    Every epoch has another order and, shuffled, sees each example once; batches cross the edges of
+    epochs.
     Rank r of R gets rows [r * b, (r + 1) * b) of each global batch, b = batch_size / R, so the
     global batch is the same for every R.
 
@@ -217,12 +223,13 @@ def make_train_loader(
       ranks: number of processes.
       bad_image_quota: share of the split's images that may be unreadable; 0 stops at the first.
       interpolation: of the host's resize.
-      views: K adds "view": int32 [b], epoch modulo K, to each batch.
+      views: K adds "view": int32 [b], how often the example was seen before modulo K.
+      sampling: "shuffle", or "balanced" and "sqrt", which draw rare classes more often.
 
     Returns:
-      An iterator of {"image": uint8 [b, H, W, C], "label": int32 [b] or float32 [b, K], "mask":
-      float32 [b], all 1, "example": int32 [b], index in the split}, with `position`, `bad_images`
-      and `close()`.
+      An iterator of {"image": `source.dtype` [b, H, W, C], "label": int32 [b] or float32 [b, K],
+      "mask": float32 [b], all 1, "example": int32 [b], index in the split}, with `position`,
+      `bad_images` and `close()`.
 
     Raises:
       DataError: an empty split; while iterating, a bad image or label.
@@ -232,7 +239,7 @@ def make_train_loader(
     start, stop = check_sizes(source, batch_size, rank, ranks)
     quota = _Quota(source, bad_image_quota)
     fetch = _Fetch(source, image_shape, interpolation, start, stop, training=True)
-    visits = Order(len(source), batch_size, seed)
+    visits = make_order(source, batch_size, seed, sampling)
     order = grain.MapDataset.source(visits if views is None else Views(visits, views))
     stream = _stream(order[start_batch:].map(fetch), _in_memory(fetch), threads, workers)
     return TrainLoader(stream, quota, start_batch)

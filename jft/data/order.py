@@ -1,7 +1,8 @@
 """The order of training examples, and batches of it that hold no images.
 
-The order is a pure function of (seed, number of examples, global batch size), so any batch of it
-can be asked for; the view of an example is how often it was seen before, modulo K.
+The order is a pure function of (seed, number of examples, global batch size), and of the classes
+where rare ones are drawn more often, so any batch of it can be asked for; the view of an example is
+how often it was seen before, modulo K.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jft.data.protocol import Source, label_layout
-from jft.errors import ConfigError, DataError
+from jft.data.protocol import Source, label_layout, strata
+from jft.data.sampling import SAMPLINGS, ClassOrder
+from jft.errors import ConfigError, DataError, nearest
 
 Batch = dict[str, np.ndarray]
 
@@ -58,15 +60,32 @@ class Order:
 class Views:
     """An order with the view of each example: int64 [2, batch_size], index and view."""
 
-    order: Order
+    order: Order | ClassOrder
     views: int
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __getitem__(self, batch: int) -> np.ndarray:
-        indices, epochs = self.order.visits(batch)
-        return np.stack([indices, epochs % self.views])
+        indices, seen = self.order.visits(batch)
+        return np.stack([indices, seen % self.views])
+
+
+def make_order(
+    source: Source, batch_size: int, seed: int, sampling: str = "shuffle"
+) -> Order | ClassOrder:
+    """Returns the order of a split's examples; see jft.data.sampling for the other samplings.
+
+    Raises:
+      ConfigError: no such sampling.
+    """
+    if sampling not in SAMPLINGS:
+        known = ", ".join(SAMPLINGS)
+        near = nearest(sampling, SAMPLINGS)
+        raise ConfigError(f"data.sampling={sampling!r} is not one of {known}{near}")
+    if sampling == "shuffle":
+        return Order(len(source), batch_size, seed)
+    return ClassOrder(strata(source.labels, source.kind), batch_size, seed, sampling)
 
 
 @functools.lru_cache(maxsize=2)
@@ -136,11 +155,12 @@ def make_index_loader(
     rank: int = 0,
     ranks: int = 1,
     replaced: np.ndarray | None = None,
+    sampling: str = "shuffle",
 ) -> IndexLoader:
     """Makes the stream of `make_train_loader` without images: nothing is read or decoded.
 
     Args:
-      source, batch_size, seed, start_batch, rank, ranks: as in `make_train_loader`.
+      source, batch_size, seed, start_batch, rank, ranks, sampling: as in `make_train_loader`.
       views: K; an example takes view v modulo K at its v-th visit.
       replaced: int [N], the index that stands for each example: of a bad image, the next readable
         one; None if all can be read.
@@ -154,6 +174,6 @@ def make_index_loader(
       ConfigError: sizes that do not divide.
     """
     start, stop = check_sizes(source, batch_size, rank, ranks)
-    order = Views(Order(len(source), batch_size, seed), views)
+    order = Views(make_order(source, batch_size, seed, sampling), views)
     labels = np.asarray(source.labels, label_layout(source.kind, len(source.label_names))[1])
     return IndexLoader(order, slice(start, stop), labels, replaced, start_batch)

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from jft.data.decode import Shape
+from jft.data.pixels import Pixels
 from jft.errors import DataError
 
 Kind = Literal["class", "multi", "value"]
@@ -24,6 +25,13 @@ class Source(Protocol):
     """K names: of the classes, or of the values."""
     image_shape: Shape | None
     """(H, W, C) that all images share, or None where they differ or are not known."""
+    pixels: Pixels
+    """How its images became canvases: bands, depth, range."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of its images: uint8 or uint16."""
+        ...
 
     @property
     def labels(self) -> np.ndarray:
@@ -36,7 +44,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        """{"image": uint8 [H, W, 1 or 3], "label": a row of `labels`}; raises BadImage."""
+        """{"image": `dtype` [H, W, C], "label": a row of `labels`}; raises BadImage."""
         ...
 
     def id(self, i: int) -> str:
@@ -44,7 +52,7 @@ class Source(Protocol):
         ...
 
     def gather(self, indices: np.ndarray) -> np.ndarray | None:
-        """uint8 [B, H, W, C] where images lie in memory, else None."""
+        """`dtype` [B, H, W, C] where images lie in memory, else None."""
         ...
 
 
@@ -57,6 +65,12 @@ class Subset:
         self.kind: Kind = source.kind
         self.label_names = source.label_names
         self.image_shape = source.image_shape
+        self.pixels = source.pixels
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of its images."""
+        return self.source.dtype
 
     @property
     def labels(self) -> np.ndarray:
@@ -74,7 +88,7 @@ class Subset:
         return self.source.id(int(self.indices[i]))
 
     def gather(self, indices: np.ndarray) -> np.ndarray | None:
-        """uint8 [B, H, W, C] where images lie in memory, else None."""
+        """[B, H, W, C] where images lie in memory, else None."""
         return self.source.gather(self.indices[indices])
 
 

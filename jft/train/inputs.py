@@ -59,6 +59,7 @@ class Inputs:
       source: the training split.
       batch_size: global.
       seed: of the run.
+      sampling: of the training examples.
       parallel: the devices.
       workdir: the run directory.
       images: (first batch, views or None) -> the stream of image batches.
@@ -88,6 +89,7 @@ class Inputs:
     step_bytes: Callable[[Phase], int]
     loader: Mapping[str, Any]
     mixed: bool = False
+    sampling: str = "shuffle"
     _memo: _Memo = field(default_factory=lambda: _Memo(), repr=False, compare=False)
 
     def choose(
@@ -298,6 +300,7 @@ class Inputs:
             rank=jax.process_index(),
             ranks=jax.process_count(),
             replaced=cache.replaced,
+            sampling=self.sampling,
         )
         return cache.batches(indexed)
 

@@ -154,9 +154,9 @@ VERBS: dict[str, Verb] = {
     ),
     "data": Verb(
         "jft.verbs.data:data",
-        "`inspect`: splits and class balance of a config's data",
-        ("--config!",),
-        ("inspect", "+", "the only action"),
+        "`list` kinds of data, `inspect` every image of a config's, `prepare` them ahead",
+        ("--config", "--out"),
+        ("list | inspect | prepare", "+", "list [KIND]; inspect; prepare [SOURCE]"),
     ),
     "doctor": Verb("jft.doctor:run", "check Python, packages, devices and folders"),
 }
