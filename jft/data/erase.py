@@ -31,7 +31,7 @@ def erase(
     def run(image: jax.Array, key: jax.Array, fill: jax.Array) -> jax.Array:
         side, _, channels = image.shape
         where, what = jax.random.split(key)
-        box = random_box(where, *image.shape[:2], (low, high), (ratio, 1.0 / ratio))
+        box = random_box(where, side, side, (low, high), (ratio, 1.0 / ratio))
         if mode == "const":
             new = fill.reshape(1, 1, channels)
         else:

@@ -9,6 +9,7 @@ Hence within one call geometry comes after colour, whatever the order of the dra
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jft.data import colour, geometry
-from jft.data.geometry import Border
+from jft.data.geometry import Border, Number
 from jft.data.op_text import Between
 from jft.data.ops import Pixels
 
@@ -90,7 +91,9 @@ def trivial_augment(border: Border = "reflect") -> Pixels:
     return _policy(1, lambda key: jax.random.randint(key, (), 0, 31) / 30.0, WIDE, border)
 
 
-def _policy(layers: int, size, ranges: Ranges, border: str) -> Pixels:
+def _policy(
+    layers: int, size: Callable[[jax.Array], jax.Array], ranges: Ranges, border: str
+) -> Pixels:
     def run(image: jax.Array, key: jax.Array, fill: jax.Array) -> jax.Array:
         def layer(carry: tuple[jax.Array, jax.Array], key: jax.Array):
             image, matrix = carry
@@ -109,7 +112,8 @@ def _policy(layers: int, size, ranges: Ranges, border: str) -> Pixels:
     return Pixels(run)
 
 
-def _on(op: jax.Array, name: str, value, rest) -> jax.Array:
+def _on(op: jax.Array, name: str, value: Number, rest: Number) -> jax.Array:
+    """`value` where that op was drawn, and `rest` elsewhere."""
     return jnp.where(op == NAMES.index(name), value, rest)
 
 
@@ -134,7 +138,7 @@ def _values(
     gain, offset = colour.stretch(image)
     gain = _on(op, "autocontrast", gain, 1.0)
     offset = _on(op, "autocontrast", offset, 0.0)
-    gain = jnp.where(_any(op, "brightness", "contrast"), factor, gain)
+    gain = _on(op, "brightness", factor, _on(op, "contrast", factor, gain))
     offset = _on(op, "contrast", colour.mean_of(image) * (1.0 - factor), offset)
     image = jnp.clip(image * gain + offset, 0.0, 255.0)
     threshold = _on(op, "solarize", colour.LEVELS * (1.0 - amount), jnp.inf)
@@ -145,10 +149,3 @@ def _values(
     image = _on(op, "equalize", colour.equalized(image), image)
     image = colour.saturated(image, _on(op, "color", factor, 1.0))
     return colour.blend(colour.smoothed(image), image, _on(op, "sharpness", factor, 1.0))
-
-
-def _any(op: jax.Array, *names: str) -> jax.Array:
-    found = op == NAMES.index(names[0])
-    for name in names[1:]:
-        found = found | (op == NAMES.index(name))
-    return found
