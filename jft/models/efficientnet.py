@@ -23,7 +23,7 @@ from jft.models.mbconv import (
     Layout,
     block_faults,
     crop_fraction,
-    scale_depth,
+    scale,
     scale_width,
     unroll,
 )
@@ -67,10 +67,7 @@ class EfficientNet(nn.Module):
     @property
     def layouts(self) -> list[Layout]:
         """The blocks from input to output, scaled."""
-        return unroll(
-            (scale_depth(repeats, self.depth), *rest, self._channels(channels))
-            for repeats, *rest, channels in self.blocks
-        )
+        return unroll(scale(self.blocks, self.width, self.depth, self.divisor))
 
     @property
     def stages(self) -> tuple[str, ...]:
