@@ -17,7 +17,6 @@ from jft.models.layers import (
     attention,
     gelu,
     relu6,
-    swish,
 )
 
 DEVICES = 8
@@ -264,10 +263,3 @@ def test_relu6_has_no_gradient_at_its_ends():
     x = jnp.array([-1.0, 0, 3, 6, 7])
     np.testing.assert_array_equal(jax.vmap(jax.grad(relu6))(x), [0, 0, 1, 0, 0])
     np.testing.assert_array_equal(relu6(x), [0, 0, 3, 6, 6])
-
-
-def test_swish_is_silu_in_value_and_gradient():
-    x = jnp.linspace(-30.0, 30.0, 101)
-    np.testing.assert_allclose(swish(x), jax.nn.silu(x), rtol=1e-6)
-    found, wanted = (jax.vmap(jax.grad(f))(x) for f in (swish, jax.nn.silu))
-    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)

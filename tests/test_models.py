@@ -177,27 +177,31 @@ def test_every_fact_is_about_a_variant_and_says_where_it_comes_from():
 
 
 def test_squeeze_and_excitation_is_counted_as_compiled():
-    # No stride: see test_costs.
-    blocks = ((1, 3, 1, 1, 64), (2, 5, 1, 2, 32))
-
     def flops(**args):
-        model, variables = tiny("efficientnet_tiny", blocks=blocks, **args)
+        model, variables = tiny("efficientnet_tiny", **args)
         params, rest = variables["params"], {"batch_stats": variables["batch_stats"]}
 
         def loss(params, rest, x):
             return jnp.sum(model.apply({"params": params, **rest}, x) ** 2)
 
-        x = images(2)
-        compiled = jax.jit(jax.grad(loss)).lower(params, rest, x).compile()
-        return analytic_flops(loss, params, rest, x).total, count(compiled).flops
+        compiled = jax.jit(jax.grad(loss)).lower(params, rest, images(2)).compile()
+        scopes = count(compiled).scopes
+        found = sum(n for scope, n in scopes.items() if "/se/" in scope)
+        return found, analytic_flops(loss, params, rest, images(2)).total
 
-    # Blocks of 8, 16 and 8 channels within, with 8, 16 and 8 at their input: 0.25 and 1 of those.
-    analytic, compiled = flops()
-    more, _ = flops(squeeze_ratio=1.0)
-    assert compiled == pytest.approx(analytic, rel=0.05)
-    inner_times_squeezed = [8 * (8 - 2), 32 * (16 - 4), 16 * (8 - 2)]
-    # Two products a block, 2 FLOPs a multiply-add and row, each once forward and twice backward.
-    assert more - analytic == 3 * 2 * 2 * 2 * sum(inner_times_squeezed)
+    # Three blocks of (channels within, channels of their input). Two products a block, 2 FLOPs a
+    # multiply-add and row, two rows, each once forward and twice backward.
+    wanted = {
+        ratio: 3
+        * 2
+        * 2
+        * 2
+        * sum(inner * int(ratio * into) for inner, into in ((8, 8), (32, 16), (16, 8)))
+        for ratio in (0.25, 1.0)
+    }
+    found = {ratio: flops(squeeze_ratio=ratio) for ratio in wanted}
+    assert {ratio: compiled for ratio, (compiled, _) in found.items()} == wanted
+    assert found[1.0][1] - found[0.25][1] == wanted[1.0] - wanted[0.25]
 
 
 def loss_and_grads(model, variables, x, label, weight, index, axis_name=None):

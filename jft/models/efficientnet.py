@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from jft.models.efficientnet_files import HF_TABLE, TORCH_TABLE, source_config, variant_from_config
 from jft.models.family import Facts, Family, Preprocess, range_faults
-from jft.models.layers import Dtype, Training, swish
+from jft.models.layers import Dtype, Training
 from jft.models.mbconv import (
     B0_BLOCKS,
     GROUPS,
@@ -23,7 +23,7 @@ from jft.models.mbconv import (
     Layout,
     block_faults,
     crop_fraction,
-    scale_depth,
+    scale,
     scale_width,
     unroll,
 )
@@ -67,10 +67,7 @@ class EfficientNet(nn.Module):
     @property
     def layouts(self) -> list[Layout]:
         """The blocks from input to output, scaled."""
-        return unroll(
-            (scale_depth(repeats, self.depth), *rest, self._channels(channels))
-            for repeats, *rest, channels in self.blocks
-        )
+        return unroll(scale(self.blocks, self.width, self.depth, self.divisor))
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -87,7 +84,7 @@ class EfficientNet(nn.Module):
 
     def _stage(self, name: str) -> nn.Module:
         norm = {"momentum": self.norm_momentum, "epsilon": self.norm_epsilon, "dtype": self.dtype}
-        shared = (swish, norm, self.dtype)
+        shared = (jax.nn.silu, norm, self.dtype)
         if name == "stem":
             return ConvNorm(self._channels(32), 3, 2, *shared, self._padding(), name=name)
         if name == "final":

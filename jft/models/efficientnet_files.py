@@ -11,7 +11,7 @@ from jft.models.mbconv import (
     TORCH_IGNORE,
     Layout,
     norm_entries,
-    scale_depth,
+    scale,
     scale_width,
     unroll,
 )
@@ -124,10 +124,7 @@ def variant_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
         return fields
     width, divisor = fields["width"], fields.get("divisor", 8)
     _check_channels(config, width, divisor)
-    layouts = unroll(
-        (scale_depth(repeats, fields["depth"]), *rest, scale_width(channels, width, divisor))
-        for repeats, *rest, channels in fields["blocks"]
-    )
+    layouts = unroll(scale(fields["blocks"], width, fields["depth"], divisor))
     return fields | _padding_of(config, layouts)
 
 

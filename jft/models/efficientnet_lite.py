@@ -27,8 +27,7 @@ from jft.models.mbconv import (
     Head,
     block_faults,
     crop_fraction,
-    scale_depth,
-    scale_width,
+    scale,
     unroll,
 )
 from jft.models.table import Table
@@ -107,14 +106,10 @@ _SCALES = {
 def _scaled(variant: str) -> dict[str, Any]:
     """The fields of a variant: stem and head stay, the first and the last group do not repeat."""
     width, depth, _, dropout = _SCALES[variant]
-    last = len(B0_BLOCKS) - 1
+    scaled = scale(B0_BLOCKS, width, depth)
     blocks = tuple(
-        (
-            repeats if at in (0, last) else scale_depth(repeats, depth),
-            *rest,
-            scale_width(channels, width),
-        )
-        for at, (repeats, *rest, channels) in enumerate(B0_BLOCKS)
+        (own[0], *wide[1:]) if own in (B0_BLOCKS[0], B0_BLOCKS[-1]) else wide
+        for own, wide in zip(B0_BLOCKS, scaled, strict=True)
     )
     return {"blocks": blocks, "dropout_rate": dropout}
 

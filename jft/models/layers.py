@@ -175,22 +175,6 @@ def _relu6_jvp(
     return y, jnp.where((y > 0) & (y < 6), dx, jnp.zeros_like(dx))
 
 
-@jax.custom_jvp
-def swish(x: jax.Array) -> jax.Array:
-    """x sigmoid(x) (Ramachandran et al. 2017, https://arxiv.org/abs/1710.05941)."""
-    return x * jax.nn.sigmoid(x)
-
-
-@swish.defjvp
-def _swish_jvp(
-    primals: tuple[jax.Array], tangents: tuple[jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    # The slope in one piece: the backward pass keeps one array where the product rule keeps two.
-    (x,), (dx,) = primals, tangents
-    share = jax.nn.sigmoid(x)
-    return x * share, (share + x * share * (1.0 - share)) * dx
-
-
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x [..., I] times kernel [I, O]."""
     # Two-dimensional operands: with more, the CPU backend transposes them in memory for the

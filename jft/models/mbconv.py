@@ -50,6 +50,22 @@ def scale_depth(repeats: int, depth: float) -> int:
     return math.ceil(depth * repeats)
 
 
+def scale(
+    blocks: Iterable[BlockSpec], width: float, depth: float, divisor: int = 8
+) -> list[BlockSpec]:
+    """The groups of blocks of a wider and deeper network."""
+    return [
+        (
+            scale_depth(repeats, depth),
+            size,
+            stride,
+            expansion,
+            scale_width(channels, width, divisor),
+        )
+        for repeats, size, stride, expansion, channels in blocks
+    ]
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """One block of a network, unrolled from a group of them.
@@ -123,26 +139,26 @@ class Conv(nn.Module):
         fan_out = self.size**2 * (1 if self.depthwise else self.features)
         init = nn.initializers.normal((2.0 / fan_out) ** 0.5)
         kernel = self.param("kernel", init, shape, jnp.float32).astype(self.dtype)
-        y = self._product(x.astype(self.dtype), kernel)
+        x, strides = x.astype(self.dtype), (self.stride, self.stride)
+        if self.depthwise:
+            y = depthwise_conv(x, kernel, strides, _pads(self.padding, self.size, self.stride))
+        elif self.size == 1 and self.stride == 1:
+            y = pointwise_conv(x, kernel)
+        else:
+            y = dense_conv(x, kernel, strides, _pads(self.padding, self.size, self.stride))
         if not self.use_bias:
             return y
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         return y + bias.astype(self.dtype)[None, None, None]
 
-    def _product(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        strides = (self.stride, self.stride)
-        if self.depthwise:
-            return depthwise_conv(x, kernel, strides, self._pads())
-        if self.size == 1 and self.stride == 1:
-            return pointwise_conv(x, kernel)
-        return dense_conv(x, kernel, strides, self._pads())
 
-    def _pads(self) -> str | Pads:
-        if self.padding == "same" or self.stride == 1:
-            return "SAME"
-        total = self.size - (self.stride if self.padding == "even" else 1)
-        side = (total // 2, total - total // 2)
-        return side, side
+def _pads(padding: str, size: int, stride: int) -> str | Pads:
+    """One of PADDINGS as `jft.models.conv` takes it."""
+    if padding == "same" or stride == 1:
+        return "SAME"
+    total = size - (stride if padding == "even" else 1)
+    side = (total // 2, total - total // 2)
+    return side, side
 
 
 class ConvNorm(nn.Module):

@@ -89,7 +89,8 @@ def describe_model(model: Model) -> str:
     for stage in (*model.stages, "all"):
         part = {p: leaf for p, leaf in leaves.items() if stage in ("all", p.split("/")[0])}
         counts = (len(part), count_params(part), count_bytes(part))
-        rows.append((stage, *(f"{count:,}" for count in counts), shapes[stage]))
+        leaf_count, params, size = (f"{count:,}" for count in counts)
+        rows.append((stage, leaf_count, params, size, shapes[stage]))
     widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
     lines = [f"{model.variant}, with {model.num_classes} classes"]
     for name, *counts, shape in rows:
