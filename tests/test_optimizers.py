@@ -18,6 +18,7 @@ from jft.errors import ConfigError
 from jft.freeze.groups import make_groups
 from jft.freeze.methods import make_phases
 from jft.freeze.phases import Elements
+from jft.plan import optimizer_flops
 from jft.train import averages
 from jft.train.loop import fit
 from jft.train.optim import make_optim
@@ -226,6 +227,24 @@ def test_ten_updates_equal_those_of_optax(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_an_update_may_be_skipped(name):
+    """A state goes through both branches of one condition, as with train.nonfinite=skip."""
+    section, phase = section_of(name), phases_of()[0]
+    tx, extra = section.tx(phase), dict(step=0, rates=section.rates(phase))
+
+    def step(params, state):
+        def update(old):
+            updates, new = tx.update(gradients(old[0], 0), old[1], old[0], **extra)
+            return optax.apply_updates(old[0], updates), new
+
+        return jax.lax.cond(state is not None, update, lambda old: old, (params, state))
+
+    before = jax.eval_shape(tx.init, PARAMS)
+    after = jax.eval_shape(step, PARAMS, before)[1]
+    assert jax.tree.structure(after) == jax.tree.structure(before)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_run_with_two_switches_resumes_bitwise(name):
     straight = rehearsal(name).whole()
     assert bits(rehearsal(name).whole(save=True)) == bits(straight)
@@ -424,6 +443,17 @@ def test_blocks_in_a_stack_move_as_they_do_apart(name, args):
         section = dataclasses.replace(section, optimizer=whole)
         wrong, _ = run(section.tx(placed), extra, stacks.stack(start), steps=2)
         assert np.abs(unstack(wrong)["blocks_0/kernel"] - one["blocks_0/kernel"]).max() > 1e-3
+
+
+def test_the_plan_counts_the_products_of_an_update():
+    """Newton-Schulz on [4, 5], 5 times: x x', a a, and b x; 2 FLOPs a multiply-add."""
+    phase, leaves = phases_of()[0], {"stem/kernel": np.zeros((4, 5), np.float32)}
+    phase = dataclasses.replace(phase, mask={"stem/kernel": True}, entered={"stem/kernel": "0"})
+    for name, expected in (("muon", 5 * 2 * (4 * 4 * 5 + 4 * 4 * 4 + 4 * 4 * 5)), ("lamb", 0)):
+        section = section_of(name)
+        rates = section.rates(phase)
+        assert optimizer_flops(section.tx(phase), leaves, rates) == expected
+        assert optimizer_flops(section.tx(phase), leaves, None) == 0
 
 
 @pytest.mark.parametrize("name", REFUSED)
