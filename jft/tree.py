@@ -94,7 +94,7 @@ def match(paths: Iterable[str], rules: Rules, what: str = "rule") -> dict[str, t
         else:
             raise ConfigError(f"{what}: no pattern matches the leaf {path!r}; end with ('.*', ...)")
     for regex, pattern, _ in compiled:
-        if pattern in used:
+        if pattern in used or pattern == ".*":  # the closing rule may be left with nothing
             continue
         shadowed = next((path for path in paths if regex.fullmatch(path)), None)
         if shadowed is not None:
@@ -102,10 +102,7 @@ def match(paths: Iterable[str], rules: Rules, what: str = "rule") -> dict[str, t
             raise ConfigError(
                 f"{what}: pattern {pattern!r} never applies, {earlier!r} matches first"
             )
-        if pattern != ".*":  # the closing rule may be left with nothing
-            raise ConfigError(
-                f"{what}: pattern {pattern!r} matches no leaf{nearest(pattern, paths)}"
-            )
+        raise ConfigError(f"{what}: pattern {pattern!r} matches no leaf{nearest(pattern, paths)}")
     return matched
 
 
