@@ -330,7 +330,7 @@ def test_an_evaluation_says_how_far_it_is_and_stays_in_view(terminal):
     shown = stream.getvalue()
     assert "evaluating val 120/400" in shown and "evaluating val 400/400" in shown
     assert "evaluating" not in shown[before:]
-    assert "eval accuracy 50.00%  at step 5" in shown[before:]
+    assert "step 5: eval accuracy 50.00%" in shown[before:]
 
 
 def test_the_eta_on_a_terminal_counts_down_between_rows(terminal):
@@ -339,6 +339,23 @@ def test_the_eta_on_a_terminal_counts_down_between_rows(terminal):
     now[0] += 30
     progress.tick(2)
     assert "eta 1m00s" in stream.getvalue()
+    now[0] += 70
+    before = len(stream.getvalue())
+    progress.tick(3)
+    assert "step 3/10" in stream.getvalue()[before:] and "eta" not in stream.getvalue()[before:]
+
+
+def test_the_bar_never_goes_back_to_the_step_of_a_late_row(terminal):
+    progress, stream, now = terminal
+    progress.phase(0, "head")
+    assert "preparing" in stream.getvalue()
+    now[0] += 1
+    progress.tick(8)
+    before = len(stream.getvalue())
+    now[0] += 1
+    progress.update(5, {"train/loss": 1.0})
+    assert "step 8/10" in stream.getvalue()[before:]
+    assert "preparing" not in stream.getvalue()[before:]
 
 
 def test_a_long_evaluation_off_a_terminal_is_told_once_an_interval():

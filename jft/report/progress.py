@@ -25,7 +25,8 @@ _TIMES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 _TRAIN = ("loss", "accuracy", "learning_rate")  # of the values under train/, in this order
 _SHORT = {"learning_rate": "lr"}
 _MOST_METRICS = 6  # of an evaluation
-_REDRAW_SECONDS = 0.25  # a drawing takes one to two milliseconds
+_REDRAW_SECONDS = 0.25  # a drawing takes about a millisecond
+_SWITCH_SECONDS = 0.05  # phases may be short; but the next one may have to be waited for
 
 
 def format_seconds(seconds: float) -> str:
@@ -83,8 +84,9 @@ def spent(times: Mapping[str, Any]) -> list[str]:
 
 
 def _metric(name: str, value: float) -> str:
-    percent = name.endswith("accuracy") and math.isfinite(value)
-    return f"{name} {100 * value:.2f}%" if percent else f"{name} {value:.4g}"
+    if name.endswith("accuracy") and math.isfinite(value):
+        return f"{name} {100 * value:.2f}%"
+    return f"{name} {value:.3g}" if name == "lr" else f"{name} {value:.4g}"
 
 
 def _of_evaluation(name: str) -> bool:
@@ -134,12 +136,12 @@ class Progress:
         times = times or {}
         eta = self.eta_seconds(step, times)
         if self._display is not None:
-            self._step, self._activity = step, ""
+            self._activity = ""
             self._phase = values.get("phase", self._phase)
             self._spent = spent(times) or self._spent
             found = evaluated(values)
             if found:
-                self._evaluated = [*found, f"at step {step}"]
+                self._evaluated = [f"step {step}: {found[0]}", *found[1:]]
             else:
                 self._learned = learned(values) or self._learned
             self._draw(now=bool(found) or step == self.total_steps)
@@ -152,15 +154,15 @@ class Progress:
             self._print(text)
 
     def phase(self, index: int, name: str) -> None:
-        """Says what phase begins; the live lines name it."""
+        """Says what phase is about to begin; the live lines name it."""
         self._names[index] = name
-        self._phase = index
-        self._draw()
+        self._phase, self._activity = index, "preparing"
+        self._draw(every=_SWITCH_SECONDS)
 
     def tick(self, step: int) -> None:
         """Moves the bar to a step whose row is not there yet; costs next to nothing."""
         if self._display is not None:
-            self._step = step
+            self._step, self._activity = step, ""
             self._draw()
 
     def evaluating(self, split: str, done: int, total: int | None) -> None:
@@ -178,7 +180,7 @@ class Progress:
 
         The pace starts at the first row, so that compiling the first step is not in it.
         """
-        self._step = step
+        self._step = max(self._step, step)  # a row comes late: the bar is further by then
         given, now = (times or {}).get("eta_seconds"), self._clock()
         if isinstance(given, int | float):
             self._given = (float(given), now)
@@ -214,10 +216,10 @@ class Progress:
         self._last_line, self._last_phase = now, phase
         return True
 
-    def _draw(self, now: bool = False) -> None:
+    def _draw(self, now: bool = False, every: float = _REDRAW_SECONDS) -> None:
         """Draws the live lines, unless they were drawn just before."""
         display, clock = self._display, self._clock()
-        if display is None or not now and clock - self._drawn < _REDRAW_SECONDS:
+        if display is None or not now and clock - self._drawn < every:
             return
         self._drawn = clock
         head = [f"step {self._step}{self._of_total()}"]
@@ -227,8 +229,9 @@ class Progress:
         if self._activity:
             head.append(self._activity)
         if self._given is not None and self._step != self.total_steps:
-            eta = max(0.0, self._given[0] - (clock - self._given[1]))
-            head.append(f"eta {format_seconds(eta)}")
+            eta = self._given[0] - (clock - self._given[1])
+            # One that has run out was wrong: the next row has a better one.
+            head += [f"eta {format_seconds(eta)}"] if eta > 0 else []
         lines = [["  ".join(head)], self._learned + self._evaluated, self._spent]
         texts = ["  ".join(words) for words in lines]
         self._guard(lambda: display.show(self._step, texts))

@@ -125,7 +125,7 @@ class RunWriter:
             self._progress.tick(step)
 
     def phase(self, index: int, name: str) -> None:
-        """Says what phase begins."""
+        """Says what phase is about to begin."""
         if self._primary:
             self._progress.phase(index, name)
 

@@ -192,6 +192,7 @@ class _Trainer:
             # first row by row, so that each has the time of its own steps.
             self.rows.write(wait=True)
             jax.block_until_ready(self.last)
+            self.writer.phase(phase.index, phase.name)
         began = time.monotonic()
         self.steps.want(phase)
         if not going_on:
@@ -226,9 +227,8 @@ class _Trainer:
                 self.steps.start(following)
 
     def show_phase(self, phase: Phase, compile_seconds: float, stall: float) -> None:
-        """Says that a phase begins; of many short ones only the first few get a line."""
+        """Says that a phase begins; of many short ones only the first few."""
         self.rows.stall_seconds += stall
-        self.writer.phase(phase.index, phase.name)
         if phase.index < SHOWN_PHASES or stall > 1.0:
             last = f"at most {phase.stop_step}" if phase.event else str(phase.stop_step)
             self.writer.message(
