@@ -32,9 +32,10 @@ def by_hand(trainer, batch):
         sums = batch_sums(logits, batch["label"], batch["mask"], losses)
         return sums["loss_sum"] / sums["weight_sum"]
 
-    first = jax.grad(loss)(params)
+    grad = jax.jit(jax.grad(loss))
+    first = grad(params)
     length = np.sqrt(sum(float(jnp.sum(jnp.square(g))) for g in first.values()))
-    second = jax.grad(loss)({p: w + RHO * first[p] / length for p, w in params.items()})
+    second = grad({p: w + RHO * first[p] / length for p, w in params.items()})
     return {p: w - 0.1 * np.asarray(second[p]) for p, w in params.items()} | rest
 
 
@@ -49,7 +50,7 @@ def test_a_step_is_the_two_passes_written_by_hand(phases, in_parts):
     assert all(np.array_equal(before[path], trainer.leaves()[path]) for path in frozen)
 
 
-@pytest.mark.parametrize("mode", ["pmap", "shard_map", "auto"])
+@pytest.mark.parametrize("mode", ["shard_map", "auto"])
 def test_devices_change_nothing_with_both_passes_noise_and_batchnorm(mode):
     kw = dict(dropout=0.3, augment=True, optim=SGD, sam_rho=RHO, grad_noise=0.01, ema_decay=0.9)
     one, many = Trainer(**kw), Trainer(mode=mode, devices=8, **kw)
@@ -98,14 +99,6 @@ def test_noise_has_the_variance_of_the_paper_and_falls_on_what_trains_alone():
     each = add_noise(alone, dict.fromkeys(alone, True), key, jnp.int32(0), 1.0)
     assert np.array_equal(both["s_0..1/kernel"], np.stack(list(each.values())))
     assert float(optax.tree.norm(each)) > 0
-
-
-def test_noise_moves_trainable_leaves_and_no_frozen_one():
-    quiet, noisy = Trainer("head"), Trainer("head", grad_noise=1.0)
-    quiet.run(batches(1))
-    noisy.run(batches(1))
-    one, other = quiet.leaves(), noisy.leaves()
-    assert {p for p in one if not np.array_equal(one[p], other[p])} == {"head/kernel", "head/bias"}
 
 
 @pytest.mark.parametrize("rho", [0.0, -0.1])
