@@ -192,7 +192,9 @@ class EvalTable:
             sure = float(self.scored.probability[row])
             return {"label": int(label), "predicted": int(predicted), "probability": sure}
         if self.kind == "multi":
-            label, predicted = np.flatnonzero(label == 1), np.flatnonzero(predicted)
+            # What is said of a class that nobody knows is neither right nor wrong.
+            predicted = np.flatnonzero(predicted & ~np.isnan(label))
+            label = np.flatnonzero(label == 1)
         return {"label": label.tolist(), "predicted": predicted.tolist()}
 
     def _image_path(self, which: str, rank: int) -> str:

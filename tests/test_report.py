@@ -8,11 +8,13 @@ import re
 
 import numpy as np
 import pytest
+from render_report import find_chromium
+from render_report import render as render_screens
 
 from jft.evaluation import run_split
 from jft.report.html import render, write_report
 from jft.report.markup import big, flat_pairs, number, percent
-from jft.report.plots import Band, Series, heat_image, line_chart, nice_ticks
+from jft.report.plots import Band, Series, heat_image, line_chart, nice_ticks, tick_texts
 
 HOSTILE = "<script>alert('x')</script>\"'&<img src=x onerror=alert(1)>"
 NAMES = ["airliner", "container ship", "tram", "forest", "river", "salt pan", "dam", HOSTILE]
@@ -37,6 +39,7 @@ def write_run(workdir, *, classes=None, steps=240, thin=False, image=(32, 32, 3)
             "time/step_seconds": 0.021 if step <= switch else 0.058,
             "time/elapsed_seconds": 9.0 + step * 0.05,
             "time/compile_seconds": 9.0,
+            "time/examples_per_second": 3000.0,
         }
         if step % (steps // 8 or 1) == 0:
             row["eval/loss"] = 0.2 + 1.8 * math.exp(-step / (0.16 * steps))
@@ -159,8 +162,9 @@ class Page(html.parser.HTMLParser):
 
 
 ALL_SECTIONS = [
-    "Curves", "Compared with", "Confusion matrix", "By class", "Hardest images", "Phases",
-    "Groups", "Converted weights", "How it was run",
+    "Curves", "Scores", "Compared with", "Confusion matrix", "By class", "Probabilities",
+    "Hardest images", "Easiest images", "Phases", "Groups", "Speed", "Converted weights",
+    "How it was run",
 ]  # fmt: skip
 
 
@@ -240,7 +244,7 @@ def test_there_is_no_outside_reference(tmp_path):
 
 def test_tables_scroll_inside_their_own_box(tmp_path):
     text = write_report(write_run(tmp_path / "run")).read_text()
-    assert text.count("<table") == text.count('role="region"') == 6
+    assert text.count("<table") == text.count('role="region"') == 7
 
 
 def test_an_empty_directory_gives_a_page(tmp_path):
@@ -249,11 +253,19 @@ def test_an_empty_directory_gives_a_page(tmp_path):
 
 def test_metrics_alone_give_curves_and_tiles(tmp_path):
     page = Page(render(write_run(tmp_path / "run", thin=True)))
-    assert page.heads == ["Curves"] and "phase 1" in page.words
+    assert page.heads == ["Curves", "Speed"] and "phase 1" in page.words
 
 
 FILES = ["metrics.jsonl", "plan.json", "status.json", "conversion.json", "baselines.json",
-         "run.json", "config.json", "eval/test.json", "eval/val.json"]  # fmt: skip
+         "run.json", "config.json", "decisions.json", "eval/test.json",
+         "eval/val.json"]  # fmt: skip
+DECISIONS = [
+    {"step": 4, "entry": 0, "train": "block[2:] + head", "values": {"block[0]": 0.5, "head": 2}},
+    {"step": 8, "entry": 0, "train": "block[3:] + head", "values": {"block[0]": 0.4, "head": 1}},
+    {"step": 8, "metric": "eval/accuracy", "value": 0.5},
+    {"step": 12, "entry": 0, "train": "block[3:] + head", "values": {}},
+    {"step": 16, "metric": "eval/accuracy", "value": 0.7},
+]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -273,27 +285,36 @@ def test_no_broken_field_breaks_the_report(shared_run, junk):
     for name in FILES[1:]:
         path = shared_run / name
         before = path.read_bytes()
-        content = json.loads(before)
-        variants = [{**content, key: junk} for key in content] if isinstance(content, dict) else []
-        for key, rows in content.items() if isinstance(content, dict) else []:
-            if isinstance(rows, list) and rows and isinstance(rows[0], dict):
-                variants += [
-                    {**content, key: [{**rows[0], field: junk}, *rows[1:]]} for field in rows[0]
-                ]
-                variants.append({**content, key: [junk, *rows[1:]]})
-        if isinstance(content, list):
-            variants = [[{**content[0], key: junk}] for key in content[0]] + [[junk]]
         try:
-            for variant in variants:
+            for variant in broken(json.loads(before), junk):
                 path.write_text(json.dumps(variant))
                 Page(render(shared_run))
         finally:
             path.write_bytes(before)
 
 
+def broken(content, junk):
+    """The content with one field replaced, or one field of the first row of every list."""
+    if isinstance(content, list):
+        return [[{**content[0], key: junk}] for key in content[0]] + [[junk]]
+    found = [{**content, key: junk} for key in content]
+    lists = {key: rows for key, rows in content.items() if isinstance(rows, list) and rows}
+    tables = {key: rows for key, rows in lists.items() if isinstance(rows[0], dict)}
+    for at in range(max((len(rows[0]) for rows in tables.values()), default=0)):
+        variant = dict(content)
+        for key, rows in tables.items():
+            field = list(rows[0])[at % len(rows[0])]
+            variant[key] = [{**rows[0], field: junk}, *rows[1:]]
+        found.append(variant)
+    return found + [{**content, **{key: [junk, *rows[1:]] for key, rows in lists.items()}}]
+
+
 @pytest.fixture(scope="module")
 def shared_run(tmp_path_factory):
-    return write_run(tmp_path_factory.mktemp("runs") / "run", steps=16, image=(4, 4, 1))
+    run = tmp_path_factory.mktemp("runs") / "run"
+    write_run(run, classes=3, steps=16, image=(4, 4, 1))
+    (run / "decisions.json").write_text(json.dumps(DECISIONS))
+    return run
 
 
 def test_pictures_outside_the_run_directory_are_not_embedded(shared_run):
@@ -309,7 +330,8 @@ def test_pictures_outside_the_run_directory_are_not_embedded(shared_run):
     text = render(shared_run)
     path.write_bytes(before)
     assert base64.b64encode(secret.read_bytes()).decode() not in text
-    assert text.count("<figure title=") == len(content["hardest"]) - 3
+    shown = len(content["hardest"]) + len(content["easiest"])
+    assert text.count("<figure title=") == shown - 3
 
 
 def test_an_unfinished_run_says_so(tmp_path):
@@ -320,11 +342,129 @@ def test_an_unfinished_run_says_so(tmp_path):
     assert "diverged" in words and "Stopped: loss is nan." in words
 
 
-def test_many_classes_become_an_image_and_the_worst_rows(tmp_path):
-    text = render(write_run(tmp_path / "run", classes=70, image=(4, 4, 3), steps=16))
+@pytest.mark.parametrize("classes, style", [(2, "few"), (8, ""), (31, "dense"), (100, "dense")])
+def test_a_confusion_matrix_has_a_cell_a_pair_of_classes(tmp_path, classes, style):
+    run = write_run(tmp_path / "run", classes=classes, image=(4, 4, 3), steps=16)
+    text = render(run)
     page = Page(text)
-    assert [attrs for attrs in page.all("img") if attrs.get("class") == "heat"]
-    assert "The 60 of 70 classes with the lowest F1." in page.words
+    (table,) = [found for found in page.all("table") if "matrix" in found.get("class", "")]
+    assert table["class"].split()[1:] == ([style] if style else [])
+    matrix = text[text.index('<table class="matrix') :].partition("</table>")[0]
+    assert matrix.count("<td") == 1 + classes**2
+    counts = np.array(json.loads((run / "eval/test.json").read_text())["confusion"])
+    for true, predicted in np.argwhere(counts)[:40]:
+        said = f"class {true} predicted as class {predicted}: {counts[true, predicted]}"
+        assert f'title="{said}"' in matrix
+
+
+def test_very_many_classes_become_a_picture_and_the_worst_rows(tmp_path):
+    run = write_run(tmp_path / "run", classes=101, image=(4, 4, 3), steps=16)
+    before = render(run)
+    assert [attrs for attrs in Page(before).all("img") if attrs.get("class") == "heat"]
+    assert "The 60 of 101 classes with the lowest F1." in Page(before).words
+    path = run / "eval/test.json"
+    content = json.loads(path.read_text())
+    counts = np.array(content.pop("confusion"))
+    cells = [[int(a), int(b), int(counts[a, b])] for a, b in np.argwhere(counts)]
+    path.write_text(json.dumps({**content, "confusion_counts": cells}))
+    assert render(run) == before
+
+
+def other_kind(tmp_path, kind):
+    """A run directory that holds an evaluation of labels that are not one class an image."""
+    random = np.random.default_rng(0)
+    label = random.integers(0, 2, (40, 3)).astype(np.float32)
+    logits = (label - 0.4 + random.normal(size=(40, 3))).astype(np.float32)
+    if kind == "multi":
+        label[::5, 1] = np.nan
+    batch = {
+        "image": random.integers(0, 4000, (40, 6, 6, 5)).astype(np.uint16), "label": label,
+        "mask": np.ones(40), "example": np.arange(40),
+    }  # fmt: skip
+    outputs = {"logits": logits, "loss": random.random(40).astype(np.float32)}
+    run_split(
+        lambda _: outputs, [batch], label_names=["rain", "snow", HOSTILE], split="test",
+        kind=kind, workdir=tmp_path, step=3,
+    )  # fmt: skip
+    metrics = {"class": "accuracy", "multi": "auroc", "value": "mae"}[kind]
+    rows = [{"step": step, f"eval/{metrics}": 0.5 + step / 100} for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Page(render(tmp_path))
+
+
+def test_several_classes_an_image_are_told_by_average_precision(tmp_path):
+    page = other_kind(tmp_path, "multi")
+    assert page.heads == ["Curves", "Scores", "By class", "Probabilities", "Hardest images",
+                          "Easiest images"]  # fmt: skip
+    words = " ".join(page.words)
+    assert "Average precision of 0." in words and "test avg. precision" in words
+    assert "missed " in words and "added " in words and "known" in words
+    assert HOSTILE in words and not page.all("script")
+
+
+def test_numbers_are_told_by_their_error_and_drawn_against_what_is_true(tmp_path):
+    page = other_kind(tmp_path, "value")
+    assert page.heads == ["Curves", "Scores", "Predicted and true values", "Hardest images",
+                          "Easiest images"]  # fmt: skip
+    words = " ".join(page.words)
+    assert "Mean absolute error of " in words and "read as" in words
+    squares = [found for found in page.all("figure") if found.get("class") == "chart square"]
+    assert len(squares) == 3 and "snow: predicted by true value, 40 examples" in words
+
+
+def test_every_drawing_says_what_it_shows(tmp_path):
+    run = write_run(tmp_path / "run")
+    page = Page(render(run))
+    hidden = [found for found in page.all("svg") if found.get("aria-hidden") == "true"]
+    labelled = [found for found in page.all("div") if found.get("role") == "img"]
+    assert len(hidden) == len(labelled) and all(found["aria-label"] for found in labelled)
+    titles = [found for found in page.all("title")][1:]  # the first is the window's
+    assert len(titles) == len(page.all("svg")) - len(hidden) == 3
+    words = " ".join(page.words)
+    assert (
+        "Reliability: On average a prediction is given" in words and "ROC: true-positive" in words
+    )
+
+
+def test_reliability_is_said_as_the_file_has_it(shared_run):
+    content = json.loads((shared_run / "eval/test.json").read_text())
+    bins = content["reliability"]
+    assert sum(row["examples"] for row in bins) == content["examples"]
+    right = sum(row["examples"] * row["accuracy"] for row in bins) / content["examples"]
+    assert right == pytest.approx(content["accuracy"])
+    words = " ".join(Page(render(shared_run)).words)
+    assert f"and {percent(right)} of them are right" in words
+    assert f"The calibration error is {percent(content['ece'])}." in words
+
+
+def test_a_phase_is_compared_with_the_steps_that_train_everything(tmp_path):
+    run = write_run(tmp_path / "run")
+    words = " ".join(Page(render(run)).words)
+    assert "measured speed" in words and f"{0.058 / 0.021:.2f}×" in words
+    plan = json.loads((run / "plan.json").read_text())
+    plan["phases"][1]["class"] = "set"  # nothing to compare with
+    (run / "plan.json").write_text(json.dumps(plan))
+    assert "measured speed" not in " ".join(Page(render(run)).words)
+
+
+def test_the_time_of_a_run_is_told_in_parts_that_sum_to_it(tmp_path):
+    rows = [
+        {"step": step, "time/step_seconds": 0.5, "time/data_wait_percent": 20.0,
+         "time/elapsed_seconds": 4 + step, "time/stall_seconds": 3.0, "time/probe_seconds": 0.0}
+        for step in (10, 20)
+    ] + [{"step": 20, "time/eval_seconds": 1.0}]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = " ".join(Page(render(tmp_path)).words)
+    assert "Where 24s went" in words
+    for part in ("training 8.0s", "waiting for data 2.0s", "evaluation 1.0s", "compiling 3.0s"):
+        assert part in " ".join(words.split())
+    assert "start, saves and the rest 10s" in " ".join(words.split())
+
+
+def test_decisions_with_one_outcome_stand_in_one_row(shared_run):
+    words = " ".join(Page(render(shared_run)).words)
+    assert "8 to 12, 2 times" in words and words.count("block[3:] + head") == 1
+    assert "eval/accuracy, seen 2 times" in words and "head 2, block[0] 0.5" in words
 
 
 def test_a_report_is_the_same_for_the_same_files(shared_run):
@@ -379,3 +519,30 @@ def test_numbers_read_as_people_write_them():
     assert list(flat_pairs({"a": {"b": 1, "c": {}}, "d": ["x", "y"]})) == [
         ("a.b", "1"), ("a.c", "{}"), ("d", "x y")
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "values, texts",
+    [
+        ([0, 0.0005, 0.001], ["0", "0.5e-3", "1e-3"]),
+        ([0, 0.5, 1], ["0", "0.5", "1"]),
+        ([0, 50_000, 100_000], ["0", "50k", "100k"]),
+        ([-1, 0, 2500], ["-1", "0", "2,500"]),
+    ],
+)
+def test_values_of_an_axis_are_written_in_one_way(values, texts):
+    assert tick_texts(values) == texts
+
+
+@pytest.mark.slow
+def test_screens_are_whole_and_legible_on_a_phone_and_a_desk(tmp_path):
+    if find_chromium() is None:
+        pytest.skip("chromium is not installed")
+    for classes in (2, 8, 40, 120):
+        names = None if classes == 8 else classes
+        run = write_run(tmp_path / f"run{classes}", classes=names, image=(4, 4, 3), steps=32)
+        assert render_screens(write_report(run), tmp_path / "screens") == []
+    for kind in ("multi", "value"):
+        (tmp_path / kind).mkdir()
+        other_kind(tmp_path / kind, kind)
+        assert render_screens(write_report(tmp_path / kind), tmp_path / "screens") == []

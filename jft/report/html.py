@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from jft.report import phases, results, setting
+from jft.report import curves, decided, gallery, phases, quality, results, setting
 from jft.report.markup import (
     big,
     count,
@@ -23,6 +23,7 @@ from jft.report.markup import (
     share_of,
     text,
 )
+from jft.report.measures import WORDS, first_measures, kind_of, shown
 from jft.report.page import page
 from jft.report.progress import format_seconds
 from jft.report.rundir import read_json, read_rows, write_atomic
@@ -58,17 +59,23 @@ def render(workdir: Path, baselines: Sequence[Mapping[str, Any]] | None = None) 
     best = evaluations[0] if evaluations else {}
     if baselines is None:
         baselines = listed(read_json(workdir / "baselines.json"))
-    name = workdir.resolve().name
+    name, bands = workdir.resolve().name, phases.bands(plan, rows)
     body = "".join(
         (
             _header(name, rows, plan, status, report, evaluations, baselines),
-            results.curves(rows, phases.bands(plan, rows)),
-            results.comparison(name, share_of(best.get("accuracy")), baselines),
+            curves.curves(rows, bands),
+            quality.scores(evaluations),
+            results.comparison(name, _accuracy(best), baselines),
             results.confusion(best),
             results.class_table(best),
-            results.gallery(workdir, best),
+            quality.regression(best),
+            quality.probabilities(best),
+            gallery.hardest(workdir, best),
+            gallery.easiest(workdir, best),
             phases.phases(plan, rows),
             phases.groups(plan),
+            decided.decisions(listed(read_json(workdir / "decisions.json")), plan),
+            curves.speed(rows, bands),
             setting.conversion(report),
             setting.environment(
                 read_json(workdir / "run.json"), read_json(workdir / "config.json")
@@ -110,16 +117,20 @@ def _header(
 
 def _headline(best: Mapping[str, Any], baselines: Sequence[Mapping[str, Any]]) -> str:
     """The result in one sentence."""
-    accuracy = share_of(best.get("accuracy"))
-    if accuracy is None:
+    first = first_measures(best)[0]
+    if float_of(best.get(first)) is None:
         return ""
-    sentence = f"{percent(accuracy)} accuracy on {text(best.get('split'))}"
+    value, split = shown(first, best), text(best.get("split"))
+    if WORDS[first].show is not percent:
+        return f"{WORDS[first].title.capitalize()} of {value} on {split}."
+    sentence = f"{value} {WORDS[first].title} on {split}"
+    accuracy = _accuracy(best)
     rivals = [
         (share, text(row.get("name")))
         for row in baselines
         if isinstance(row, Mapping) and (share := share_of(row.get("accuracy"))) is not None
     ]
-    if not rivals:
+    if not rivals or accuracy is None:
         return sentence + "."
     share, rival = max(rivals)
     gap = round(100 * (accuracy - share), 1)
@@ -129,30 +140,45 @@ def _headline(best: Mapping[str, Any], baselines: Sequence[Mapping[str, Any]]) -
     return f"{sentence}, {abs(gap):.1f} points {side} the best comparison ({rival})."
 
 
+def _accuracy(best: Mapping[str, Any]) -> float | None:
+    """What baselines are compared with: they have one class an image."""
+    return share_of(best.get("accuracy")) if kind_of(best) == "class" else None
+
+
 def _result_tiles(
     rows: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]
 ) -> list[tuple[str, str, str]]:
     tiles = []
     for order, found in enumerate(evaluations[:2]):
-        split = text(found.get("split"))
+        first, second, noted = first_measures(found)
         notes = []
         if found.get("examples") is not None:
             notes.append(f"{count(found['examples'])} examples")
         if found.get("step") is not None:
             notes.append(f"step {count(found['step'])}")
-        accuracy = percent(share_of(found.get("accuracy")))
-        tiles.append((f"{split} accuracy", accuracy, ", ".join(notes)))
+        title = f"{text(found.get('split'))} {_short(first)}"
+        tiles.append((title, shown(first, found), ", ".join(notes)))
         if order == 0:
-            f1 = share_of(found.get("macro_f1"))
-            tiles.append(("macro F1", percent(f1), f"loss {number(float_of(found.get('loss')))}"))
+            tiles.append((_short(second), shown(second, found), _note(noted, found)))
     if not evaluations:
         for name, title in (("eval/accuracy", "accuracy"), ("train/loss", "training loss")):
             points = points_of(rows, name)
             if points:
                 step, value = points[-1]
-                shown = percent(value) if title == "accuracy" else number(value)
-                tiles.append((title, shown, f"step {step:,.0f}"))
+                said = percent(value) if title == "accuracy" else number(value)
+                tiles.append((title, said, f"step {step:,.0f}"))
     return tiles
+
+
+def _short(measure: str) -> str:
+    """The title of a measure where there is little room."""
+    return {"mae": "abs. error", "average_precision": "avg. precision"}.get(
+        measure, WORDS[measure].title
+    )
+
+
+def _note(measure: str, found: Mapping[str, Any]) -> str:
+    return f"{WORDS[measure].title} {shown(measure, found)}"
 
 
 def _run_tiles(
@@ -187,7 +213,7 @@ def _run_tiles(
 def _evaluations(workdir: Path) -> list[dict[str, Any]]:
     """The contents of eval/*.json, the split that matters most first."""
     found = [read_json(path) for path in sorted((workdir / "eval").glob("*.json"))]
-    found = [content for content in found if _is_map(content) and "accuracy" in content]
+    found = [content for content in found if _is_map(content) and "loss" in content]
     rank = {split: order for order, split in enumerate(_SPLIT_ORDER)}
     return sorted(found, key=lambda content: rank.get(text(content.get("split")), len(rank)))
 

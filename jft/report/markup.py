@@ -88,6 +88,20 @@ def points_of(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float,
     return sorted((step, value) for step, value in pairs if step is not None and value is not None)
 
 
+def pairs_of(value: Any) -> list[tuple[float, float]]:
+    """The pairs of finite numbers in a list; whatever is none is left out."""
+    found = []
+    for pair in listed(value):
+        x, y = (float_of(each) for each in pair) if _is_pair(pair) else (None, None)
+        if x is not None and y is not None:
+            found.append((x, y))
+    return found
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2
+
+
 def flat_pairs(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """("a.b", "value") of nested mappings, in their order; lists become one line."""
     for key, value in tree.items():

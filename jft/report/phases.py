@@ -26,6 +26,7 @@ _NAMED_BANDS = 12  # more names than that cannot be read beside each other
 _BANDS = 100
 _ROWS = 24  # of the phase table; more phases are told by their trainable set
 _COLUMNS = 4  # of the group table; more phases are drawn as a strip
+_LEAST_ROWS = 3  # that a speed is measured from: a phase's first row is slower than the others
 _STRIP = 240  # parts of a strip
 
 Rows = Sequence[Mapping[str, Any]]
@@ -52,11 +53,26 @@ def phases(plan: Mapping[str, Any], rows: Rows) -> str:
         about += f" {len(known):,} phases of {len(taken):,} trainable sets{more}."
     seconds = [_step_seconds(rows, members) for members in taken[:_ROWS]]
     timed = any(took is not None for took in seconds)
+    whole = [each for each in enumerate(known) if _is_full(each[1])]
+    full = _step_seconds(rows, whole, _LEAST_ROWS)
+    speeds = [
+        None
+        if full is None or not (took := _step_seconds(rows, members, _LEAST_ROWS))
+        else full / took
+        for members in taken[:_ROWS]
+    ]
+    compared = full is not None
     body = [
-        _phase_row(members, took, timed)
-        for members, took in zip(taken[:_ROWS], seconds, strict=True)
+        _phase_row(members, took, timed, speed, compared)
+        for members, took, speed in zip(taken[:_ROWS], seconds, speeds, strict=True)
     ]
     titles = ["phase", "trains", "steps", "class", "cut", "trainable", "FLOPs", "speed bound"]
+    if compared:
+        titles.append("measured speed")
+        about += (
+            " The measured speed is that of the run's own steps that train everything over those"
+            " of the phase, medians of the logged rows, waiting for data included."
+        )
     titles += ["measured step"] if timed else []
     table = f"<table>{table_head(titles, first_number=5)}<tbody>{''.join(body)}</tbody></table>"
     return section("Phases", about, scroll(table, "phases"))
@@ -71,8 +87,16 @@ def _by_set(known: Rows) -> list[list[tuple[int, Mapping[str, Any]]]]:
     return list(found.values())
 
 
+def _is_full(phase: Mapping[str, Any]) -> bool:
+    return phase.get("class") in ("full", "all")
+
+
 def _phase_row(
-    members: Sequence[tuple[int, Mapping[str, Any]]], took: float | None, timed: bool
+    members: Sequence[tuple[int, Mapping[str, Any]]],
+    took: float | None,
+    timed: bool,
+    speed: float | None,
+    compared: bool,
 ) -> str:
     phase = members[0][1]
     bound = float_of(phase.get("bound"))
@@ -91,6 +115,8 @@ def _phase_row(
         big(phase.get("flops")),
         f"≤ {bound:.2f}×" if bound is not None else escape(text(phase.get("bound"))),
     ]
+    if compared:
+        cells.append(NONE if speed is None else f"{speed:.2f}×")
     if timed:
         cells.append(NONE if took is None else f"{1000 * took:,.1f} ms")
     numeric = "".join(f'<td class="n">{cell}</td>' for cell in cells[4:])
@@ -205,9 +231,14 @@ def _length(phase: Mapping[str, Any]) -> float:
     return 0.0 if start is None or stop is None else max(0.0, stop - start)
 
 
-def _step_seconds(rows: Rows, members: Sequence[tuple[int, Mapping[str, Any]]]) -> float | None:
-    """Median measured seconds of a step in some phases; rows name one by its index or its name."""
+def _step_seconds(
+    rows: Rows, members: Sequence[tuple[int, Mapping[str, Any]]], least: int = 1
+) -> float | None:
+    """Median measured seconds of a step in some phases, of at least so many rows.
+
+    Rows name a phase by its index or its name.
+    """
     names = [phase.get(key, order) for order, phase in members for key in ("index", "name")]
     found = [float_of(row.get("time/step_seconds")) for row in rows if row.get("phase") in names]
     found = [seconds for seconds in found if seconds is not None]
-    return median(found) if found else None
+    return median(found) if len(found) >= least else None

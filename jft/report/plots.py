@@ -14,13 +14,13 @@ from html import escape
 
 import numpy as np
 
-from jft.report.markup import number, percent
+from jft.report.markup import big, number, percent
 from jft.report.png import encode_png
 
 _UNITS = 1000
 _MOST_POINTS = 240
 _HEAT = (84, 118, 228)  # between the light and the dark accent: a picture has one colour
-COLORS = ("var(--accent)", "var(--soft)", "var(--faint)", "rgb(var(--accent-rgb) / .5)")
+COLORS = ("var(--accent)", "var(--second)", "var(--grey)", "rgb(var(--accent-rgb) / .5)")
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,11 @@ def line_chart(
     *,
     as_percent: bool = False,
     axis: Axis | None = None,
+    show: Callable[[float | None], str] | None = None,
 ) -> str:
     """One figure: lines over steps, phases as shaded and named bands; "" without a point.
 
-    `axis` says what x is, where it is no step.
+    `axis` says what x is, where it is no step; `show` writes a value of the legend.
     """
     axis = axis or Axis("step", _step_ticks)
     series = [Series(line.name, _finite(line.points), line.color, line.dots) for line in series]
@@ -70,9 +71,9 @@ def line_chart(
     x_range = _x_range(series, bands)
     ticks = nice_ticks(*_y_range(series, as_percent))
     y_range = (ticks[0], ticks[-1])
-    show = percent_tick if as_percent else number
+    texts = [percent_tick(tick) for tick in ticks] if as_percent else tick_texts(ticks)
     parts = ['<figure class="chart"><figcaption>', f"<b>{escape(title)}</b>"]
-    last = percent if as_percent else number
+    last = show or (percent if as_percent else number)
     for line in series:
         text = f"{escape(line.name)} {last(line.points[-1][1])}"
         parts.append(f'<span class="key" style="--s:{line.color}">{text}</span>')
@@ -85,9 +86,9 @@ def line_chart(
     parts.append(_band_names(bands, x_range))
     parts.append('<div class="area">')
     parts.append(_drawing(series, bands, ticks, x_range, y_range))
-    for tick in ticks:
+    for tick, text in zip(ticks, texts, strict=True):
         top = 100 * (1 - _place(tick, y_range))
-        parts.append(f'<span class="tick y" style="top:{top:.2f}%">{show(tick)}</span>')
+        parts.append(f'<span class="tick y" style="top:{top:.2f}%">{text}</span>')
     parts.append(_x_ticks(axis.ticks(*x_range), x_range))
     parts.append("</div></div></figure>")
     return "".join(parts)
@@ -107,31 +108,36 @@ def bar_rows(rows: Sequence[tuple[str, str, float | None, bool]]) -> str:
     return "".join(parts) + "</dl>"
 
 
-def heat_table(counts: np.ndarray, names: Sequence[str]) -> str:
-    """A confusion matrix [K, K] as a table; colour is the share of the row's true class."""
+def heat_table(counts: np.ndarray, names: Sequence[str], dense: bool = False) -> str:
+    """A confusion matrix [K, K] as a table; colour is the share of the row's true class.
+
+    A `dense` one has cells without numbers, which are told by the title of a cell.
+    """
     share = _row_share(counts)
-    long = any(len(name) > 4 for name in names)
+    long = dense or any(len(name) > 4 for name in names)
     head = "".join(
         f'<th scope="col" class="{"long" if long else ""}" title="{escape(name)}">'
         f"<span>{escape(name)}</span></th>"
         for name in names
     )
-    parts = [
-        '<table class="matrix"><caption>rows: true class, columns: predicted class</caption>'
-        f"<thead><tr><td></td>{head}</tr></thead><tbody>"
-    ]
+    style = " dense" if dense else " few" if len(names) <= 4 else ""
+    parts = [f'<table class="matrix{style}"><thead><tr><td></td>{head}</tr></thead><tbody>']
+    faintest = 0.3 if dense else 0.12
     for true, row in enumerate(counts):
         name = escape(names[true])
         parts.append(f'<tr><th scope="row" title="{name}">{name}</th>')
         for predicted, count in enumerate(row):
-            said = escape(f"{names[true]} predicted as {names[predicted]}: {count}")
             if not count:
-                parts.append(f'<td class="zero" title="{said}">0</td>')
+                parts.append("<td></td>" if dense else '<td class="zero">0</td>')
                 continue
-            # Rare confusions are what one looks for: never fainter than 12 %.
-            alpha = 0.12 + 0.88 * share[true, predicted]
-            deep = ' class="deep"' if alpha > 0.55 else ""
-            parts.append(f'<td{deep} style="--a:{alpha:.3f}" title="{said}">{count}</td>')
+            said = escape(f"{names[true]} predicted as {names[predicted]}: {count}")
+            # Rare confusions are what one looks for: never faint. Between 60 and 86 % neither dark
+            # nor light digits could be read.
+            part = share[true, predicted]
+            alpha = faintest + (1.2 - 2 * faintest) * part if part <= 0.5 else 0.72 + 0.28 * part
+            deep = ' class="deep"' if part > 0.5 else ""
+            shown = "" if dense else count
+            parts.append(f'<td{deep} style="--a:{alpha:.3f}" title="{said}">{shown}</td>')
         parts.append("</tr>")
     return "".join(parts) + "</tbody></table>"
 
@@ -164,6 +170,17 @@ def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
     step = next(unit * magnitude for unit in (1, 2, 2.5, 5, 10) if unit * magnitude >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [float(f"{index * step:.10g}") for index in range(first, last + 1)]
+
+
+def tick_texts(ticks: Sequence[float]) -> list[str]:
+    """Values of an axis, all written in one way: "0.5", "1"; "1e-4", "2e-4"; "20k", "40k"."""
+    largest = max(abs(tick) for tick in ticks)
+    if 0 < largest < 0.01:
+        power = math.floor(math.log10(largest))
+        return [f"{tick * 10.0**-power:.3g}e{power}" if tick else "0" for tick in ticks]
+    if largest >= 1e4:
+        return [big(tick).replace("\u00a0", "") for tick in ticks]
+    return [f"{tick:,.10g}" for tick in ticks]
 
 
 def percent_tick(value: float) -> str:
@@ -216,7 +233,7 @@ def _drawing(
     parts = [f'<svg viewBox="0 0 {_UNITS} {_UNITS}" preserveAspectRatio="none" aria-hidden="true">']
     for order, band in enumerate(bands):
         left, right = (_UNITS * _place(edge, x_range) for edge in (band.start, band.stop))
-        fill = "var(--band)" if order % 2 == 0 else "none"
+        fill = "var(--band)" if order % 2 == 0 and len(bands) > 1 else "none"
         parts.append(
             f'<rect x="{left:.1f}" y="0" width="{right - left:.1f}" height="{_UNITS}" '
             f'fill="{fill}"/>'

@@ -1,14 +1,12 @@
-"""The sections of report.html that show how good the model is.
+"""The sections of report.html that tell right from wrong: comparisons, confusions, classes.
 
 Each turns what a run directory holds into HTML, or into "" where it holds nothing to show.
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,55 +15,20 @@ from jft.report.markup import (
     count,
     float_of,
     listed,
-    number,
     percent,
-    points_of,
     scroll,
     section,
     share_of,
     table_head,
     text,
 )
-from jft.report.plots import (
-    COLORS,
-    Band,
-    Series,
-    bar_rows,
-    data_url,
-    heat_image,
-    heat_table,
-    line_chart,
-)
+from jft.report.measures import WORDS, points
+from jft.report.plots import bar_rows, heat_image, heat_table
 
-_MOST_NAMED_CLASSES = 30
+_MOST_NAMED_CLASSES = 30  # of a confusion matrix with numbers
+_MOST_SHADED_CLASSES = 100  # of one with shaded cells; beyond it is a picture
+_MOST_PAIRS = 12
 _MOST_CLASS_ROWS = 60
-_MOST_IMAGE_BYTES = 1 << 20
-
-
-def curves(rows: Sequence[Mapping[str, Any]], bands: Sequence[Band]) -> str:
-    """Loss, accuracy and learning rates by step."""
-    loss = [
-        Series("eval", points_of(rows, "eval/loss"), COLORS[0], dots=True),
-        Series("train", points_of(rows, "train/loss"), COLORS[2]),
-    ]
-    accuracy = [
-        Series("eval", points_of(rows, "eval/accuracy"), COLORS[0], dots=True),
-        Series("train", points_of(rows, "train/accuracy"), COLORS[2]),
-    ]
-    names = sorted({name for row in rows for name in row if "learning_rate" in name.split("/")})
-    rates = [
-        Series(_rate_name(name), points_of(rows, name), color)
-        for name, color in zip(names, COLORS, strict=False)
-    ]
-    charts = (
-        line_chart("Loss", loss, bands)
-        + line_chart("Accuracy", accuracy, bands, as_percent=True)
-        + line_chart("Learning rate", rates, bands)
-    )
-    if not charts:
-        return ""
-    about = "Phases stand above each plot; a marker is one evaluation of the whole split."
-    return section("Curves", about if bands else "", f'<div class="charts">{charts}</div>')
 
 
 def comparison(name: str, accuracy: float | None, baselines: Sequence[Mapping[str, Any]]) -> str:
@@ -87,34 +50,50 @@ def comparison(name: str, accuracy: float | None, baselines: Sequence[Mapping[st
 def confusion(evaluation: Mapping[str, Any]) -> str:
     """The confusion matrix and the pairs confused most often."""
     names = [text(name) for name in listed(evaluation.get("label_names"))]
-    try:
-        counts = np.asarray(evaluation.get("confusion"), np.int64)
-    except (TypeError, ValueError, OverflowError):
-        return ""
-    if counts.ndim != 2 or counts.shape != (len(names), len(names)) or not len(names):
+    counts = _counts(evaluation, len(names))
+    if counts is None:
         return ""
     wrong = int(counts.sum() - np.trace(counts))
-    if len(names) <= _MOST_NAMED_CLASSES:
-        drawing = scroll(heat_table(counts, names), "confusion matrix")
+    if len(names) <= _MOST_SHADED_CLASSES:
+        dense = len(names) > _MOST_NAMED_CLASSES
+        drawing = scroll(heat_table(counts, names, dense), "confusion matrix")
     else:
         drawing = heat_image(
             counts, f"Confusion matrix of {len(names)} classes; rows true, columns predicted"
         )
     missed = counts - np.diag(np.diag(counts))
-    order = np.argsort(-missed, axis=None, kind="stable")[:8]
+    order = np.argsort(-missed, axis=None, kind="stable")[:_MOST_PAIRS]
     items = []
     for true, predicted in zip(*np.unravel_index(order, counts.shape), strict=True):
         if missed[true, predicted]:
             pair = f"{escape(names[true])} → {escape(names[predicted])}"
             items.append(f"<li><span>{pair}</span><b>{missed[true, predicted]}</b></li>")
     pairs = f'<div><h3>Most often confused</h3><ul class="plain">{"".join(items)}</ul></div>'
-    about = f"{wrong:,} of {int(counts.sum()):,} examples are off the diagonal."
-    body = f'<div class="two"><div>{drawing}</div>{pairs if items else ""}</div>'
+    about = f"Rows are true classes, columns predicted ones; {wrong:,} of {int(counts.sum()):,}"
+    about += " examples are off the diagonal."
+    wide = " wide" if _MOST_NAMED_CLASSES < len(names) <= _MOST_SHADED_CLASSES else ""
+    body = f'<div class="two{wide}"><div>{drawing}</div>{pairs if items else ""}</div>'
     return section("Confusion matrix", about, body)
 
 
+def _counts(evaluation: Mapping[str, Any], classes: int) -> np.ndarray | None:
+    """The confusion matrix [K, K]; of very many classes the file has the counts above 0 alone."""
+    try:
+        if "confusion_counts" in evaluation:
+            cells = np.asarray(evaluation["confusion_counts"], np.int64).reshape(-1, 3)
+            counts = np.zeros((classes, classes), np.int64)
+            if cells.size and (cells.min() < 0 or cells[:, :2].max() >= classes):
+                return None
+            counts[cells[:, 0], cells[:, 1]] = cells[:, 2]
+        else:
+            counts = np.asarray(evaluation.get("confusion"), np.int64)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return counts if classes and counts.shape == (classes, classes) else None
+
+
 def class_table(evaluation: Mapping[str, Any]) -> str:
-    """Precision, recall, F1 and support by class, the worst first where there are many."""
+    """Precision, recall, F1 and areas by class, the worst first where there are many."""
     rows = [row for row in listed(evaluation.get("per_class")) if isinstance(row, Mapping)]
     if not rows:
         return ""
@@ -122,17 +101,28 @@ def class_table(evaluation: Mapping[str, Any]) -> str:
     if len(rows) > _MOST_CLASS_ROWS:
         about = f"The {_MOST_CLASS_ROWS} of {len(rows)} classes with the lowest F1."
         rows = sorted(rows, key=lambda row: float_of(row.get("f1")) or 0.0)[:_MOST_CLASS_ROWS]
+    areas = [name for name in ("auroc", "average_precision") if any(name in row for row in rows)]
+    counts = [name for name in ("support", "known") if any(name in row for row in rows)]
     body = []
     for row in rows:
         f1 = share_of(row.get("f1"))
         bar = f'<span class="mini"><i style="width:{100 * (f1 or 0):.1f}%"></i></span>'
-        body.append(
-            f'<tr><th scope="row" class="name">{escape(text(row.get("name")))}</th>'
-            f'<td class="n">{bar}{percent(f1)}</td>'
-            f'<td class="n">{percent(share_of(row.get("precision")))}</td>'
-            f'<td class="n">{percent(share_of(row.get("recall")))}</td>'
-            f'<td class="n">{count(row.get("support"))}</td></tr>'
-        )
+        cells = [f'{bar}<span class="wide">{percent(f1)}</span>']
+        cells += [percent(share_of(row.get(name))) for name in ("precision", "recall")]
+        cells += [points(float_of(row.get(name))) for name in areas]
+        cells += [count(row.get(name)) for name in counts]
+        numeric = "".join(f'<td class="n">{cell}</td>' for cell in cells)
+        name = escape(text(row.get("name")))
+        body.append(f'<tr><th scope="row" class="name">{name}</th>{numeric}</tr>')
+    head = ["class", "F1", "precision", "recall", *(WORDS[name].title for name in areas)]
+    head += ["examples", "known"][: len(counts)]
+    foot = _means(evaluation, len(areas) + len(counts))
+    table = f"<table>{table_head(head)}<tbody>{''.join(body)}</tbody>{foot}</table>"
+    return section("By class", about, scroll(table, "metrics by class"))
+
+
+def _means(evaluation: Mapping[str, Any], empty: int) -> str:
+    """The foot of the table of classes; "" where the file has no means."""
     foot = []
     for key, name in (("macro", "mean over classes"), ("weighted", "weighted by support")):
         means = evaluation.get(key)
@@ -141,69 +131,6 @@ def class_table(evaluation: Mapping[str, Any]) -> str:
                 f'<td class="n">{percent(share_of(means.get(column)))}</td>'
                 for column in ("f1", "precision", "recall")
             )
-            foot.append(f'<tr><th scope="row">{name}</th>{cells}<td class="n"></td></tr>')
-    head = table_head(["class", "F1", "precision", "recall", "examples"])
-    table = f"<table>{head}<tbody>{''.join(body)}</tbody><tfoot>{''.join(foot)}</tfoot></table>"
-    return section("By class", about, scroll(table, "metrics by class"))
-
-
-def gallery(workdir: Path, evaluation: Mapping[str, Any]) -> str:
-    """The examples with the highest loss, as pictures."""
-    names = [text(name) for name in listed(evaluation.get("label_names"))]
-    cards = []
-    for row in listed(evaluation.get("hardest")):
-        png = _thumbnail(workdir, row.get("image")) if isinstance(row, Mapping) else None
-        if png is None:
-            continue
-        label, predicted = (_class(names, row.get(key)) for key in ("label", "predicted"))
-        sure = percent(share_of(row.get("probability")))
-        where = text(row.get("id"))
-        alt = escape(f"{where}: labelled {label}, predicted {predicted} at {sure}")
-        # Small images keep hard pixel edges; from 64 pixels on they are smoothed.
-        small = ' class="small"' if max(_png_size(png)) < 64 else ""
-        said = f"<b>{escape(label)}</b> read as <b>{escape(predicted)}</b>"
-        if label == predicted:
-            said = f"<b>{escape(label)}</b>, right"
-        cards.append(
-            f'<figure title="{escape(where)}"><div class="frame"><img{small} alt="{alt}" '
-            f'src="{data_url(png)}"></div><figcaption><div>{said}</div>'
-            f"<span>{sure}\u00a0sure, loss\u00a0{number(float_of(row.get('loss')))}</span>"
-            "</figcaption></figure>"
-        )
-    if not cards:
-        return ""
-    about = "The examples with the highest loss. Wrong labels often stand among them."
-    return section("Hardest images", about, f'<div class="gallery">{"".join(cards)}</div>')
-
-
-def _rate_name(name: str) -> str:
-    """The group of a learning-rate series: "learning_rate/head" -> "head"."""
-    rest = [part for part in name.split("/") if part not in ("train", "learning_rate")]
-    return "/".join(rest) or "last"
-
-
-def _class(names: Sequence[str], index: Any) -> str:
-    """The name of a class by its index; anything else as it is written."""
-    if isinstance(index, int) and 0 <= index < len(names):
-        return names[index]
-    return text(index)
-
-
-def _thumbnail(workdir: Path, name: Any) -> bytes | None:
-    """A PNG inside the run directory, or None: a report embeds no other file of the machine."""
-    if not isinstance(name, str):
-        return None
-    try:
-        path = (workdir / name).resolve()
-        inside = path.is_relative_to(workdir.resolve())
-        if not inside or path.stat().st_size > _MOST_IMAGE_BYTES:
-            return None
-        png = path.read_bytes()
-    except (OSError, ValueError):
-        return None
-    return png if png.startswith(b"\x89PNG\r\n\x1a\n") and len(png) >= 24 else None
-
-
-def _png_size(png: bytes) -> tuple[int, int]:
-    """(width, height) in pixels; they follow the signature and the first chunk's head."""
-    return struct.unpack(">II", png[16:24])
+            rest = '<td class="n"></td>' * empty
+            foot.append(f'<tr><th scope="row">{name}</th>{cells}{rest}</tr>')
+    return f"<tfoot>{''.join(foot)}</tfoot>" if foot else ""

@@ -53,7 +53,7 @@ def conversion(report: Mapping[str, Any]) -> str:
 
 
 def environment(run: Any, config: Any) -> str:
-    """What the run was started with, folded away."""
+    """What the run was started with: in one line, and whole but folded away."""
     parts = []
     for title, content in (("Environment", run), ("Configuration", config)):
         pairs = list(flat_pairs(content)) if isinstance(content, Mapping) else []
@@ -63,11 +63,28 @@ def environment(run: Any, config: Any) -> str:
                 for key, value in pairs
             )
             table = f'<table class="kv"><tbody>{body}</tbody></table>'
-            opened = " open" if title == "Environment" else ""
-            parts.append(
-                f"<details{opened}><summary>{title}</summary>{scroll(table, title)}</details>"
-            )
-    return section("How it was run", "", "".join(parts)) if parts else ""
+            parts.append(f"<details><summary>{title}</summary>{scroll(table, title)}</details>")
+    if not parts:
+        return ""
+    return section("How it was run", _in_short(run), "".join(parts))
+
+
+def _in_short(run: Any) -> str:
+    """Versions, devices, commit and seed in one line."""
+    if not isinstance(run, Mapping):
+        return ""
+    versions = run.get("versions")
+    known = versions if isinstance(versions, Mapping) else {}
+    words = [f"{name} {text(known[name])}" for name in ("jft", "jax") if name in known]
+    words += [f"Python {text(run['python'])}"] if "python" in run else []
+    devices = [text(name) for name in listed(run.get("devices"))]
+    words += [f"{devices.count(name)} × {name}" for name in dict.fromkeys(devices)]
+    git = run.get("git")
+    if isinstance(git, Mapping) and git.get("commit"):
+        changed = " with changes" if git.get("dirty") is True else ""
+        words.append(f"commit {text(git['commit'])[:10]}{changed}")
+    words += [f"seed {text(run['seed'])}"] if "seed" in run else []
+    return escape(", ".join(words)) + ("." if words else "")
 
 
 def _conversion_row(row: Any) -> tuple[str, str] | None:

@@ -3,15 +3,17 @@
 CSS = """
 :root {
   color-scheme: light dark;
-  --page: #f6f5f2; --card: #ffffff; --ink: #1c1d21; --soft: #5f626b; --faint: #8b8e97;
+  --page: #f6f5f2; --card: #ffffff; --ink: #1c1d21; --soft: #565962; --faint: #6c6f78;
   --line: #e5e3dd; --band: #f3f1ec; --accent: #2f54c4; --accent-rgb: 47 84 196;
-  --on-accent: #ffffff; --track: #eceae4;
+  --on-accent: #ffffff; --track: #eceae4; --line-strong: #cfccc4;
+  --second: #b06f22; --grey: #8b8e97;
 }
 @media (prefers-color-scheme: dark) {
   :root {
-    --page: #131417; --card: #1b1d21; --ink: #e9e9ec; --soft: #a5a8b1; --faint: #7d818b;
+    --page: #131417; --card: #1b1d21; --ink: #e9e9ec; --soft: #b0b3bb; --faint: #8f939d;
     --line: #2d3036; --band: #22252a; --accent: #8aa8ff; --accent-rgb: 112 146 245;
-    --on-accent: #0d1330; --track: #2a2d33;
+    --on-accent: #0d1330; --track: #2a2d33; --line-strong: #454951;
+    --second: #dfa75c; --grey: #7d818b;
   }
 }
 * { box-sizing: border-box; }
@@ -48,7 +50,8 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
   padding: clamp(16px, 3vw, 26px); margin-top: 16px; }
 h2 { margin: 0 0 2px; font-size: 18px; font-weight: 630; letter-spacing: -.005em; }
 h3 { margin: 22px 0 6px; font-size: 14px; font-weight: 620; }
-.about { margin: 0 0 16px; color: var(--soft); font-size: 14px; max-width: 72ch; }
+.about { margin: 0 0 16px; color: var(--soft); font-size: 14px; max-width: 72ch;
+  text-wrap: pretty; }
 .about:last-child { margin-bottom: 0; }
 code, .mono { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 
@@ -75,6 +78,26 @@ figure { margin: 0; min-width: 0; }
 .tick.y { right: 100%; margin-right: 8px; transform: translateY(-50%); }
 .tick.x { top: 100%; margin-top: 6px; transform: translateX(-50%); }
 .tick.x.first { transform: none; } .tick.x.last { transform: translateX(-100%); }
+.charts.small { grid-template-columns: repeat(auto-fit, minmax(min(100%, 260px), 1fr)); }
+.charts + .charts { margin-top: 26px; }
+.small { align-items: end; }
+.small .area { height: 104px; }
+.small .chart:last-child:nth-child(odd):not(:first-child) { grid-column: auto; }
+.small .chart:last-child:nth-child(odd):not(:first-child) .area { height: 104px; }
+.squares { align-items: end;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 270px), 1fr)); }
+.square { max-width: 380px; }
+.square .plot { padding: 0 10px 42px 62px; }
+.square .area, .squares .square:last-child:nth-child(odd):not(:first-child) .area {
+  height: auto; aspect-ratio: 1; }
+.squares .square:last-child:nth-child(odd):not(:first-child) { grid-column: auto; }
+.square figcaption b { flex-basis: 100%; }
+.square .key { max-width: 100%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.side, .under { position: absolute; color: var(--soft); font-size: 12.5px; line-height: 16px; }
+.side { left: 0; top: 0; bottom: 42px; writing-mode: vertical-rl; transform: rotate(180deg);
+  text-align: center; }
+.under { left: 62px; right: 10px; bottom: 0; text-align: center; }
+.squares + .scroll { margin-top: 22px; }
 
 .bars { display: grid; gap: 12px; margin: 0; }
 .bars .row { display: grid; gap: 2px 16px; align-items: center;
@@ -105,16 +128,20 @@ th.n:last-child, td.n:last-child { padding-right: 2px; }
 td.name, th.name { max-width: 260px; min-width: 110px; overflow-wrap: anywhere; }
 .mini { display: inline-block; width: 84px; height: 7px; margin-right: 10px; border-radius: 2px;
   background: var(--track); overflow: hidden; vertical-align: middle; }
+.mini + .wide { display: inline-block; min-width: 56px; }
 .mini i { display: block; height: 100%; background: var(--accent); }
 .on, .off { display: inline-block; padding: 0 9px; border-radius: 99px; font-size: 12.5px;
+  white-space: nowrap; }
 .strip { display: block; width: 100%; min-width: 180px; height: 12px; border-radius: 3px;
   background: var(--track); }
-  white-space: nowrap; }
 .on { background: var(--accent); color: var(--on-accent); }
 .off { color: var(--faint); border: 1px solid var(--line); }
 .kv th { width: 26%; min-width: 150px; color: var(--soft); font-weight: 500; padding-right: 24px;
   overflow-wrap: anywhere; }
 .kv td { overflow-wrap: anywhere; min-width: 150px; }
+
+.scores td.n { font-weight: 560; }
+.scores td.what { color: var(--soft); padding-left: 28px; min-width: 230px; }
 
 table.matrix { width: auto; font-size: 13px; border-spacing: 2px; border-collapse: separate; }
 .matrix th, .matrix td { border: 0; padding: 0; }
@@ -129,18 +156,26 @@ table.matrix { width: auto; font-size: 13px; border-spacing: 2px; border-collaps
 .matrix thead th { text-align: center; padding: 0 2px 4px; max-width: 44px; }
 .matrix thead th.long span { writing-mode: vertical-rl; transform: rotate(180deg);
   max-height: 130px; overflow: hidden; text-overflow: ellipsis; display: inline-block; }
-.matrix caption { caption-side: top; text-align: left; color: var(--faint); font-size: 12.5px;
-  padding-bottom: 6px; }
+.few.matrix td { min-width: 60px; height: 52px; font-size: 15px; }
+.dense.matrix { border-spacing: 1px; font-size: 11px; line-height: 1; }
+.dense.matrix td { min-width: 13px; width: 13px; height: 13px; padding: 0; border-radius: 2px; }
+.dense.matrix tbody td:not([style]) { background: var(--band); }
+.dense.matrix tbody th { max-width: 110px; padding-right: 6px; }
+.dense.matrix thead th { padding: 0; }
 .heat { width: 540px; max-width: 100%; aspect-ratio: 1; border: 1px solid var(--line);
   border-radius: 6px; image-rendering: pixelated; background: var(--card); display: block; }
 .two { display: grid; gap: 24px 40px; grid-template-columns: minmax(0, 1fr); }
 @media (min-width: 900px) { .two { grid-template-columns: minmax(0, auto) minmax(220px, 1fr); } }
+@media (min-width: 900px) { .two.wide { grid-template-columns: minmax(0, 1fr); } }
+.told { margin: 20px 0 0; max-width: 72ch; text-wrap: pretty; }
 .plain { list-style: none; margin: 0; padding: 0; font-size: 14px; }
 .plain li { display: flex; gap: 12px; padding: 5px 0; border-bottom: 1px solid var(--line); }
 .plain li:last-child { border-bottom: 0; } .plain b { margin-left: auto; font-weight: 560; }
 
 .gallery { display: grid; gap: 18px 14px; margin: 0;
   grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); }
+.gallery.roomy { grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); }
+.gallery.roomy .frame { max-width: 128px; }
 .gallery .frame { aspect-ratio: 1; border-radius: 8px; background: var(--band);
   display: grid; place-items: center; overflow: hidden; border: 1px solid var(--line); }
 .gallery img { width: 100%; height: 100%; object-fit: contain; }
@@ -152,6 +187,11 @@ table.matrix { width: auto; font-size: 13px; border-spacing: 2px; border-collaps
 .stack { display: flex; height: 12px; gap: 2px; border-radius: 3px; overflow: hidden;
   margin-bottom: 10px; background: var(--track); }
 .stack i { display: block; background: rgb(var(--accent-rgb) / var(--a)); min-width: 3px; }
+.legend { list-style: none; margin: 0 0 24px; padding: 0; display: flex; flex-wrap: wrap;
+  gap: 4px 22px; font-size: 13.5px; color: var(--soft); }
+.legend b { color: var(--ink); font-weight: 560; margin-left: 4px; }
+.legend .key::before { width: 10px; height: 10px; }
+section > h3:first-of-type { margin-top: 8px; }
 details + details { margin-top: 14px; }
 summary { cursor: pointer; font-size: 14px; font-weight: 560; padding: 2px 0; }
 summary:focus-visible { outline: 2px solid var(--accent); outline-offset: 3px; }
@@ -162,10 +202,14 @@ footer { color: var(--faint); font-size: 13px; margin: 22px 2px 0; }
   .bars dt { grid-column: 1 / -1; }
   .tiles { grid-template-columns: 1fr 1fr; }
   .tile dd { font-size: 22px; }
-  .mini { display: none; }
+  .scores .what { display: none; }
+  .matrix:not(.dense):not(.few) td { min-width: 27px; height: 29px; padding: 0 2px;
+    font-size: 12px; }
+  .mini { display: none; } .mini + .wide { min-width: 0; }
   td.n, th.n { padding-left: 6px; padding-right: 6px; }
   .matrix tbody th { max-width: 96px; }
   .gallery { grid-template-columns: repeat(3, 1fr); }
+  .gallery.roomy { grid-template-columns: repeat(2, 1fr); }
 }
 @media print { body { background: none; } section { break-inside: avoid; } }
 """
