@@ -9,14 +9,13 @@ says of the same augmented images. `--config.distill.teacher=None` trains it on 
 `:tiny` runs the same path in seconds; its teacher has random weights.
 """
 
-from pathlib import Path
-
 from jft.config import read_file
+from jft.config_file import locate
 
 
 def get_config(arg: str = ""):
     """Returns the config; `arg` is "" or "tiny"."""
-    config = read_file(Path(__file__).with_name("quickstart.py"), arg)
+    config = read_file(locate("quickstart")[0], arg)
     config.init.source = None
     config.freeze.name, config.freeze.args = "full", {}
     config.loss.args = {}  # the teacher's own doubts are the smoothing

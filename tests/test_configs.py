@@ -17,7 +17,14 @@ NAMES = [file.stem for file in CONFIGS]
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    return fault_run.write_photos(tmp_path_factory.mktemp("data") / "photos")
+    folder = fault_run.write_photos(tmp_path_factory.mktemp("data") / "photos")
+    rows = ["image,label,split"]
+    for file in sorted(folder.glob("*/*/*.png")):
+        split, name = file.parts[-3:-1]
+        also = "|even" if int(file.stem) % 2 == 0 else ""
+        rows.append(f"{file.relative_to(folder)},{name}{also},{split}")
+    (folder / "tags.csv").write_text("\n".join(rows) + "\n")
+    return folder
 
 
 def test_there_are_configs_and_each_says_how_to_run_it():
@@ -66,7 +73,8 @@ def test_tiny_trains_evaluates_exports_and_reports(name, photos, tmp_path, capsy
     workdir, out = tmp_path / "run", tmp_path / "out"
     argv = ["train", f"--config={name}:tiny", f"--workdir={workdir}", "--config.parallel.devices=1"]
     if config.data.path is None:
-        argv.append(f"--config.data.path={photos}")
+        path = photos / "tags.csv" if config.data.name == "table" else photos
+        argv.append(f"--config.data.path={path}")
     assert main(argv) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
     plan = json.loads((workdir / "plan.json").read_text())
