@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jft.errors import ConfigError, nearest
+from jft.measures import less_is_better
 from jft.report.markup import NONE, big, count, flat_pairs, float_of, listed, number, percent, text
 from jft.report.rundir import read_json, read_rows
 
@@ -172,17 +173,11 @@ def _results(runs: Sequence[RunFiles]) -> Block:
         shown = [_metric(name, value) for value in values]
         rows.append((name, shown))
         known = [value for value in values if value is not None]
-        target = min(known) if is_lower_better(name) else max(known)
+        target = min(known) if less_is_better(name) else max(known)
         winners = frozenset(at for at, value in enumerate(values) if value == target)
         if len(known) == len(runs) and len(winners) < len(runs):
             best[name] = winners
     return Block("Final metrics", rows, "The best of each row is marked.", best)
-
-
-def is_lower_better(name: str) -> bool:
-    """Whether less of a metric is better: losses, errors and what measures them."""
-    last = name.rpartition("/")[2]
-    return last.endswith(("loss", "error", "ece", "mae", "mse", "rmse", "brier", "perplexity"))
 
 
 def _metric(name: str, value: float | None) -> str:
