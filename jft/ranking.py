@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -75,7 +75,7 @@ class Ranking:
         recall = np.stack([right / positives, right / found], axis=1)
         return np.concatenate([[[0.0, 0.0]], roc]), np.concatenate([[[0.0, 1.0]], recall])
 
-    def _below(self, side: str) -> np.ndarray:
+    def _below(self, side: Literal["left", "right"]) -> np.ndarray:
         """Negatives below each positive; of side "right" also those with its very score."""
         among_all = np.searchsorted(self.scores, self.positives, side)
         return among_all - np.searchsorted(self.positives, self.positives, side)

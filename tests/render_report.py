@@ -26,16 +26,17 @@ FLAGS = (
     " --disable-dev-shm-usage --remote-debugging-pipe"
 ).split()
 
-# Elements that stick out of the page, but not out of a box that scrolls.
-OVERFLOW = """(() => {
-  const wide = document.documentElement.scrollWidth > innerWidth;
+# Elements that stick out of the window, but not out of a box that scrolls. On a phone innerWidth
+# grows with a page that is too wide: what counts is the width that was asked for.
+OVERFLOW = """(width => {
+  const wide = document.documentElement.scrollWidth > width;
   const out = [...document.querySelectorAll("body *")].filter(e => {
     if (e.closest(".scroll") && !e.matches(".scroll")) return false;
     const box = e.getBoundingClientRect();
-    return box.width && (box.right > innerWidth + 1 || box.left < -1);
+    return box.width && (box.right > width + 1 || box.left < -1);
   });
   return {wide, out: out.slice(0, 5).map(e => e.tagName + "." + e.className)};
-})()"""
+})"""
 
 # Contrast of text with what is behind it, by WCAG 2.2; texts drawn on a translucent colour have
 # that colour laid over the ground below.
@@ -161,7 +162,7 @@ def screen(browser, path, width, scheme, target):
     browser.wait_for("Page.loadEventFired")
     time.sleep(0.1)
     wrong = []
-    fit = browser.value(OVERFLOW)
+    fit = browser.value(f"{OVERFLOW}({width})")
     if fit["wide"] or fit["out"]:
         wrong.append(f"wider than the window: {', '.join(fit['out'])}")
     wrong += [f"contrast of {each}" for each in browser.value(CONTRAST)]

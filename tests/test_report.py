@@ -450,12 +450,14 @@ def test_a_phase_is_compared_with_the_steps_that_train_everything(tmp_path):
 def test_the_time_of_a_run_is_told_in_parts_that_sum_to_it(tmp_path):
     rows = [
         {"step": step, "time/step_seconds": 0.5, "time/data_wait_percent": 20.0,
-         "time/elapsed_seconds": 4 + step, "time/stall_seconds": 3.0, "time/probe_seconds": 0.0}
+         "time/elapsed_seconds": 4 + step, "time/stall_seconds": 3.0, "time/probe_seconds": 0.0,
+         "time/host_peak_bytes": 3_000_000_000}
         for step in (10, 20)
     ] + [{"step": 20, "time/eval_seconds": 1.0}]  # fmt: skip
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = " ".join(Page(render(tmp_path)).words)
     assert "Where 24s went" in words
+    assert "Peak memory" in words and "host 3\u00a0GB" in words
     for part in ("training 8.0s", "waiting for data 2.0s", "evaluation 1.0s", "compiling 3.0s"):
         assert part in " ".join(words.split())
     assert "start, saves and the rest 10s" in " ".join(words.split())

@@ -331,6 +331,16 @@ def test_large_splits_are_scored_in_parts_with_the_same_result(monkeypatch):
     assert scored("multi", np.eye(7, dtype=np.float32)[label], logits).scalars == several.scalars
 
 
+def test_of_very_many_classes_the_counts_above_0_are_kept_alone():
+    label, logits = drawn(60, 201, seed=2)
+    found = scored("class", label, logits)
+    counts = np.zeros((201, 201), int)
+    for true, predicted, count in found.details["confusion_counts"]:
+        counts[true, predicted] = count
+    assert np.array_equal(counts, found.confusion) and "confusion" not in found.details
+    assert len(found.details["curves"]) == 12
+
+
 def test_a_long_curve_is_thinned_and_keeps_its_ends():
     random = np.random.default_rng(0)
     label = random.integers(0, 2, 4000)
