@@ -2,13 +2,15 @@
 
     jft train --config=configs/xray.py --config.data.path=scans --workdir=runs/scans
 
-One folder a class, as with `folder`. Grey stays one channel, with all 16 bits where the files have
-them; the first convolution is adapted, so that a grey image gets the response that it had as RGB.
-Rare classes are drawn as often as frequent ones, the best checkpoint is the one with the largest area
-under the ROC curve, and the run stops when that no longer grows.
+One folder a class, as with `folder`. Grey stays one channel, with all 16 bits where the files
+have them; the first convolution is adapted, so that a grey image gets the response that it had as
+RGB. Rare classes are drawn as often as frequent ones, the best checkpoint is the one with the
+largest area under the ROC curve, and the run stops when that no longer grows.
 
-Hardware and time: depends on the images; 300 of them take two CPU cores about 10 minutes at 224 px.
-Expect: depends on the images; the report has ROC and calibration curves beside the confusion matrix.
+Hardware and time: depends on the images; 300 of them take two CPU cores about 10 minutes at 224
+px.
+Expect: depends on the images; the report has ROC and calibration curves beside the confusion
+matrix.
 """
 
 from jft.config import read_file

@@ -13,7 +13,6 @@ from jft.report.compare import (
     blocks,
     examples_per_second,
     final_metrics,
-    is_lower_better,
     load,
     markdown,
 )
@@ -70,11 +69,6 @@ def test_the_best_of_each_metric_is_marked_by_its_direction(own):
     assert row_of(text, "eval/loss") == ["0.5", "**0.4**"]
     assert row_of(text, "eval/accuracy") == ["**80.0 %**", "70.0 %"]
     assert row_of(text, "state") == ["done", "done"]
-
-
-@pytest.mark.parametrize("name", ["eval/loss", "test/ece", "train/rmse"])
-def test_losses_and_errors_are_better_when_less(name):
-    assert is_lower_better(name) and not is_lower_better("eval/accuracy")
 
 
 def test_equal_values_and_missing_ones_mark_nobody(own):
