@@ -10,10 +10,10 @@ import numpy as np
 
 from jft.data import colour, erase, geometry, policy
 from jft.data.op_text import read_calls
-from jft.data.ops import Pixels, Warp
+from jft.data.ops import PixelOp, Warp
 from jft.errors import ConfigError
 
-Op = Pixels | Warp
+Op = PixelOp | Warp
 # Folded into the key of a row; crop and flip take the two halves of its split.
 OPS_FOLD = 0x0B5
 
@@ -130,7 +130,7 @@ def _run(
         own = jax.random.fold_in(key, number)
         if borders and op.matrix is not None:
             matrix = geometry.compose(matrix, op.matrix(own, image.shape[0]))
-        elif isinstance(op, Pixels):
+        elif isinstance(op, PixelOp):
             image = op.run(image, own, fill)
     return geometry.sample(image, matrix, borders[0], fill) if borders else image
 

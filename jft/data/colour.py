@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jft.data.op_text import Between, Share
-from jft.data.ops import Pixels, sometimes
+from jft.data.ops import PixelOp, sometimes
 from jft.errors import ConfigError
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's mode "L"
@@ -123,7 +123,7 @@ def colour(
     saturation: Annotated[float, Between(0.0, 1.0)] = 0.0,
     hue: Annotated[float, Between(0.0, 0.5)] = 0.0,
     p: Share = 1.0,
-) -> Pixels:
+) -> PixelOp:
     """Brightness, contrast and saturation times U(1 - x, 1 + x), then hue plus U(-x, x) turns."""
 
     def run(image: jax.Array, key: jax.Array, _: jax.Array) -> jax.Array:
@@ -139,63 +139,63 @@ def colour(
         return image
 
     needs = "saturation" if saturation else "hue" if hue else ""
-    return Pixels(sometimes(p, run), colour=needs)
+    return PixelOp(sometimes(p, run), colour=needs)
 
 
-def grey(p: Share = 0.1) -> Pixels:
+def grey(p: Share = 0.1) -> PixelOp:
     """Takes the colours away."""
 
     def run(image: jax.Array, *_: jax.Array) -> jax.Array:
         return jnp.broadcast_to(grey_of(image), image.shape)
 
-    return Pixels(sometimes(p, run), random=p < 1, colour="grey")
+    return PixelOp(sometimes(p, run), random=p < 1, colour="grey")
 
 
-def invert(p: Share = 0.1) -> Pixels:
+def invert(p: Share = 0.1) -> PixelOp:
     """255 - value."""
-    return Pixels(sometimes(p, lambda image, *_: 255.0 - image), random=p < 1)
+    return PixelOp(sometimes(p, lambda image, *_: 255.0 - image), random=p < 1)
 
 
-def autocontrast(p: Share = 0.5) -> Pixels:
+def autocontrast(p: Share = 0.5) -> PixelOp:
     """Takes the range of each channel to 0..255."""
 
     def run(image: jax.Array, *_: jax.Array) -> jax.Array:
         gain, offset = stretch(image)
         return jnp.clip(image * gain + offset, 0.0, 255.0)
 
-    return Pixels(sometimes(p, run), random=p < 1)
+    return PixelOp(sometimes(p, run), random=p < 1)
 
 
-def equalize(p: Share = 0.5) -> Pixels:
+def equalize(p: Share = 0.5) -> PixelOp:
     """Flattens the histogram of each channel."""
-    return Pixels(sometimes(p, lambda image, *_: equalized(image)), random=p < 1)
+    return PixelOp(sometimes(p, lambda image, *_: equalized(image)), random=p < 1)
 
 
-def posterize(p: Share = 0.1, bits: Annotated[int, Between(1, 8)] = 4) -> Pixels:
+def posterize(p: Share = 0.1, bits: Annotated[int, Between(1, 8)] = 4) -> PixelOp:
     """Keeps the highest bits of each value."""
     quantum = jnp.float32(2 ** (8 - bits))
-    return Pixels(sometimes(p, lambda image, *_: posterized(image, quantum)), random=p < 1)
+    return PixelOp(sometimes(p, lambda image, *_: posterized(image, quantum)), random=p < 1)
 
 
-def solarize(p: Share = 0.1, threshold: Annotated[float, Between(0.0, 256.0)] = 128.0) -> Pixels:
+def solarize(p: Share = 0.1, threshold: Annotated[float, Between(0.0, 256.0)] = 128.0) -> PixelOp:
     """Inverts values from the threshold on."""
-    return Pixels(sometimes(p, lambda image, *_: solarized(image, threshold)), random=p < 1)
+    return PixelOp(sometimes(p, lambda image, *_: solarized(image, threshold)), random=p < 1)
 
 
-def sharpness(p: Share = 0.5, strength: _Strength = 0.9) -> Pixels:
+def sharpness(p: Share = 0.5, strength: _Strength = 0.9) -> PixelOp:
     """Blends with the image smoothed 3 x 3, by a factor U(1 - strength, 1 + strength)."""
 
     def run(image: jax.Array, key: jax.Array, _: jax.Array) -> jax.Array:
         return blend(smoothed(image), image, _factor(key, strength))
 
-    return Pixels(sometimes(p, run))
+    return PixelOp(sometimes(p, run))
 
 
 def blur(
     p: Share = 0.5,
     low: Annotated[float, Between(0.05, 10.0)] = 0.1,
     high: Annotated[float, Between(0.05, 10.0)] = 2.0,
-) -> Pixels:
+) -> PixelOp:
     """Gaussian blur with a standard deviation of U(low, high) pixels, mirrored at the edge."""
     if low > high:
         raise ConfigError(f"low {low:g} should be at most high {high:g}")
@@ -205,7 +205,7 @@ def blur(
         sigma = jax.random.uniform(key, (), minval=low, maxval=high)
         return blurred(image, sigma, reach)
 
-    return Pixels(sometimes(p, run))
+    return PixelOp(sometimes(p, run))
 
 
 def blurred(image: jax.Array, sigma: jax.Array, reach: int) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jft.data.boxes import inside, random_box
 from jft.data.op_text import Between, Share
-from jft.data.ops import Pixels, sometimes
+from jft.data.ops import PixelOp, sometimes
 from jft.errors import ConfigError
 
 
@@ -19,7 +19,7 @@ def erase(
     high: Annotated[float, Between(0.001, 1.0)] = 1 / 3,
     ratio: Annotated[float, Between(0.01, 1.0)] = 0.3,
     mode: Literal["const", "colour", "pixel"] = "const",
-) -> Pixels:
+) -> PixelOp:
     """Erases a box of U(low, high) of the area, its sides in a ratio between ratio and 1 / ratio.
 
     Mode "const" fills with the mean of the model's preprocessing (0 of its input), "colour" with
@@ -39,4 +39,4 @@ def erase(
             new = jax.random.bits(what, shape, jnp.uint8).astype(jnp.float32)
         return jnp.where(inside(box, side), new, image)
 
-    return Pixels(sometimes(p, run))
+    return PixelOp(sometimes(p, run))

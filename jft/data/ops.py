@@ -12,7 +12,7 @@ Run = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 @dataclass(frozen=True)
-class Pixels:
+class PixelOp:
     """An op that makes an image of an image.
 
     Attributes:

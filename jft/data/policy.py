@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jft.data import colour, geometry
 from jft.data.geometry import Border, Number
 from jft.data.op_text import Between
-from jft.data.ops import Pixels
+from jft.data.ops import PixelOp
 
 NAMES = (
     "identity",
@@ -70,7 +70,7 @@ def rand_augment(
     magnitude: Annotated[float, Between(0.0, MOST)] = 9.0,
     noise: Annotated[float, Between(0.0, MOST)] = 0.0,
     border: Border = "reflect",
-) -> Pixels:
+) -> PixelOp:
     """So many ops of fourteen at a magnitude of 0 to 10, which varies by normal noise.
 
     Cubuk et al. 2019, arXiv:1909.13719. Blends differ from 1 in either direction, as timm's "inc1".
@@ -83,7 +83,7 @@ def rand_augment(
     return _policy(layers, size, RAND, border)
 
 
-def trivial_augment(border: Border = "reflect") -> Pixels:
+def trivial_augment(border: Border = "reflect") -> PixelOp:
     """One op of fourteen at a magnitude from 31 levels, drawn evenly; wide ranges.
 
     Müller and Hutter 2021, arXiv:2103.10158.
@@ -93,7 +93,7 @@ def trivial_augment(border: Border = "reflect") -> Pixels:
 
 def _policy(
     layers: int, size: Callable[[jax.Array], jax.Array], ranges: Ranges, border: str
-) -> Pixels:
+) -> PixelOp:
     def run(image: jax.Array, key: jax.Array, fill: jax.Array) -> jax.Array:
         def layer(carry: tuple[jax.Array, jax.Array], key: jax.Array):
             image, matrix = carry
@@ -109,7 +109,7 @@ def _policy(
         (image, matrix), _ = jax.lax.scan(layer, start, jax.random.split(key, layers))
         return geometry.sample(image, matrix, border, fill)
 
-    return Pixels(run)
+    return PixelOp(run)
 
 
 def _on(op: jax.Array, name: str, value: Number, rest: Number) -> jax.Array:
