@@ -22,7 +22,7 @@ from jft.tree import count_params, flatten, unflatten
 
 TINY = ("efficientnet_lite_tiny", "efficientnet_tiny", "vit_tiny")
 SMALL = {
-    "efficientnet_tiny": {"blocks": ((1, 3, 1, 1, 64), (2, 5, 2, 2, 32))},
+    "efficientnet_tiny": {"blocks": ((2, 5, 2, 2, 32),)},
     "efficientnet_lite_tiny": {"blocks": ((1, 3, 1, 1, 8), (1, 5, 2, 2, 8)), "final_features": 16},
     "vit_tiny": {"depth": 2},
 }
@@ -80,7 +80,12 @@ def test_a_part_needs_only_its_own_leaves(name):
     np.testing.assert_array_equal(top, model.apply(variables, images()))
 
 
-@pytest.mark.parametrize("name", list_models())
+# Of each row of sizes the first and the last: between them only numbers differ.
+ENDS = [name for name in list_models() if name[-5:] not in ("lite1", "lite2", "lite3")]
+ENDS = [name for name in ENDS if name[-2:] not in ("b1", "b2", "b3")]
+
+
+@pytest.mark.parametrize("name", ENDS)
 def test_every_leaf_has_one_stage_one_group_and_one_source_name(name):
     model, variables = shapes_of(name)
     family, names = model.family, []
@@ -189,16 +194,9 @@ def test_squeeze_and_excitation_is_counted_as_compiled():
         found = sum(n for scope, n in scopes.items() if "/se/" in scope)
         return found, analytic_flops(loss, params, rest, images(2)).total
 
-    # Three blocks of (channels within, channels of their input). Two products a block, 2 FLOPs a
-    # multiply-add and row, two rows, each once forward and twice backward.
-    wanted = {
-        ratio: 3
-        * 2
-        * 2
-        * 2
-        * sum(inner * int(ratio * into) for inner, into in ((8, 8), (32, 16), (16, 8)))
-        for ratio in (0.25, 1.0)
-    }
+    # Two blocks of 16 channels within and 8 before. Two products a block, 2 FLOPs a multiply-add
+    # and row, two rows, each once forward and twice backward.
+    wanted = {ratio: 3 * 2 * 2 * 2 * 2 * 16 * int(ratio * 8) for ratio in (0.25, 1.0)}
     found = {ratio: flops(squeeze_ratio=ratio) for ratio in wanted}
     assert {ratio: compiled for ratio, (compiled, _) in found.items()} == wanted
     assert found[1.0][1] - found[0.25][1] == wanted[1.0] - wanted[0.25]
