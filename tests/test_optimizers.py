@@ -43,6 +43,9 @@ UNMASKED = ("dadapt_adamw", "madgrad", "muon", "novograd", "prodigy")
 FREE = ("schedule_free_adamw", "schedule_free_sgd")
 ALL = [[".*", True]]
 NAMES = [*OPTIMIZERS, "optax.adamw", "optax.contrib.lion"]
+SLOW = pytest.mark.slow
+# Parts of optimizers take long to compile, and most are parts of one that is there.
+SWITCHED = [pytest.param(n, marks=SLOW) if n.startswith("scale_by_") else n for n in NAMES]
 # Of the parts that optax makes directions of, whose rate and decay jft adds, two show it.
 COMPARED = [n for n in NAMES if not n.startswith("scale_by_")] + ["scale_by_yogi", "scale_by_sm3"]
 TEXT, STEPS = "head@10 | all@14 | head", 18
@@ -244,7 +247,7 @@ def test_an_update_may_be_skipped(name):
     assert jax.tree.structure(after) == jax.tree.structure(before)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SWITCHED)
 def test_a_run_with_two_switches_resumes_bitwise(name):
     straight = rehearsal(name).whole()
     assert bits(rehearsal(name).whole(save=True)) == bits(straight)
@@ -257,12 +260,11 @@ def test_a_run_with_two_switches_resumes_bitwise(name):
         assert np.all(np.isfinite(leaf)) and np.any(np.asarray(leaf) != PARAMS[path]), path
 
 
-SCHEDULED = (
-    "adafactor cocob dadapt_adamw dog fromage lamb lars madgrad muon novograd prodigy rmsprop"
-)
+SCHEDULED = ["adafactor", "cocob", "dadapt_adamw", "madgrad", "muon", "prodigy", "rmsprop"]
+SCHEDULED += [pytest.param(n, marks=SLOW) for n in ("dog", "fromage", "lamb", "lars", "novograd")]
 
 
-@pytest.mark.parametrize("name", SCHEDULED.split())
+@pytest.mark.parametrize("name", SCHEDULED)
 def test_a_schedule_enters_as_optax_has_it(name):
     shape = dict(schedule="cosine", warmup_steps=4)
     args = {"momentum": 0.9} if name == "rmsprop" else {}
@@ -526,7 +528,7 @@ def test_a_killed_run_of_the_loop_ends_bitwise_equal(name, tmp_path, monkeypatch
     assert bool(differs) == (name in FREE)
 
 
-@pytest.mark.parametrize("name", ["muon", "schedule_free_sgd"])
+@pytest.mark.parametrize("name", ["muon", pytest.param("schedule_free_sgd", marks=SLOW)])
 def test_the_number_of_devices_changes_nothing(name):
     kw = dict(norm=False, optim=dict(name=name, schedule="constant", learning_rate=3e-2))
     one, many = Trainer(**kw), Trainer(devices=8, **kw)

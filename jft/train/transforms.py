@@ -8,14 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
+from optax import GradientTransformationExtraArgs as Transform
 
 from jft.stack_names import members
 from jft.train.optimizers import Decays, Optimizer
 from jft.train.rates import LeafRates
 from jft.train.stacks import stack, unstack
 from jft.tree import Flat
-
-Transform = optax.GradientTransformationExtraArgs
 
 
 def clip_by_norm(max_norm: float) -> optax.GradientTransformation:
