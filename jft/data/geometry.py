@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jft.data.op_text import Between, Share
-from jft.data.ops import Pixels, Warp
+from jft.data.ops import PixelOp, Warp
 from jft.errors import ConfigError
 
 Border = Literal["reflect", "edge", "constant"]
@@ -100,22 +100,22 @@ def _fold(index: jax.Array, size: int, border: str) -> jax.Array:
     return jnp.clip(index, 0, size - 1)
 
 
-def flip(p: Share = 0.5) -> Pixels:
+def flip(p: Share = 0.5) -> PixelOp:
     """Mirrors left to right."""
     return _exact(lambda key: (False, False, jax.random.bernoulli(key, p)), p)
 
 
-def flip_vertical(p: Share = 0.5) -> Pixels:
+def flip_vertical(p: Share = 0.5) -> PixelOp:
     """Mirrors top to bottom."""
     return _exact(lambda key: (False, jax.random.bernoulli(key, p), False), p)
 
 
-def flips(p: Share = 0.5) -> Pixels:
+def flips(p: Share = 0.5) -> PixelOp:
     """Mirrors left to right, and top to bottom, each by itself with probability p."""
     return _exact(lambda key: (False, *jax.random.bernoulli(key, p, (2,))), p)
 
 
-def rot90(p: Share = 1.0) -> Pixels:
+def rot90(p: Share = 1.0) -> PixelOp:
     """Turns by 0, 90, 180 or 270 degrees, each as likely; every pixel stays what it was."""
 
     def draw(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -126,7 +126,7 @@ def rot90(p: Share = 1.0) -> Pixels:
     return _exact(draw, 0.0)
 
 
-def _exact(draw: Callable[[jax.Array], tuple[Any, Any, Any]], p: float) -> Pixels:
+def _exact(draw: Callable[[jax.Array], tuple[Any, Any, Any]], p: float) -> PixelOp:
     """An op that swaps rows and columns, then mirrors down, then across, where it draws so."""
 
     def run(image: jax.Array, key: jax.Array, _: jax.Array) -> jax.Array:
@@ -142,7 +142,7 @@ def _exact(draw: Callable[[jax.Array], tuple[Any, Any, Any]], p: float) -> Pixel
         x, y = jnp.where(across, -1.0, 1.0), jnp.where(down, -1.0, 1.0)
         return jnp.where(swapped, linear(0.0, y, x, 0.0), linear(x, 0.0, 0.0, y))
 
-    return Pixels(run, random=p < 1, matrix=matrix)
+    return PixelOp(run, random=p < 1, matrix=matrix)
 
 
 def rotate(
