@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.workloads import Workload
-from jft.flops import analytic_flops
+from jft.costs.flops import analytic_flops
 from jft.models.layers import Training
 from jft.tree import flatten, merge
 

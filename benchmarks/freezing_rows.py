@@ -17,7 +17,7 @@ from benchmarks.caps import cache_bound, choose_cut, cut_shares, measured_cap, p
 from benchmarks.naive import Naive
 from benchmarks.timing import interleave, noise, steps_for
 from benchmarks.workloads import JftLoop, Workload
-from jft import hlo
+from jft.costs import hlo
 from jft.keys import KEYS
 from jft.tree import count_params, split
 

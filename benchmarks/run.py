@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.bare import Bare
 from benchmarks.timing import compare, interleave, steps_for, stopwatch
 from benchmarks.workloads import PHASES, SUITES, JftLoop, Workload
-from jft import hlo
+from jft.costs import hlo
 from jft.hugepages import use_huge_pages
 from jft.provenance import describe_run
 

@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 from jft.data.loader import make_eval_loader, make_train_loader
 from jft.data.protocol import Source
 from jft.data.sources import Splits
-from jft.eval_table import MOST_ROWS
-from jft.evaluation import run_split
+from jft.evaluation.split import run_split
+from jft.evaluation.table import MOST_ROWS
 from jft.task import Task
 from jft.train.parallel import Parallel
 

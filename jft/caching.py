@@ -13,16 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jft.costs.flops import analytic_flops
+from jft.costs.phase_plan import PhasePlan
+from jft.costs.plan import Costs
 from jft.data.images import is_random, make_view_transform
 from jft.data.protocol import Source
 from jft.errors import ConfigError
-from jft.flops import analytic_flops
 from jft.freeze.cache_choice import runs_in_parts
 from jft.freeze.phases import Phase
 from jft.freeze.prefix import Prefix, split_identity
 from jft.overview import loss_costs, plan_phases
-from jft.phase_plan import PhasePlan
-from jft.plan import Costs
 from jft.provenance import package_versions
 from jft.task import Task, batch_shapes
 from jft.train.inputs import Input, Inputs

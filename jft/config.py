@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 
 from jft.config_file import Where, locate, place, read_file, read_json, read_text
 from jft.errors import ConfigError, nearest
+from jft.evaluation.measures import AUTO, check_metric
 from jft.keys import KEYS, nearest_key
-from jft.measures import AUTO, check_metric
 from jft.report.trackers import TRACKERS
 from jft.values import Key, key_of, plain
 

@@ -10,16 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jft.costs.memory import memory_text
+from jft.costs.phase_plan import PhasePlan
+from jft.costs.plan import Costs, PhaseParts, make_plan
+from jft.costs.plan import to_dict as plan_dict
+from jft.costs.plan_text import plan_table
 from jft.data.sources import Splits
 from jft.errors import ConfigError
 from jft.freeze.explain import explain
 from jft.freeze.phases import Phase
 from jft.freeze.schedule import FreezeSchedule
-from jft.memory import memory_text
-from jft.phase_plan import PhasePlan
-from jft.plan import Costs, PhaseParts, make_plan
-from jft.plan import to_dict as plan_dict
-from jft.plan_text import plan_table
 from jft.report.tables import Overview, Table
 from jft.task import Task, batch_shapes
 from jft.train.hardware import limit_bytes

@@ -15,10 +15,10 @@ from jft.data.check import check_images
 from jft.data.sources import Splits
 from jft.distill import Taught, make_teacher
 from jft.errors import ConfigError
+from jft.evaluation.measures import check_metric, resolve_metric
 from jft.freeze.masks import Mask
 from jft.freeze.methods import make_freeze
 from jft.freeze.schedule import FreezeSchedule
-from jft.measures import check_metric, resolve_metric
 from jft.overview import describe_plan, loss_costs, memory, plan_phases, summary, tables
 from jft.parts import loss_labels, make_parts, optim_section, plain_section
 from jft.report.rundir import read_json

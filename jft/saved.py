@@ -9,7 +9,7 @@ from jft.config import from_json
 from jft.data.pixels import Pixels
 from jft.data.protocol import KINDS, Kind
 from jft.errors import ConfigError, WeightsError
-from jft.measures import check_metric, less_is_better, resolve_metric
+from jft.evaluation.measures import check_metric, less_is_better, resolve_metric
 from jft.report.rundir import read_json
 from jft.task import Task, initial_leaves, make_task, with_preprocess
 from jft.train.checkpoint import Checkpoints

@@ -16,9 +16,9 @@ from jft.baselines import measure
 from jft.batches import eval_batch_size, evaluate_split
 from jft.data.decode import BadImage, load_image
 from jft.errors import ConfigError, WeightsError, nearest
-from jft.evaluation import fetch_each
+from jft.evaluation.prediction import THRESHOLD, describe_rows, find_files
+from jft.evaluation.split import fetch_each
 from jft.parts import make_parts
-from jft.prediction import THRESHOLD, describe_rows, find_files
 from jft.report.card import model_card
 from jft.report.html import write_report
 from jft.report.rundir import read_json, write_atomic, write_json
@@ -87,7 +87,7 @@ def load_trained(workdir: str | Path, model: Any = None, step: str | int = "newe
 def evaluate(
     workdir: str | Path, split: str = "test", model: Any = None, step: str | int = "newest"
 ) -> dict[str, float]:
-    """Returns the measures of a split, see jft.measures; writes eval/<split>.json and its like."""
+    """Returns what `jft.evaluation.measures` names of a split; writes eval/<split>.json."""
     trained = load_trained(workdir, model, step)
     splits = make_data(trained.task.config)
     known = list(splits)
@@ -113,7 +113,7 @@ def predict(
     threshold: float = THRESHOLD,
     on_error: Callable[[BadImage], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Returns one dict an image file: "file", and what `jft.prediction.describe_rows` gives.
+    """Returns one dict an image file: "file", and what `evaluation.prediction` describes it by.
 
     Args:
       workdir: the run directory.

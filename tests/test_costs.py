@@ -13,8 +13,9 @@ import pytest
 from jax import lax
 from ml_collections import ConfigDict
 
-from jft import hlo, setup
+from jft import setup
 from jft.config import base, from_json, to_json
+from jft.costs import hlo
 from jft.data.images import canvas_side
 from jft.models.layers import Training
 from jft.overview import plan_phases

@@ -12,7 +12,8 @@ import pytest
 from test_step import Trainer, batches, worst
 from tiny_net import TinyNet, make_batch, make_parts
 
-from jft import evaluate, fit, hlo, load_config, setup
+from jft import evaluate, fit, load_config, setup
+from jft.costs import hlo
 from jft.errors import ConfigError, WeightsError
 from jft.losses import make_distillation
 from jft.prepare import plan_text

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jft.errors import DataError
-from jft.evaluation import EASIEST, HARDEST, fetch_each, run_split
+from jft.evaluation.split import EASIEST, HARDEST, fetch_each, run_split
 from jft.report.png import encode_png, picture, thumbnail
 
 NAMES = ["cat", "dog", "<script>alert(1)</script>"]
@@ -243,7 +243,7 @@ def test_logits_beyond_the_limit_of_memory_come_from_a_file_with_the_same_scores
 ):
     split = make_split(40)
     scalars, table = evaluate(split, 7)
-    monkeypatch.setattr("jft.evaluation.MOST_LOGITS_BYTES", 100)
+    monkeypatch.setattr("jft.evaluation.split.MOST_LOGITS_BYTES", 100)
     mapped, again = evaluate(split, 7, workdir=tmp_path)
     assert isinstance(again.predictions.logits, np.memmap) and mapped == scalars
     assert np.array_equal(again.predictions.logits, table.predictions.logits)

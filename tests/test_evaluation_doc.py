@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from jft.calibration import BINS
 from jft.cli import main
-from jft.eval_table import MOST_PROBABILITIES, MOST_ROWS
-from jft.evaluation import EASIEST, HARDEST
-from jft.measures import LESS_IS_BETTER, MEASURES
+from jft.evaluation.calibration import BINS
+from jft.evaluation.measures import LESS_IS_BETTER, MEASURES
+from jft.evaluation.split import EASIEST, HARDEST
+from jft.evaluation.table import MOST_PROBABILITIES, MOST_ROWS
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "evaluation.md").read_text()

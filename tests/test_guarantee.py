@@ -9,10 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from jft import hlo
+from jft.costs import hlo
+from jft.costs.plan import Costs, PhaseParts, make_plan
 from jft.freeze.groups import make_groups
 from jft.models.conv import depthwise_conv, pointwise_conv
-from jft.plan import Costs, PhaseParts, make_plan
 from jft.train import guarantee
 from jft.train.guarantee import Guard, check_cost, consumers, digest
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from jft.flops import analytic_flops
-from jft.hlo import count, count_text
-from jft.products import Axis
+from jft.costs.flops import analytic_flops
+from jft.costs.hlo import count, count_text
+from jft.costs.products import Axis
 from jft.tree import count_bytes, split
 
 TOLERANCE = 0.05

@@ -4,8 +4,7 @@ import pytest
 
 from jft.config import diff, from_json, load_config, to_json
 from jft.errors import ConfigError
-from jft.freeze.until import parse_until
-from jft.measures import (
+from jft.evaluation.measures import (
     AUTO,
     LESS_IS_BETTER,
     MEASURES,
@@ -14,6 +13,7 @@ from jft.measures import (
     metric_names,
     resolve_metric,
 )
+from jft.freeze.until import parse_until
 from jft.report.measures import WORDS
 
 DIGITS = "configs/digits_vit.py"

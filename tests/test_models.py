@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jft.costs.flops import analytic_flops
+from jft.costs.hlo import count
 from jft.errors import ConfigError
-from jft.flops import analytic_flops
-from jft.hlo import count
 from jft.models.family import Preprocess
 from jft.models.layers import Training
 from jft.models.mbconv import scale_width

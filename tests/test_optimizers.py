@@ -14,11 +14,11 @@ from fault_run import Stop, stop_at
 from test_step import Trainer, batches, worst
 from tiny_run import make_run
 
+from jft.costs.plan import optimizer_flops
 from jft.errors import ConfigError
 from jft.freeze.groups import make_groups
 from jft.freeze.methods import make_phases
 from jft.freeze.phases import Elements
-from jft.plan import optimizer_flops
 from jft.train import averages
 from jft.train.loop import fit
 from jft.train.optim import make_optim

@@ -9,9 +9,9 @@ import optax
 import pytest
 from jax import lax
 
-from jft.flops import Flops, analytic_flops
-from jft.plan import Costs, PhaseParts, make_plan, to_dict
-from jft.plan_text import plan_table
+from jft.costs.flops import Flops, analytic_flops
+from jft.costs.plan import Costs, PhaseParts, make_plan, to_dict
+from jft.costs.plan_text import plan_table
 from jft.tree import count_bytes
 
 ADAM = optax.adam(1e-3)

@@ -14,8 +14,8 @@ from jft.data import sources
 from jft.data.arrays import ArraySource
 from jft.data.decode import BadImage
 from jft.errors import ConfigError, DataError
-from jft.measures import MEASURES
-from jft.prediction import check_threshold, describe_rows, find_files, to_text
+from jft.evaluation.measures import MEASURES
+from jft.evaluation.prediction import check_threshold, describe_rows, find_files, to_text
 from jft.prepare import make_checkpoints, setup
 from jft.train.loop import fit
 

@@ -11,7 +11,7 @@ import pytest
 from render_report import find_chromium
 from render_report import render as render_screens
 
-from jft.evaluation import run_split
+from jft.evaluation.split import run_split
 from jft.report.html import render, write_report
 from jft.report.markup import big, flat_pairs, number, percent
 from jft.report.plots import Band, Series, heat_image, line_chart, nice_ticks, tick_texts

@@ -6,11 +6,11 @@ import warnings
 import numpy as np
 import pytest
 
-from jft.calibration import calibration_error, equal_counts, pool, reliability
-from jft.measures import MEASURES, TOP
-from jft.ranking import mean_defined, rank
-from jft.scores import confusion_matrix, errors, per_class
-from jft.split_scores import Predictions, probabilities, score
+from jft.evaluation.calibration import calibration_error, equal_counts, pool, reliability
+from jft.evaluation.measures import MEASURES, TOP
+from jft.evaluation.ranking import mean_defined, rank
+from jft.evaluation.scores import confusion_matrix, errors, per_class
+from jft.evaluation.split_scores import Predictions, probabilities, score
 
 sklearn = pytest.importorskip("sklearn.metrics")
 EXACT = dict(rel=1e-6, abs=1e-9)
@@ -326,7 +326,7 @@ def test_large_splits_are_scored_in_parts_with_the_same_result(monkeypatch):
     label, logits = drawn(50, 7, seed=8)
     whole = scored("class", label, logits)
     several = scored("multi", np.eye(7, dtype=np.float32)[label], logits)
-    monkeypatch.setattr("jft.split_scores._ELEMENTS", 33)
+    monkeypatch.setattr("jft.evaluation.split_scores._ELEMENTS", 33)
     assert scored("class", label, logits).details == whole.details
     assert scored("multi", np.eye(7, dtype=np.float32)[label], logits).scalars == several.scalars
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from tiny_run import make_run
 
-from jft.memory import advice, memory_text
+from jft.costs.memory import advice, memory_text
 from jft.report.tables import Overview, Table
 from jft.report.trackers import TRACKERS
 from jft.report.writers import RunWriter

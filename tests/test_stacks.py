@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jft import hlo, setup
+from jft import setup
 from jft.config import base, from_json, to_json
+from jft.costs import hlo
 from jft.errors import ConfigError
 from jft.freeze.groups import make_groups
 from jft.freeze.methods import make_phases

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from tiny_net import CLASSES, make_batch, make_parts
 
-from jft.evaluation import run_split
+from jft.evaluation.split import run_split
 from jft.freeze.groups import make_groups
 from jft.freeze.methods import make_freeze
 from jft.report.writers import RunWriter

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jft.errors import ConfigError
-from jft.measures import less_is_better
+from jft.evaluation.measures import less_is_better
 
 _NUMBER = re.compile(r"([0-9.]+(?:e[0-9]+)?)\s*(%|ep|epochs?|steps?)?")
 _PLATEAU = re.compile(r"plateau(?:\(\s*(\d+)?\s*(?:,\s*([\w/]+))?\s*\))?")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jft.errors import ConfigError, nearest
-from jft.measures import less_is_better
+from jft.evaluation.measures import less_is_better
 from jft.report.markup import NONE, big, count, flat_pairs, float_of, listed, number, percent, text
 from jft.report.rundir import read_json, read_rows
 

@@ -30,7 +30,7 @@ from jft.report.squares import (
 )
 
 _NAMED_CURVES = 3
-_KEPT_CURVES = 12  # at most, by jft.ranking
+_KEPT_CURVES = 12  # at most, by jft.evaluation.ranking
 _MOST_SCATTERS = 6
 
 

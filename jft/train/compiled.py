@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from jft import hlo
+from jft.costs import hlo
 from jft.freeze.phases import Phase
 from jft.train.guarantee import check_cost
 from jft.train.inputs import Input

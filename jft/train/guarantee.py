@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from jft import hlo
+from jft.costs import hlo
+from jft.costs.phase_plan import PhasePlan
 from jft.freeze.groups import Groups
 from jft.freeze.masks import Mask, make_mask
 from jft.models.conv import STRIDED
-from jft.phase_plan import PhasePlan
 from jft.tree import Flat
 
 # A compiled step may differ from its plan by so much.

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jft.evaluation.measures import less_is_better
 from jft.freeze.phases import Phase
-from jft.measures import less_is_better
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from jft.costs.phase_plan import PhasePlan
 from jft.errors import ConfigError, WeightsError
 from jft.freeze.phases import Phase
 from jft.freeze.schedule import FreezeSchedule
-from jft.phase_plan import PhasePlan
 from jft.report.tables import Overview
 from jft.report.writers import RunWriter
 from jft.train.averages import eval_params

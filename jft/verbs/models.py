@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jft.costs.flops import analytic_flops
 from jft.errors import ConfigError, nearest
-from jft.flops import analytic_flops
 from jft.models.family import Facts
 from jft.models.zoo import FAMILIES, Model, list_models, make_model
 from jft.tree import count_bytes, count_params, flatten

@@ -11,7 +11,7 @@ from jft.config import load_config
 from jft.data.decode import BadImage
 from jft.dry_run import dry_run
 from jft.errors import ConfigError
-from jft.prediction import check_threshold, to_text
+from jft.evaluation.prediction import check_threshold, to_text
 from jft.prepare import plan_overview, setup
 from jft.report.rundir import read_json, write_atomic, write_json
 from jft.train.loop import fit

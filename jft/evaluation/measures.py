@@ -1,7 +1,7 @@
 """What an evaluation logs for each kind of label, and which of it is better when less.
 
 Names alone, without jax, so that a config is checked and help is shown without it; the formulas
-stand in jft.scores and jft.calibration.
+stand in jft.evaluation.scores and jft.evaluation.calibration.
 """
 
 from collections.abc import Sequence

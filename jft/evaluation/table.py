@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from jft.evaluation.split_scores import Predictions, Scored, probabilities
 from jft.report.png import encode_png, picture, thumbnail
 from jft.report.rundir import write_atomic, write_json
-from jft.split_scores import Predictions, Scored, probabilities
 
 # Every evaluation of a run writes the predictions of a split again: of one that is larger, only an
 # evaluation that is asked for does.
@@ -63,7 +63,7 @@ class EvalTable:
 
     @property
     def scalars(self) -> dict[str, float]:
-        """The measures that are logged, see jft.measures."""
+        """The measures that are logged, see jft.evaluation.measures."""
         return self.scored.scalars
 
     def to_dict(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jft.phase_plan import PhasePlan
-from jft.plan import Costs, Mask
+from jft.costs.phase_plan import PhasePlan
+from jft.costs.plan import Costs, Mask
 from jft.report.progress import format_bytes
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from jft.errors import DataError
-from jft.eval_table import MOST_ROWS, EvalTable, Shown
-from jft.split_scores import Predictions, score
+from jft.evaluation.split_scores import Predictions, score
+from jft.evaluation.table import MOST_ROWS, EvalTable, Shown
 
 PredictStep = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
@@ -76,7 +76,7 @@ def run_split(
         most_rows: no CSV is written of more examples; None writes it of any number.
 
     Returns:
-        (the measures that are logged, see jft.measures; the table).
+        (the measures that are logged, see jft.evaluation.measures; the table).
 
     Raises:
         DataError: no example counts.

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
-from jft.products import DEPTHWISE, Axis, convolution_flops, dot_flops
+from jft.costs.products import DEPTHWISE, Axis, convolution_flops, dot_flops
 
 Flags = tuple[bool, ...]
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from jft.data.folder import EXTENSIONS
 from jft.errors import ConfigError, DataError
-from jft.split_scores import probabilities
+from jft.evaluation.split_scores import probabilities
 
 FORMATS = ("jsonl", "csv")
 THRESHOLD = 0.5

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from jft.calibration import calibration_error, equal_counts, pool, reliability
-from jft.measures import TOP
-from jft.ranking import Ranked, mean_defined, rank, rounded
-from jft.scores import (
+from jft.evaluation.calibration import calibration_error, equal_counts, pool, reliability
+from jft.evaluation.measures import TOP
+from jft.evaluation.ranking import Ranked, mean_defined, rank, rounded
+from jft.evaluation.scores import (
     balanced_accuracy,
     cohen_kappa,
     confusion_matrix,
@@ -53,7 +53,7 @@ class Scored:
     """Scores of a split.
 
     Attributes:
-      scalars: the measures that are logged, see jft.measures.
+      scalars: the measures that are logged, see jft.evaluation.measures.
       details: JSON for the report.
       predicted: class [N] int64; whether a class [N, K] bool; or values [N, K] float32.
       probability: of the predicted class [N] float64; None of the other kinds.

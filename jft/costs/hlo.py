@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jft.products import DEPTHWISE, Axis, convolution_flops, dot_flops
+from jft.costs.products import DEPTHWISE, Axis, convolution_flops, dot_flops
 
 Shape = tuple[str, tuple[int, ...]]  # (element type, dimensions)
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import jax
 
-from jft.flops import Flops, analytic_flops, forward_flops
-from jft.phase_plan import PhasePlan
+from jft.costs.flops import Flops, analytic_flops, forward_flops
+from jft.costs.phase_plan import PhasePlan
 from jft.tree import Flat, count_bytes, count_params, split
 
 Mask = Mapping[str, bool]

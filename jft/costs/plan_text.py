@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jft.phase_plan import PhasePlan
+from jft.costs.phase_plan import PhasePlan
 from jft.report.tables import Table
 
 _TITLES: tuple[str, ...] = (
