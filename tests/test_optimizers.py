@@ -14,18 +14,22 @@ from fault_run import Stop, stop_at
 from test_step import Trainer, batches, worst
 from tiny_run import make_run
 
+from jft.config import base, from_json, to_json
 from jft.costs.plan import optimizer_flops
 from jft.errors import ConfigError
 from jft.freeze.groups import make_groups
 from jft.freeze.methods import make_phases
 from jft.freeze.phases import Elements
+from jft.prepare import setup
 from jft.train import averages
+from jft.train.checkpoint import Checkpoints
 from jft.train.loop import fit
 from jft.train.optim import make_optim
 from jft.train.optimizers import OPTIMIZERS, REFUSED
 from jft.train.parallel import check_replicas
 from jft.train.stacks import make_stacks, unstack
 from jft.train.state import fill, leaves_by_path, make_state, switch_phase
+from jft.trained import evaluate, load_trained
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -526,6 +530,27 @@ def test_a_killed_run_of_the_loop_ends_bitwise_equal(name, tmp_path, monkeypatch
     trained = {path: saved[f"params/{path}"] for path in evaluated}
     differs = [path for path, leaf in trained.items() if np.any(leaf != straight.params[path])]
     assert bool(differs) == (name in FREE)
+
+
+def test_a_finished_run_is_used_with_its_averages(tmp_path):
+    file = tmp_path / "data.npz"
+    image = RNG.integers(0, 256, (40, 16, 16, 3), np.uint8)
+    np.savez(file, image=image, label=np.arange(40) % 4)
+    config = base()
+    config.data.name, config.data.path, config.data.image_size = "npz", str(file), 16
+    config.model.name = "vit_tiny"
+    config.model.args = {"depth": 1, "features": 8, "heads": 2, "mlp_features": 8, "patch": 16}
+    config.train.steps, config.train.batch_size, config.parallel.devices = 3, 8, 1
+    config.optim.name, config.optim.schedule = "schedule_free_sgd", "constant"
+    config.optim.learning_rate, config.log.tensorboard = 0.5, False
+    outcome = fit(setup(from_json(to_json(config)), tmp_path / "run"))
+    trained = load_trained(tmp_path / "run")
+    assert_close(trained.params, outcome.params)
+    found = evaluate(tmp_path / "run", "val")
+    assert found["loss"] == pytest.approx(outcome.metrics["eval/loss"], rel=1e-5)
+    saved = Checkpoints(tmp_path / "run").restore().state
+    moves = [np.abs(saved[f"params/{p}"] - x).max() for p, x in trained.params.items()]
+    assert max(moves) > 1e-3, "what is trained is another point"
 
 
 @pytest.mark.parametrize("name", ["muon", pytest.param("schedule_free_sgd", marks=SLOW)])
