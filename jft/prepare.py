@@ -218,10 +218,6 @@ def _make_run(
         make_writer=make_writer,
         begin=lambda: write_run_files(task, splits, workdir, describe(phases, plans), conversion),
         record=record,
-        info={"source": config.init.source, "label_names": task.label_names}
-        | ({"teacher": taught.info} if taught else {}),
-        teacher=(taught and taught.leaves) or {},
-        notes=_notes(config, taught),
         enforce=config.freeze.enforce,
         eval_batch_shape=batch_shapes(task, eval_batch_size(config, parallel)),
         eval_every_steps=config.eval.every_steps,
@@ -231,18 +227,25 @@ def _make_run(
         inputs=inputs,
         summary=summary(task, splits, parallel, schedule, optim, plans, conversion),
         scanned=task.scanned,
-        eval_raw=config.eval.raw,
-        stopping=make_stopping(config, splits),
+        **_weights_in_use(task, splits, taught),
     )
 
 
-def _notes(config: ConfigDict, taught: Taught | None) -> tuple[str, ...]:
-    """Lines about a run that the tables before its first step do not hold."""
+def _weights_in_use(task: Task, splits: Splits, taught: Taught | None) -> dict[str, Any]:
+    """What a `Run` must know of its teacher, its averages and its best checkpoint."""
+    config = task.config
+    info: dict[str, Any] = {"source": config.init.source, "label_names": task.label_names}
     notes = [taught.text] if taught else []
     if config.optim.ema_decay is not None:
         decay = config.optim.ema_decay
         notes.append(f"average   decay {decay:g}: evaluation, prediction and export use it")
-    return tuple(notes)
+    return {
+        "info": info | ({"teacher": taught.info} if taught else {}),
+        "teacher": (taught and taught.leaves) or {},
+        "notes": tuple(notes),
+        "eval_raw": config.eval.raw,
+        "stopping": make_stopping(config, splits),
+    }
 
 
 def check_unchanged(config: ConfigDict, workdir: Path) -> None:

@@ -292,12 +292,12 @@ class _Trainer:
         """Evaluates one split and logs it; "val" as "eval/...", of the best step as "best/..."."""
         self.check_last()
         began, run, final = time.monotonic(), self.run, self.ending.leaves is not None
-        prefix, raw = "eval" if split == "val" else split, {}
+        prefix, raw = "eval" if split == "val" else split, dict[str, float]()
         if run.eval_raw and self.state.averages and not final:  # first: the other file stays
             found = run.evaluate(self.predict_step(self.leaves()), split, self.step)
             raw = {f"{prefix}_raw/{name}": value for name, value in found.items()}
-        step = self.ending.restored_step if final else self.step
-        scalars = run.evaluate(self.predict_step(self.eval_leaves()), split, step or self.step)
+        step = (self.ending.restored_step if final else None) or self.step
+        scalars = run.evaluate(self.predict_step(self.eval_leaves()), split, step)
         named = {f"{prefix}/{name}": value for name, value in scalars.items()} | raw
         self.results.update(named)
         if final and split == "val":
