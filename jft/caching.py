@@ -53,10 +53,10 @@ def make_inputs(
       images: (first batch, views or None) -> stream of image batches.
 
     Raises:
-      ConfigError: a cache is demanded of a model that does not run in parts.
+      ConfigError: a cache is demanded of a model that does not run in parts, or beside a teacher.
     """
-    _check_cache(task, parts)
     config, section = task.config, task.config.augment
+    mode = _cache_mode(task, parts)
     random = is_random(flip=section.flip, crop=section.crop, ops=section.ops)
     views = config.freeze.views if random else 1
     prefix = _prefix(task, source, views or 1)
@@ -67,7 +67,7 @@ def make_inputs(
         return plan.argument_bytes + costs.residual_bytes(phase.mask)
 
     return Inputs(
-        mode="off" if parts.teacher is not None else config.freeze.cache,
+        mode=mode,
         views=views,
         random=random,
         prefix=prefix,
@@ -88,17 +88,18 @@ def make_inputs(
     )
 
 
-def _check_cache(task: Task, parts: StepParts) -> None:
-    if task.config.freeze.cache != "on":
-        return
-    if not runs_in_parts(task.model.apply):
+def _cache_mode(task: Task, parts: StepParts) -> str:
+    """freeze.cache, and "off" where "auto" can have none."""
+    mode = task.config.freeze.cache
+    if mode == "on" and not runs_in_parts(task.model.apply):
         raise ConfigError(
             "freeze.cache: 'on' needs a model whose apply takes start and stop; 'auto' does without"
         )
-    if parts.teacher is not None:
+    if mode == "on" and parts.teacher is not None:
         raise ConfigError(
             "freeze.cache: 'on' keeps no pixels, which distill.teacher needs; 'auto' does without"
         )
+    return "off" if parts.teacher is not None else mode
 
 
 def _loader(task: Task) -> dict[str, Any]:

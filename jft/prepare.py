@@ -216,9 +216,7 @@ def _make_run(
         make_writer=functools.partial(make_writer, config, workdir, steps, tracked=not dry_run),
         begin=lambda: write_run_files(task, splits, workdir, describe(phases, plans), conversion),
         record=functools.partial(_record, schedule, workdir, planned, describe),
-        info=_info(task, taught),
-        teacher=(taught and taught.leaves) or {},
-        notes=_notes(config, taught),
+        enforce=config.freeze.enforce,
         eval_batch_shape=batch_shapes(task, eval_batch_size(config, parallel)),
         stop_step=steps,
         plan=functools.partial(plan_phase, task, parallel, optim, parts, costs, inputs),
@@ -227,11 +225,9 @@ def _make_run(
         scanned=task.scanned,
         flops={phase.key: plan.flops for phase, plan in zip(phases, plans, strict=True)},
         examples=eval_examples(config, splits, parallel, most_batches),
-        stopping=make_stopping(config, splits),
-        enforce=config.freeze.enforce,
         eval_every_steps=config.eval.every_steps,
-        eval_raw=config.eval.raw,
         save_every_steps=config.checkpoint.every_steps,
+        **_weights_in_use(task, splits, taught),
     )
 
 
@@ -247,19 +243,21 @@ def _record(
     write_decisions(workdir, log, describe(phases, planned(phases)))
 
 
-def _info(task: Task, taught: Taught | None) -> dict[str, Any]:
-    """What every checkpoint says of its run."""
-    info = {"source": task.config.init.source, "label_names": task.label_names}
-    return info | ({"teacher": taught.info} if taught else {})
-
-
-def _notes(config: ConfigDict, taught: Taught | None) -> tuple[str, ...]:
-    """Lines about a run that the tables before its first step do not hold."""
+def _weights_in_use(task: Task, splits: Splits, taught: Taught | None) -> dict[str, Any]:
+    """What a `Run` must know of its teacher, its averages and its best checkpoint."""
+    config = task.config
+    info: dict[str, Any] = {"source": config.init.source, "label_names": task.label_names}
     notes = [taught.text] if taught else []
     if config.optim.ema_decay is not None:
         decay = config.optim.ema_decay
         notes.append(f"average   decay {decay:g}: evaluation, prediction and export use it")
-    return tuple(notes)
+    return {
+        "info": info | ({"teacher": taught.info} if taught else {}),
+        "teacher": (taught and taught.leaves) or {},
+        "notes": tuple(notes),
+        "eval_raw": config.eval.raw,
+        "stopping": make_stopping(config, splits),
+    }
 
 
 def plan_overview(config: ConfigDict, every_leaf: bool = False) -> Overview:

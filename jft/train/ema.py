@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jft.errors import ConfigError
 from jft.tree import Flat
@@ -72,8 +73,8 @@ def averaged(averages: Averages, params: Flat, model_state: Flat) -> tuple[Flat,
 
 def _copy(leaf: Any) -> Any:
     """A leaf of its own: the step donates the average and the leaf both."""
-    if isinstance(leaf, jax.core.Tracer):
+    if isinstance(leaf, np.ndarray):
+        return leaf.copy()
+    if isinstance(leaf, Tracer):  # of a plan: only its shape counts
         return leaf
-    if isinstance(leaf, jax.Array):
-        return jax.device_put(leaf, leaf.sharding, may_alias=False)
-    return np.array(leaf)
+    return jax.device_put(leaf, leaf.sharding, may_alias=False)

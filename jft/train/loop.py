@@ -287,13 +287,13 @@ class _Trainer:
         self.check_last()
         began, run, final = time.monotonic(), self.run, self.ending.leaves is not None
         compiling = self.evaluator.compile_seconds
-        prefix, raw = "eval" if split == "val" else split, {}
+        prefix, raw = "eval" if split == "val" else split, dict[str, float]()
         if run.eval_raw and self.state.averages and not final:  # first: the other file stays
             found = run.evaluate(self.evaluator.predict(split, self.leaves()), split, self.step)
             raw = {f"{prefix}_raw/{name}": value for name, value in found.items()}
-        step = self.ending.restored_step if final else self.step
+        step = (self.ending.restored_step if final else None) or self.step
         predict = self.evaluator.predict(split, self.eval_leaves())
-        scalars = run.evaluate(predict, split, step or self.step)
+        scalars = run.evaluate(predict, split, step)
         named: dict[str, Any] = {f"{prefix}/{name}": value for name, value in scalars.items()} | raw
         self.results.update(named)
         if final and split == "val":

@@ -57,6 +57,12 @@ class Parallel:
         def put(leaf: Any) -> jax.Array:
             if isinstance(leaf, jax.Array) and leaf.committed and leaf.sharding == self.replicated:
                 return leaf
+            if (
+                jax.process_count() > 1
+                and isinstance(leaf, jax.Array)
+                and leaf.is_fully_addressable
+            ):
+                leaf = np.asarray(leaf)  # of this process alone: backends do not move it to others
             # may_alias=False: the step donates this buffer, the caller may keep the array.
             return jax.device_put(leaf, self.replicated, may_alias=False)
 
