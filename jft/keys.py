@@ -91,6 +91,14 @@ KEYS: dict[str, Key] = {
         low=0,
         high=1,
     ),
+    "data.cache": Key(
+        "off",
+        str,
+        "decode every image once, before augmentation: disk keeps them in the user's cache folder"
+        " for later runs, memory for this one",
+        choices=("off", "disk", "memory"),
+        free=True,
+    ),
     "data.check": Key(
         "auto",
         str,

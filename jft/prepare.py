@@ -9,10 +9,9 @@ import jax
 from ml_collections import ConfigDict
 
 from jft.baselines import check as check_baselines
-from jft.batches import eval_batch_size, evaluate_split, train_batches
+from jft.batches import cached, checked, eval_batch_size, evaluate_split, train_batches
 from jft.caching import make_inputs, plan_phase
 from jft.config import METRICS, diff, from_json
-from jft.data.check import check_images
 from jft.data.sources import Splits
 from jft.errors import ConfigError, nearest
 from jft.freeze.masks import Mask
@@ -128,7 +127,8 @@ def setup(
     if resumes and resume != "force":
         check_unchanged(config, workdir)
     splits = make_data(config)
-    check_images(splits, config.data.bad_image_quota, config.data.check)
+    if config.data.cache == "off":  # else the cache tells what cannot be read
+        checked(config, splits)
     native = splits.train.image_shape
     task = make_task(config, splits.label_names, native, model, splits.kind, splits.pixels)
     check_baselines(config, splits)
@@ -138,6 +138,7 @@ def setup(
         leaves = initial_leaves(task)
         conversion = leaves[2]
     task = with_preprocess(task, (conversion or {}).get("preprocess"))
+    splits = cached(task, splits)
 
     def start() -> tuple[Flat, Flat]:
         return (leaves or initial_leaves(task))[:2]

@@ -22,6 +22,7 @@ RANKS: dict[str, float] = {
     "jft.values": 0,
     "jft.hugepages": 0,
     "jft.compilation_cache": 0,
+    "jft.memory_room": 0,
     "jft.keys": 0,
     "jft.stack_names": 0,
     "jft.models.layers": 0,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jft.data.decode import Shape, bits_of, decode_image
+from jft.data.kept import file_facts
 from jft.data.pixels import Pixels
 from jft.data.protocol import Kind
 
@@ -48,8 +49,8 @@ class EncodedSource:
         found._labels = self._labels[indices]
         return found
 
-    def origins(self) -> list[str]:
-        """The files that hold the images; what changes with them tells that these changed."""
+    def identity(self) -> str:
+        """A hash that changes with the files that hold the images; no pixel is read for it."""
         raise NotImplementedError
 
     def encoded(self, i: int) -> str | Path | bytes:
@@ -123,6 +124,6 @@ class FileSource(EncodedSource):
         """The file's path."""
         return self.paths[i]
 
-    def origins(self) -> list[str]:
-        """The files."""
-        return self.paths
+    def identity(self) -> str:
+        """A hash of path, size and time of change of each file."""
+        return file_facts(self.paths)
