@@ -14,6 +14,8 @@ import json
 import logging
 import os
 import shutil
+import threading
+import weakref
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -43,25 +45,31 @@ _WINDOW = 64  # canvases decoded ahead of the one that is written
 
 @dataclass(frozen=True, eq=False)
 class Canvases:
-    """Decoded canvases of N examples.
+    """Decoded canvases of N examples, in memory or in a file.
 
     Attributes:
       key: hash of all that decides them.
-      rows: [N, H, W, C], in memory or mapped from a file.
+      shape: (N, H, W, C).
+      dtype: of them.
       bad: {example: why it cannot be read}; its row is black.
-      checks: CRC-32 of each row, uint32 [N], where they come from a file.
+      rows: [N, H, W, C], or None where they lie in a file.
       path: the file, or None.
+      checks: CRC-32 of each row, uint32 [N], where they come from a file.
     """
 
     key: str
-    rows: np.ndarray
+    shape: tuple[int, ...]
+    dtype: np.dtype
     bad: Mapping[int, str]
-    checks: np.ndarray | None = None
+    rows: np.ndarray | None = None
     path: Path | None = None
+    checks: np.ndarray | None = None
 
 
 class CanvasSource:
     """A source whose canvases are decoded already.
+
+    A file is read, not mapped: one that is cut short meanwhile must not end the process.
 
     Args:
       source: what they were decoded from; asked again where a row of the file is damaged.
@@ -74,9 +82,19 @@ class CanvasSource:
         self.kind: Kind = source.kind
         self.label_names = source.label_names
         self.pixels = source.pixels
-        height, width, channels = canvases.rows.shape[1:]
-        self.image_shape: Shape | None = (height, width, channels)
-        self._verified = np.full(len(canvases.rows), canvases.checks is None)
+        height, width, channels = canvases.shape[1:]
+        self.shape: Shape = (height, width, channels)
+        self.image_shape: Shape | None = self.shape
+        self._verified = np.zeros(len(source), bool)
+        self._handle: int | None = None
+        self._opening = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_handle": None, "_opening": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._opening = threading.Lock()
 
     @property
     def labels(self) -> np.ndarray:
@@ -86,15 +104,15 @@ class CanvasSource:
     @property
     def dtype(self) -> np.dtype:
         """Of the canvases."""
-        return self.canvases.rows.dtype
+        return self.canvases.dtype
 
     @property
-    def mapped(self) -> bool:
+    def on_disk(self) -> bool:
         """Whether reading may wait for a disk."""
         return self.canvases.path is not None
 
     def __len__(self) -> int:
-        return len(self.canvases.rows)
+        return len(self.source)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         if i in self.canvases.bad:
@@ -111,22 +129,37 @@ class CanvasSource:
         """[B, H, W, C]; None where one of them cannot be read."""
         if self.canvases.bad and any(int(i) in self.canvases.bad for i in indices):
             return None
-        rows = self.canvases.rows[indices]
-        checks = self.canvases.checks
-        if checks is not None:
-            for at in np.flatnonzero(~self._verified[indices]):
-                index = int(indices[at])
-                if zlib.crc32(np.ascontiguousarray(rows[at]).data) == checks[index]:
-                    self._verified[index] = True
-                else:
-                    LOG.warning("%s: row %d is damaged: decoded again", self.canvases.path, index)
-                    rows[at] = self._decoded(index)
-        return rows
+        if self.canvases.rows is not None:
+            return self.canvases.rows[indices]
+        found = np.empty((len(indices), *self.shape), self.dtype)
+        for row, index in enumerate(indices.tolist()):
+            if not self._read(index, found[row]):
+                LOG.warning("%s: row %d is damaged: decoded again", self.canvases.path, index)
+                image = self.source[index]["image"]
+                name = self.source.id(index)
+                found[row] = fit_image(image, self.shape, self.interpolation, name)
+        return found
 
-    def _decoded(self, i: int) -> np.ndarray:
-        assert self.image_shape is not None
-        image = self.source[i]["image"]
-        return fit_image(image, self.image_shape, self.interpolation, self.source.id(i))
+    def _read(self, index: int, row: np.ndarray) -> bool:
+        """Reads a row in place; False where it is not as it was written."""
+        canvases = self.canvases
+        assert canvases.path is not None and canvases.checks is not None
+        try:
+            content = row.reshape(-1).view(np.uint8).data
+            if os.preadv(self._opened(canvases.path), [content], index * row.nbytes) < row.nbytes:
+                return False
+        except OSError:
+            return False
+        if not self._verified[index]:
+            self._verified[index] = zlib.crc32(content) == canvases.checks[index]
+        return bool(self._verified[index])
+
+    def _opened(self, path: Path) -> int:
+        with self._opening:
+            if self._handle is None:
+                self._handle = os.open(path, os.O_RDONLY)
+                weakref.finalize(self, os.close, self._handle)
+            return self._handle
 
 
 def cached_splits(
@@ -202,7 +235,7 @@ def _canvases(
             return _without(f"{size >> 20:,} MiB are more than half of the free memory")
         rows = np.zeros(shape, root.dtype)
         bad = _fill(rows, _decode_all(whole, image_shape, interpolation, quiet))
-        return Canvases(key, rows, bad)
+        return Canvases(key, shape, root.dtype, bad, rows)
     path = canvases_path(key)
     kept = open_canvases(path, key, shape, root.dtype)
     if kept is not None:
@@ -281,7 +314,7 @@ def _write(
 
 
 def open_canvases(path: Path, key: str, shape: tuple[int, ...], dtype: np.dtype) -> Canvases | None:
-    """Maps a file of canvases; None unless its size and its index are as they were written."""
+    """Opens a file of canvases; None unless its size and its index are as they were written."""
     rows_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     try:
         with open(path, "rb") as file:
@@ -300,8 +333,8 @@ def open_canvases(path: Path, key: str, shape: tuple[int, ...], dtype: np.dtype)
         if header["key"] != key:
             raise ValueError("was made from something else")
         checks = np.frombuffer(index[: 4 * shape[0]], np.uint32)
-        rows = np.memmap(path, dtype, "r", shape=shape)
-        return Canvases(key, rows, {int(i): str(t) for i, t in header["bad"]}, checks, path)
+        bad = {int(i): str(text) for i, text in header["bad"]}
+        return Canvases(key, shape, dtype, bad, path=path, checks=checks)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

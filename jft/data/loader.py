@@ -136,9 +136,9 @@ class _Quota:
 def _stream(dataset: Any, place: str, threads: int | None, workers: int) -> Any:
     """An iterator over a random-access dataset, read ahead by threads or worker processes.
 
-    `place` says where the images lie: "memory", "map" or "files".
+    `place` says where the images lie: "memory", "canvases" (decoded, on disk) or "files".
     """
-    if place == "map":  # nothing is decoded, but a page may have to come from the disk
+    if place == "canvases":  # a copy each, but one that may wait for the disk
         threads, workers = min(4, os.cpu_count() or 1) if threads is None else threads, 0
     if place == "memory":  # a gather costs microseconds: threads and processes would only copy
         return iter(dataset.to_iter_dataset(_read_options(0)))
@@ -252,8 +252,8 @@ def make_train_loader(
 
 def _place(fetch: _Fetch) -> str:
     root = root_of(fetch.source)
-    if getattr(root, "mapped", False):
-        return "map"
+    if getattr(root, "on_disk", False):
+        return "canvases"
     if fetch.source.image_shape != fetch.image_shape:
         return "files"
     # Of decoded canvases a first one that is unreadable is no reason to read ahead.
