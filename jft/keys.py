@@ -23,9 +23,16 @@ KEYS: dict[str, Key] = {
     "init.fresh": Key(
         [], list, "patterns of leaves that may start fresh (a head whose classes differ always may)"
     ),
-    "data.name": Key("folder", str, "kind of data: folder, npz, csv, sklearn, tfds"),
+    "data.name": Key(
+        "folder",
+        str,
+        "kind of data: folder, table, webdataset, hf, tfds, npz, csv (of pixels), sklearn;"
+        " `jft data list` has their options",
+    ),
     "data.path": Key(
-        None, str | None, "file, folder, pkg:DISTRIBUTION/path, or the name of a scikit-learn set"
+        None,
+        str | None,
+        "file, folder, pkg:DISTRIBUTION/path, hf:owner/name, or the name of a scikit-learn set",
     ),
     "data.args": Key({}, dict, "options of that kind of data"),
     "data.val_fraction": Key(
