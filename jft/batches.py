@@ -8,6 +8,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from jft.data.canvas_cache import cached_splits
+from jft.data.check import check_images
 from jft.data.loader import make_eval_loader, make_train_loader
 from jft.data.protocol import Source
 from jft.data.sources import Splits
@@ -34,6 +36,21 @@ def train_batches(task: Task, source: Source, start_batch: int, views: int | Non
         views=views,
         sampling=config.data.sampling,
     )
+
+
+def checked(config: ConfigDict, splits: Splits) -> Splits:
+    """Returns the splits, once what cannot be read of them was told; see `check_images`."""
+    check_images(splits, config.data.bad_image_quota, config.data.check)
+    return splits
+
+
+def cached(task: Task, splits: Splits) -> Splits:
+    """Returns the splits with their canvases decoded, where data.cache says so."""
+    data = task.config.data
+    if data.cache == "off":
+        return splits
+    interpolation = task.preprocess.interpolation
+    return checked(task.config, cached_splits(splits, task.image_shape, interpolation, data.cache))
 
 
 def eval_batch_size(config: ConfigDict, parallel: Parallel) -> int:

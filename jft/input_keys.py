@@ -21,9 +21,16 @@ INPUT_KEYS: dict[str, Key] = {
     "init.fresh": Key(
         [], list, "patterns of leaves that may start fresh (a head whose classes differ always may)"
     ),
-    "data.name": Key("folder", str, "kind of data: folder, npz, csv, sklearn, tfds"),
+    "data.name": Key(
+        "folder",
+        str,
+        "kind of data: folder, table, webdataset, hf, tfds, npz, csv (of pixels), sklearn;"
+        " `jft data list` has their options",
+    ),
     "data.path": Key(
-        None, str | None, "file, folder, pkg:DISTRIBUTION/path, or the name of a scikit-learn set"
+        None,
+        str | None,
+        "file, folder, pkg:DISTRIBUTION/path, hf:owner/name, or the name of a scikit-learn set",
     ),
     "data.args": Key({}, dict, "options of that kind of data"),
     "data.val_fraction": Key(
@@ -88,6 +95,14 @@ INPUT_KEYS: dict[str, Key] = {
         "share of a split's images that may be unreadable and are left out; above 0 at least one",
         low=0,
         high=1,
+    ),
+    "data.cache": Key(
+        "off",
+        str,
+        "decode every image once, before augmentation: disk keeps them in the user's cache folder"
+        " for later runs, memory for this one",
+        choices=("off", "disk", "memory"),
+        free=True,
     ),
     "data.check": Key(
         "auto",

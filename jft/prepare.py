@@ -9,9 +9,15 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jft.baselines import check as check_baselines
-from jft.batches import eval_batch_size, eval_examples, evaluate_split, train_batches
+from jft.batches import (
+    cached,
+    checked,
+    eval_batch_size,
+    eval_examples,
+    evaluate_split,
+    train_batches,
+)
 from jft.caching import make_inputs, plan_phase
-from jft.data.check import check_images
 from jft.data.sources import Splits
 from jft.distill import Taught, make_teacher
 from jft.errors import ConfigError
@@ -155,7 +161,8 @@ def setup(
     if resumes and resume != "force":
         check_unchanged(config, workdir)
     splits = make_data(config)
-    check_images(splits, config.data.bad_image_quota, config.data.check)
+    if config.data.cache == "off":  # else the cache tells what cannot be read
+        checked(config, splits)
     checkpoints = make_checkpoints(config, workdir, splits.kind, len(splits.label_names))
     native = splits.train.image_shape
     task = make_task(config, splits.label_names, native, model, splits.kind, splits.pixels)
@@ -166,6 +173,7 @@ def setup(
         leaves = initial_leaves(task)
         conversion = leaves[2]
     task = with_preprocess(task, (conversion or {}).get("preprocess"))
+    splits = cached(task, splits)
 
     def start() -> tuple[Flat, Flat]:
         return (leaves or initial_leaves(task, conversion))[:2]

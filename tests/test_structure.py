@@ -23,6 +23,7 @@ RANKS: dict[str, float] = {
     "jft.values": 0,
     "jft.hugepages": 0,
     "jft.compilation_cache": 0,
+    "jft.memory_room": 0,
     "jft.keys": 0,
     "jft.input_keys": 0,
     "jft.training_keys": 0,

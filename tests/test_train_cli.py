@@ -328,7 +328,11 @@ def test_a_corrupt_image_exits_3_naming_the_file_and_a_quota_lets_it_pass(
 ):
     broken = own_photos / "train" / "red" / "3.png"
     broken.write_bytes(broken.read_bytes()[:70])
-    line, code, _ = error_of(capsys, *train_line(own_photos, tmp_path / "run"))
+    none = ["--config.data.bad_image_quota=0"]
+    line, code, _ = error_of(capsys, *train_line(own_photos, tmp_path / "run", *none))
+    assert code == 3 and str(broken) in line and not (tmp_path / "run").exists()
+    none.append("--config.data.check=off")  # as of a set too large to be looked at first
+    line, code, _ = error_of(capsys, *train_line(own_photos, tmp_path / "run", *none))
     assert code == 3 and str(broken) in line
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "failed" and str(broken) in status["exit_reason"]
@@ -343,7 +347,7 @@ def test_a_corrupt_image_to_evaluate_on_exits_3_naming_the_file(
     broken = own_photos / "test" / "blue" / "0.png"
     broken.write_bytes(b"no image")
     config = json.loads((stopped / "config.json").read_text())
-    config["data"]["path"] = str(own_photos)
+    config["data"] |= {"path": str(own_photos), "bad_image_quota": 0.0}
     (stopped / "config.json").write_text(json.dumps(config))
     line, code, _ = error_of(capsys, "eval", f"--workdir={stopped}")
     assert code == 3 and str(broken) in line

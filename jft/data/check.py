@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 from PIL import Image
 
+from jft.data.canvas_cache import CanvasSource
 from jft.data.decode import FORMATS, BadImage, bits_of
 from jft.data.encoded import FileSource
-from jft.data.protocol import Source, Subset
+from jft.data.protocol import Source, Subset, root_of
 from jft.errors import DataError
 
 LOG = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def check_images(splits: Mapping[str, Source], quota: float, mode: str = "auto")
       splits: of the run; images in memory need no check.
       quota: data.bad_image_quota.
       mode: "all" decodes every image; "auto" those of small sets, and reads the beginning of the
-        files of larger ones; "off" does nothing.
+        files of larger ones; "off" does nothing. What data.cache decoded is known anyway.
 
     Returns:
       What is wrong with each bad image.
@@ -63,7 +64,9 @@ def check_images(splits: Mapping[str, Source], quota: float, mode: str = "auto")
 
 
 def _way(source: Source, mode: str, total: int) -> str:
-    root = source.source if isinstance(source, Subset) else source
+    root = root_of(source)
+    if isinstance(root, CanvasSource):
+        return "known"
     if mode == "off" or root.image_shape is not None:
         return "none"
     if mode == "all" or total <= _DECODED:
@@ -74,6 +77,11 @@ def _way(source: Source, mode: str, total: int) -> str:
 def _faults(source: Source, way: str) -> list[str]:
     if way == "none":
         return []
+
+    if way == "known":
+        bad = root_of(source).canvases.bad
+        places = source.indices.tolist() if isinstance(source, Subset) else range(len(source))
+        return [bad[i] for i in places if i in bad]
 
     def fault(i: int) -> str | None:
         if way == "open":

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from jft.data.decode import Shape, bits_of, decode_image
-from jft.data.pixels import Pixels
+from jft.data.kept import file_facts
+from jft.data.pixels import BadImage, Pixels
 from jft.data.protocol import Kind
 
 _LOOKED_AT = 16  # headers that tell the depth of a set
@@ -48,8 +49,8 @@ class EncodedSource:
         found._labels = self._labels[indices]
         return found
 
-    def origins(self) -> list[str]:
-        """The files that hold the images; what changes with them tells that these changed."""
+    def identity(self) -> str:
+        """A hash that changes with the files that hold the images; no pixel is read for it."""
         raise NotImplementedError
 
     def encoded(self, i: int) -> str | Path | bytes:
@@ -85,9 +86,14 @@ class EncodedSource:
     def bits(self) -> int:
         """16 where each of a few images, evenly spread, has more than 8 bits a sample, else 8."""
         chosen = np.unique(np.linspace(0, len(self) - 1, min(_LOOKED_AT, len(self))).astype(int))
-        found = [bits_of(self.encoded(int(i))) for i in chosen]
-        known = [bits for bits in found if bits is not None]
+        known = [bits for i in chosen if (bits := self._bits_of(int(i))) is not None]
         return 16 if known and min(known) > 8 else 8
+
+    def _bits_of(self, i: int) -> int | None:
+        try:
+            return bits_of(self.encoded(i))
+        except BadImage:
+            return None
 
 
 class FileSource(EncodedSource):
@@ -123,6 +129,6 @@ class FileSource(EncodedSource):
         """The file's path."""
         return self.paths[i]
 
-    def origins(self) -> list[str]:
-        """The files."""
-        return self.paths
+    def identity(self) -> str:
+        """A hash of path, size and time of change of each file."""
+        return file_facts(self.paths)

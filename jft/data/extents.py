@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from jft.data.encoded import EncodedSource
-from jft.data.kept import keep, kept_folder, load_kept, whole_file
+from jft.data.kept import file_facts, keep, kept_folder, load_kept, whole_file
 from jft.data.pixels import BadImage
 from jft.data.protocol import Kind
 from jft.errors import DataError
@@ -96,9 +97,12 @@ class ExtentSource(EncodedSource):
         """ "shard.tar: cat/17.jpg"."""
         return self.names[i]
 
-    def origins(self) -> list[str]:
-        """The files that hold the images."""
-        return list(self.extents.files)
+    def identity(self) -> str:
+        """A hash of the files and of where the images lie in them."""
+        found = hashlib.sha256(file_facts(self.extents.files).encode())
+        for part in (self.extents.file, self.extents.offset, self.extents.length):
+            found.update(np.ascontiguousarray(part).tobytes())
+        return found.hexdigest()
 
 
 def unpacked(name: str, contents: Iterable[bytes | None], count: int, origin: str) -> Extents:

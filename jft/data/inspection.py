@@ -15,7 +15,7 @@ import numpy as np
 from jft.data.decode import BadImage, Shape, bits_of, decode_raw, fit_image
 from jft.data.encoded import EncodedSource
 from jft.data.progress_line import told
-from jft.data.protocol import Kind, Source, Subset
+from jft.data.protocol import Kind, Source, Subset, root_of
 from jft.data.sources import Splits
 
 _WINDOW = 256  # images decoded ahead of the one whose turn it is
@@ -113,7 +113,6 @@ def inspect_splits(
     facts = {}
     for name, source in splits.items():
         facts[name] = _split_facts(source, image_shape, interpolation, "" if quiet else name)
-    root = splits.train.source if isinstance(splits.train, Subset) else splits.train
     return Inspection(
         kind=splits.kind,
         label_names=splits.label_names,
@@ -121,7 +120,7 @@ def inspect_splits(
         values={n: s.labels for n, s in splits.items()} if splits.kind == "value" else {},
         splits=facts,
         twins=_twins(splits, facts),
-        notes=getattr(root, "notes", ()),
+        notes=getattr(root_of(splits.train), "notes", ()),
         image_shape=image_shape,
     )
 

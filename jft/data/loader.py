@@ -21,7 +21,7 @@ from absl import flags
 from jft.data.check import allowed_bad
 from jft.data.decode import BadImage, Shape, fit_image
 from jft.data.order import Batch, Views, check_sizes, make_order
-from jft.data.protocol import Source, label_layout
+from jft.data.protocol import Source, label_layout, root_of
 from jft.errors import ConfigError, DataError
 
 LOG = logging.getLogger(__name__)
@@ -133,9 +133,14 @@ class _Quota:
         return {key: np.array(value) for key, value in fetched["batch"].items()}
 
 
-def _stream(dataset: Any, in_memory: bool, threads: int | None, workers: int) -> Any:
-    """An iterator over a random-access dataset, read ahead by threads or worker processes."""
-    if in_memory:  # a gather costs microseconds: threads and processes would only copy
+def _stream(dataset: Any, place: str, threads: int | None, workers: int) -> Any:
+    """An iterator over a random-access dataset, read ahead by threads or worker processes.
+
+    `place` says where the images lie: "memory", "canvases" (decoded, on disk) or "files".
+    """
+    if place == "canvases":  # a copy each, but one that may wait for the disk
+        threads, workers = min(4, os.cpu_count() or 1) if threads is None else threads, 0
+    if place == "memory":  # a gather costs microseconds: threads and processes would only copy
         return iter(dataset.to_iter_dataset(_read_options(0)))
     if not workers:
         threads = min(8, os.cpu_count() or 1) if threads is None else threads
@@ -241,14 +246,19 @@ def make_train_loader(
     fetch = _Fetch(source, image_shape, interpolation, start, stop, training=True)
     visits = make_order(source, batch_size, seed, sampling)
     order = grain.MapDataset.source(visits if views is None else Views(visits, views))
-    stream = _stream(order[start_batch:].map(fetch), _in_memory(fetch), threads, workers)
+    stream = _stream(order[start_batch:].map(fetch), _place(fetch), threads, workers)
     return TrainLoader(stream, quota, start_batch)
 
 
-def _in_memory(fetch: _Fetch) -> bool:
-    return fetch.source.image_shape == fetch.image_shape and (
-        fetch.source.gather(np.zeros(1, np.int64)) is not None
-    )
+def _place(fetch: _Fetch) -> str:
+    root = root_of(fetch.source)
+    if getattr(root, "on_disk", False):
+        return "canvases"
+    if fetch.source.image_shape != fetch.image_shape:
+        return "files"
+    # Of decoded canvases a first one that is unreadable is no reason to read ahead.
+    decoded = hasattr(root, "canvases") or root.gather(np.zeros(1, np.int64)) is not None
+    return "memory" if decoded else "files"
 
 
 class EvalLoader:
@@ -258,7 +268,7 @@ class EvalLoader:
       bad_images: index -> message of the images left out so far by this process.
     """
 
-    def __init__(self, dataset: Any, quota: _Quota, options: tuple[bool, int | None, int]) -> None:
+    def __init__(self, dataset: Any, quota: _Quota, options: tuple[str, int | None, int]) -> None:
         self.bad_images = quota.seen
         self._dataset = dataset
         self._quota = quota
@@ -302,4 +312,4 @@ def make_eval_loader(
     quota = _Quota(source, bad_image_quota)
     fetch = _Fetch(source, image_shape, interpolation, start, stop, training=replace_bad)
     order = grain.MapDataset.range(len(source)).batch(batch_size, drop_remainder=False)
-    return EvalLoader(order.map(fetch), quota, (_in_memory(fetch), threads, workers))
+    return EvalLoader(order.map(fetch), quota, (_place(fetch), threads, workers))

@@ -92,6 +92,13 @@ class Subset:
         return self.source.gather(self.indices[indices])
 
 
+def root_of(source: Any) -> Any:
+    """The source that a view, or a view of a view, is of."""
+    while isinstance(source, Subset):
+        source = source.source
+    return source
+
+
 def label_layout(kind: Kind, num_labels: int) -> tuple[tuple[int, ...], type[np.generic]]:
     """Returns shape and dtype of the label of one example; `num_labels` is K."""
     return ((), np.int32) if kind == "class" else ((num_labels,), np.float32)

@@ -12,6 +12,7 @@ import numpy as np
 from jft.data.arrays import ArraySource, load_csv, load_npz, load_sklearn
 from jft.data.encoded import EncodedSource
 from jft.data.folder import load_folder
+from jft.data.hf_source import load_hf
 from jft.data.pixels import Pixels
 from jft.data.protocol import Kind, Source, Subset, strata
 from jft.data.shards import load_webdataset
@@ -38,6 +39,7 @@ SOURCES: dict[str, Callable[..., Mapping[str, Source]]] = {
     "csv": load_csv,
     "table": load_table,
     "webdataset": load_webdataset,
+    "hf": load_hf,
     "sklearn": load_sklearn,
     "tfds": load_tfds,
 }
@@ -148,10 +150,12 @@ def _load(name: str, path: str, args: Mapping[str, Any], pixels: Pixels) -> dict
             raise ConfigError(
                 f"data.args.{key} is not an argument of {name!r}{nearest(key, known_args)}"
             )
+    # A name rather than a path: of a bundled set, or of one on the hub.
+    where = path if load in (load_sklearn, load_hf) and path else _local(path)
     if load in (load_npz, load_csv, load_sklearn):
-        found = load(path if load is load_sklearn else _local(path), pixels, **args)
+        found = load(where, pixels, **args)
     else:
-        found = load(_local(path), **args)
+        found = load(where, **args)
     sources = dict(found)
     _settle_pixels(sources, pixels)
     return sources
@@ -202,8 +206,9 @@ def make_splits(
     examples for every `train_examples`.
 
     Args:
-      name: "folder", "npz", "csv", "sklearn" or "tfds".
-      path: file, directory, "pkg:DISTRIBUTION/path", or the name of a scikit-learn set.
+      name: of SOURCES: "folder", "table", "webdataset", ...
+      path: file, directory, "pkg:DISTRIBUTION/path", the name of a scikit-learn set, or
+        "hf:owner/name".
       args: further arguments of that kind of source.
       seed: decides the splits.
       val_fraction: of all examples of the set's train part.

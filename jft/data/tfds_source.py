@@ -9,6 +9,7 @@ import numpy as np
 
 from jft.data.decode import decode_image
 from jft.data.encoded import EncodedSource
+from jft.data.kept import file_facts, key_of
 from jft.data.protocol import check_labels
 from jft.errors import ConfigError, DataError, nearest
 
@@ -50,10 +51,11 @@ class TfdsSource(EncodedSource):
         image = decode_image(bytes(record[self.image_key]), self.id(i), self.pixels)
         return {"image": image, "label": int(record[self.label_key])}
 
-    def origins(self) -> list[str]:
-        """The files of the set."""
+    def identity(self) -> str:
+        """A hash of the files of the set, the split and the feature."""
         folder = Path(self.origin.rpartition(" [")[0])
-        return sorted(str(file) for file in folder.iterdir() if file.is_file())
+        files = sorted(str(file) for file in folder.iterdir() if file.is_file())
+        return key_of(file_facts(files), self.origin, self.image_key)
 
     def encoded(self, i: int) -> bytes:
         """The stored file of image i."""

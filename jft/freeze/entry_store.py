@@ -25,6 +25,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jft.errors import DataError
+from jft.memory_room import host_free_bytes
 from jft.train.frozen_store import replacing, sync_folder
 from jft.train.parallel import Parallel
 
@@ -81,22 +82,6 @@ def measure_room(
         least = np.min(multihost_utils.process_allgather(mebibytes), axis=0)
         found = tuple(int(each) << 20 for each in least)
     return Room(*(max(each, 0) for each in found))
-
-
-def host_free_bytes() -> int:
-    """Returns the memory that this process may still take without swapping."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        fields = dict(line.split(":", 1) for line in lines)
-        free = int(fields["MemAvailable"].split()[0]) << 10
-    except (OSError, KeyError):  # not Linux: a quarter of all memory
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
-    try:  # a container's limit may lie below the machine's
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        return max(0, min(free, limit - int((group / "memory.current").read_text())))
-    except (OSError, ValueError):
-        return free
 
 
 def _rank() -> int:

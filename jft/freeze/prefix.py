@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft.data.decode import BadImage
-from jft.data.protocol import Source
+from jft.data.protocol import Source, root_of
 from jft.train.parallel import Parallel
 from jft.tree import Flat, unflatten
 
@@ -24,18 +24,22 @@ _SAMPLED = 64  # images whose pixels stand for a split that does not lie in memo
 def split_identity(source: Source) -> str:
     """Returns a hash of a split: every label and name, and pixels.
 
-    All pixels where images lie in memory, else those of 64 examples spread evenly.
+    All pixels where images lie in memory, else those of 64 examples spread evenly; of what
+    data.cache decoded the key, which tells of every file.
     """
     found = hashlib.sha256(np.ascontiguousarray(source.labels).tobytes())
     found.update(json.dumps([len(source), list(source.label_names)]).encode())
-    whole = source.gather(np.zeros(1, np.int64)) is not None
+    decoded = getattr(root_of(source), "canvases", None)
+    whole = decoded is None and source.gather(np.zeros(1, np.int64)) is not None
     for start in range(0, len(source), 4096):
         indices = np.arange(start, min(start + 4096, len(source)))
         found.update("\0".join(source.id(int(index)) for index in indices).encode())
         if whole:
             images = np.ascontiguousarray(source.gather(indices))
             found.update(str(images.shape).encode() + images.tobytes())
-    if not whole:
+    if decoded is not None:
+        found.update(decoded.key.encode())
+    elif not whole:
         for index in np.linspace(0, len(source) - 1, min(_SAMPLED, len(source))).astype(int):
             try:
                 found.update(np.ascontiguousarray(source[int(index)]["image"]).tobytes())
