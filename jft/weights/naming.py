@@ -17,6 +17,7 @@ from jft.tree import flatten
 # Path -> (collection, shape and dtype). Parameters and statistics share the path space.
 Leaves = dict[str, tuple[str, jax.ShapeDtypeStruct]]
 _MODULE = "module."
+_RUNNING, _COUNTER = ".running_var", ".num_batches_tracked"
 
 
 @dataclass(frozen=True)
@@ -143,4 +144,7 @@ def to_source_arrays(naming: Naming, flat: Mapping[str, Any]) -> dict[str, np.nd
         name, form = naming.names[path]
         value = tables.to_source(form, np.asarray(leaf), naming.heads)
         arrays[name] = np.ascontiguousarray(value)
+        if name.endswith(_RUNNING):
+            # torch's counter of batches: nothing reads it, but a strict load asks for it.
+            arrays[name.removesuffix(_RUNNING) + _COUNTER] = np.zeros((), np.int64)
     return arrays

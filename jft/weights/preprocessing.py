@@ -11,6 +11,7 @@ from jft.weights.source import Source
 _PIL_FILTERS = {"bilinear": 2, "bicubic": 3}
 _LANCZOS = 1
 _RESCALE = 1 / 255
+_TWICE = "EfficientNetImageProcessor"  # and its "Fast" and "Pil" forms
 
 
 def source_preprocess(source: Source, own: Preprocess) -> tuple[Preprocess, list[str]]:
@@ -49,6 +50,8 @@ def _from_hugging_face(values: Mapping[str, Any], own: Preprocess) -> tuple[Prep
     if values.get("do_normalize", True) and "image_mean" in values:
         mean = [float(x) for x in values["image_mean"]]
         std = [float(x) for x in values["image_std"]]
+        if str(values.get("image_processor_type", "")).startswith(_TWICE):
+            mean, std = _efficientnet(values, mean, std)
     interpolation = own.interpolation
     code = values.get("resample")
     if code in _PIL_FILTERS.values():
@@ -68,6 +71,21 @@ def _from_hugging_face(values: Mapping[str, Any], own: Preprocess) -> tuple[Prep
         antialias=own.antialias,
     )
     return found, notes
+
+
+def _efficientnet(
+    values: Mapping[str, Any], mean: list[float], std: list[float]
+) -> tuple[list[float], list[float]]:
+    """Mean and std of the one step that does what EfficientNet's processor does in several.
+
+    It may take 1 from the scaled pixels (`rescale_offset`), and divides by the deviation twice
+    (`include_top`): its files hold square roots.
+    """
+    if values.get("rescale_offset", False):
+        mean = [x + 1.0 for x in mean]
+    if values.get("include_top", True):
+        std = [x * x for x in std]
+    return mean, std
 
 
 def _crop_fraction(values: Mapping[str, Any]) -> float:
