@@ -2,14 +2,18 @@
 
 import json
 
+import fault_run
 import numpy as np
 import pytest
 from test_loop import assert_same_leaves, killed_at, rows
 from tiny_run import OPTIM, make_run
 
+from jft import evaluate, load_config, setup
+from jft.errors import ConfigError
 from jft.freeze.phases import Phase
 from jft.train.loop import fit
 from jft.train.patience import Stopping, last_thaw
+from jft.trained import load_trained
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -137,3 +141,34 @@ def test_a_run_whose_last_evaluation_is_the_best_loads_nothing(tmp_path):
     outcome = fit(run_of(tmp_path, stopping=stopping(evals=None, restore=True)))
     assert (outcome.step, outcome.restored_step) == (24, 24)
     assert not [row for row in rows(tmp_path) if "best/loss" in row]
+
+
+def config_of(*more):
+    small = ("model.args.depth=1", "freeze.phases=all", "parallel.devices=1", "train.steps=12")
+    keys = (*small, "log.tensorboard=False", "checkpoint.best=eval/loss", "eval.every_steps=2")
+    config = f"{fault_run.ROOT / 'configs' / 'digits_vit.py'}:tiny"
+    return load_config(config, [*keys, "train.patience_evals=1", *more])
+
+
+def test_what_uses_the_run_afterwards_takes_the_best_checkpoint(tmp_path):
+    # A rate as high as this makes the loss rise within a few evaluations.
+    outcome = fit(setup(config_of("optim.learning_rate=0.5", "optim.ema_decay=0.5"), tmp_path))
+    assert outcome.restored_step is not None and outcome.restored_step < outcome.step < 12
+    assert load_trained(tmp_path).step == outcome.restored_step
+    assert load_trained(tmp_path, step=outcome.step).step == outcome.step
+    assert evaluate(tmp_path, "test")["loss"] == outcome.metrics["test/loss"]
+    assert json.loads((tmp_path / "eval" / "val.json").read_text())["step"] == outcome.restored_step
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("train.patience_metric=eval/los", "did you mean 'eval/loss'"),
+        ("eval.every_steps=None", "train.patience_evals: needs eval.every_steps"),
+        ("checkpoint.best=None", "train.patience_evals: needs checkpoint.best"),
+        ("eval.splits=['test']", "train.patience_evals: needs the split 'val'"),
+    ],
+)
+def test_what_patience_lacks_is_named(tmp_path, key, message):
+    with pytest.raises(ConfigError, match=message):
+        setup(config_of(key), tmp_path)
