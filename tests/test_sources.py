@@ -346,7 +346,7 @@ def test_tfds_in_another_format_says_what_to_run(prepared, tmp_path):
     text = info.read_text()
     assert '"fileFormat": "array_record"' in text
     info.write_text(text.replace('"fileFormat": "array_record"', '"fileFormat": "tfrecord"'))
-    with pytest.raises(DataError, match="prepared as tfrecord.*--file_format=array_record") as got:
+    with pytest.raises(DataError, match="prepared as tfrecord.*jft data prepare") as got:
         make_splits(name="tfds", path=str(path))
     assert got.value.exit_code == 3 and "\n" not in str(got.value)
     with pytest.raises(DataError, match="no data set prepared by TFDS"):

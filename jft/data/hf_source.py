@@ -48,7 +48,7 @@ class HfSource(EncodedSource):
         content, path = value.get("bytes"), value.get("path")
         if content is None and not path:
             raise BadImage(f"{self.id(i)}: holds no image")
-        return path if content is None else content
+        return str(path) if content is None else bytes(content)
 
     def id(self, i: int) -> str:
         """ "directory [split]: index 17"."""

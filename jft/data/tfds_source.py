@@ -66,7 +66,7 @@ class TfdsSource(EncodedSource):
         return f"{self.origin}: index {i}"
 
 
-def _version_directory(path: Path) -> Path:
+def version_directory(path: Path) -> Path:
     """`path`, or the one prepared version below it."""
     if (path / "dataset_info.json").is_file():
         return path
@@ -106,13 +106,13 @@ def load_tfds(
         import tensorflow_datasets as tfds  # half a second, for this source alone
     except ImportError as error:
         raise DataError("data.name='tfds' needs: pip install tensorflow-datasets") from error
-    directory = _version_directory(path)
+    directory = version_directory(path)
     builder: Any = tfds.builder_from_directory(str(directory))
     info = builder.info
     features: dict[str, Any] = dict(info.features)
     file_format = getattr(info.file_format, "value", str(info.file_format))
     if file_format != "array_record":
-        raise DataError(_prepare_again(directory, info.name, file_format))
+        raise DataError(_prepare_again(directory, file_format))
     for key, value in (("image_key", image_key), ("label_key", label_key)):
         if value not in features:
             near, known = nearest(value, features), ", ".join(features)
@@ -138,9 +138,8 @@ def load_tfds(
     }
 
 
-def _prepare_again(directory: Path, name: str, file_format: str) -> str:
-    return (
-        f"{directory}: prepared as {file_format}, which only TensorFlow reads; prepare it again as "
-        f"array_record: tfds build {name} --file_format=array_record, or tfds convert_format "
-        f"--dataset_dir={directory} --out_file_format=array_record --out_path=DIR"
-    )
+def _prepare_again(directory: Path, file_format: str) -> str:
+    text = f"{directory}: prepared as {file_format}, which only TensorFlow reads: "
+    if file_format == "tfrecord":
+        return text + f"convert it once by jft data prepare {directory} --out=DIR"
+    return text + "prepare it again by tfds build --file_format=array_record"

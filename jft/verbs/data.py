@@ -7,10 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jft.config import arg_keys, load_config
+from jft.data.canvas_cache import CanvasSource, cached_splits
 from jft.data.inspection import inspect_splits, to_dict
 from jft.data.inspection_page import inspection_page
 from jft.data.inspection_text import inspection_text
+from jft.data.protocol import root_of
 from jft.data.sources import BUNDLED, SOURCES
+from jft.data.tfds_prepare import prepare_tfds
+from jft.data.tfds_source import version_directory
+from jft.data.tfrecord import convert
 from jft.errors import ConfigError, nearest
 from jft.report.rundir import write_atomic, write_json
 from jft.samples import make_samples
@@ -85,6 +90,49 @@ def inspect_data(args: argparse.Namespace, words: list[str]) -> None:
         print(f"wrote {out / 'inspection.html'} and inspection.json")
 
 
+def prepare(args: argparse.Namespace, words: list[str]) -> None:
+    """Makes ready what a run would wait for.
+
+    `prepare --config=...` decodes the images into data.cache; `prepare DIR --out=DIR` converts a
+    TFDS set from TFRecord; `prepare tfds:NAME --out=DIR` downloads one.
+    """
+    if len(words) > 1:
+        raise ConfigError(f"jft data prepare: takes one SOURCE, not {len(words)}")
+    if not words:
+        _prepare_canvases(args)
+        return
+    if not args.out:
+        raise ConfigError("jft data prepare: --out=DIR is missing")
+    if words[0].startswith("tfds:"):
+        found = prepare_tfds(words[0].removeprefix("tfds:"), Path(args.out))
+        print(f"prepared: --config.data.name=tfds --config.data.path={found}")
+        return
+    counts = convert(version_directory(Path(words[0])), Path(args.out))
+    sizes = ", ".join(f"{split} {count:,}" for split, count in counts.items())
+    print(f"converted {sizes}: --config.data.name=tfds --config.data.path={args.out}")
+
+
+def _prepare_canvases(args: argparse.Namespace) -> None:
+    config = _config(args, "prepare")
+    splits = make_data(config)
+    native, kind = splits.train.image_shape, splits.kind
+    task = make_task(config, splits.label_names, native, kind=kind, pixels=splits.pixels)
+    how = (task.image_shape, task.preprocess.interpolation, "disk")
+    roots = {id(root): root for s in cached_splits(splits, *how).values() if (root := root_of(s))}
+    files = [root.canvases for root in roots.values() if isinstance(root, CanvasSource)]
+    if not files:
+        raise ConfigError(
+            "jft data prepare: nothing was kept; images in memory need no cache, and where there is"
+            " no room a warning says so"
+        )
+    for canvases in files:
+        size = canvases.path.stat().st_size if canvases.path else 0
+        print(f"{canvases.path}: {canvases.shape[0]:,} canvases, {size:,} bytes")
+        for index, text in sorted(canvases.bad.items()):
+            print(f"  cannot be read: {text}" if text else f"  cannot be read: {index}")
+    print("train with --config.data.cache=disk")
+
+
 def _config(args: argparse.Namespace, action: str):
     if not args.config:
         raise ConfigError(f"jft data {action}: --config=FILE.py is missing")
@@ -99,4 +147,5 @@ def _no_words(action: str, words: list[str]) -> None:
 ACTIONS: dict[str, Callable[[argparse.Namespace, list[str]], None]] = {
     "list": list_kinds,
     "inspect": inspect_data,
+    "prepare": prepare,
 }
