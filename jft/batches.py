@@ -9,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from jft.data.canvas_cache import cached_splits
-from jft.data.check import check_images
+from jft.data.check import check_channels, check_images
 from jft.data.loader import make_eval_loader, make_train_loader
 from jft.data.protocol import Source
 from jft.data.sources import Splits
@@ -45,8 +45,13 @@ def checked(config: ConfigDict, splits: Splits) -> Splits:
 
 
 def cached(task: Task, splits: Splits) -> Splits:
-    """Returns the splits with their canvases decoded, where data.cache says so."""
+    """Returns the splits with their canvases decoded, where data.cache says so.
+
+    Raises:
+      DataError: images of other channels than the model's.
+    """
     data = task.config.data
+    check_channels(splits.train, task.image_shape)
     if data.cache == "off":
         return splits
     interpolation = task.preprocess.interpolation

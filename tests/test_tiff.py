@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jft.cli import main
+from jft.config import load_config
 from jft.data import tiff
 from jft.data.decode import BadImage, bits_of, decode_image, fit_image
 from jft.data.images import canvas_shape, make_eval_transform, make_train_transform
@@ -19,6 +19,7 @@ from jft.data.png_wide import read_wide_png
 from jft.data.sources import ArraySource, make_splits
 from jft.errors import ConfigError, DataError
 from jft.models.family import Preprocess, adapt_preprocess
+from jft.prepare import setup
 
 tifffile = pytest.importorskip("tifffile")
 DEEP = Pixels(depth=16)
@@ -334,22 +335,16 @@ def test_a_folder_of_deep_files_makes_deep_canvases_and_a_mixed_one_does_not(sat
     assert kept.train[1]["image"].dtype == np.uint16
 
 
-def test_satellite_tiles_train_evaluate_and_predict(satellite, tmp_path, capsys, quick):
-    run = tmp_path / "run"
-    keys = [
-        f"--config.data.path={satellite}",
-        "--config.data.channels=13",
-        "--config.data.range=[0, 10000]",
-        "--config.init.source=None",
-        "--config.parallel.devices=1",
-        "--config.freeze.phases=all",
-        "--config.train.steps=2",
-        "--config.eval.splits=['val']",
-    ]
-    assert main(["train", "--config=configs/folder.py:tiny", f"--workdir={run}", *keys]) == 0
-    tile = str(satellite / "water" / "0.tif")
-    assert main(["predict", f"--workdir={run}", tile]) == 0
-    assert '"label": "' in capsys.readouterr().out
-    other = [key for key in keys if "channels" not in key]
-    code = main(["train", "--config=configs/folder.py:tiny", f"--workdir={tmp_path / 'o'}", *other])
-    assert code == 3 and "set data.channels=13" in capsys.readouterr().err
+def test_a_run_on_satellite_tiles_is_built_for_their_bands(satellite, tmp_path):
+    keys = [f"data.path={satellite}", "data.range=[0, 10000]", "init.source=None"]
+    config = load_config("configs/folder.py:tiny", [*keys, "data.channels=13"])
+    run = setup(config, tmp_path / "run")
+    image = run.batch_shape["image"]
+    assert image.shape[-1] == 13 and image.dtype == np.uint16
+    stream = run.batches(0)
+    batch = next(stream)
+    stream.close()
+    assert batch["image"].shape == image.shape and batch["image"].dtype == np.uint16
+    assert run.shapes[0]["stem/conv/kernel"].shape[2] == 13
+    with pytest.raises(DataError, match="set data.channels=13"):
+        setup(load_config("configs/folder.py:tiny", keys), tmp_path / "other")

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from PIL import Image
 
 from jft.data.canvas_cache import CanvasSource
-from jft.data.decode import FORMATS, BadImage, bits_of
+from jft.data.decode import FORMATS, BadImage, Shape, bits_of, fit_image
 from jft.data.encoded import FileSource
 from jft.data.protocol import Source, Subset, root_of
 from jft.errors import DataError
@@ -61,6 +61,23 @@ def check_images(splits: Mapping[str, Source], quota: float, mode: str = "auto")
         for fault in faults:
             LOG.warning("left out, data.bad_image_quota=%g allows %d: %s", quota, allowed, fault)
     return found
+
+
+def check_channels(source: Source, image_shape: Shape) -> None:
+    """Stops where the first images do not have the channels that the model takes.
+
+    Raises:
+      DataError: it names the image and the keys that would help.
+    """
+    if root_of(source).image_shape is not None:
+        return  # `canvas_shape` has compared them
+    for i in range(min(len(source), 3)):
+        try:
+            image = source[i]["image"]
+        except BadImage:
+            continue
+        fit_image(image[:1, :1], (1, 1, image_shape[2]), name=source.id(i))
+        return
 
 
 def _way(source: Source, mode: str, total: int) -> str:

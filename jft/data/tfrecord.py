@@ -58,8 +58,8 @@ def _shifts() -> list[list[int]]:
 def crc32c(data: bytes) -> int:
     """CRC-32C of bytes, by google-crc32c where it is installed.
 
-    Else by numpy: a checksum is linear: lanes of 256 bytes are summed up side by side, from empty registers, and
-    joined by moving the sum of what stands before by 256 bytes of zeros.
+    Else by numpy: a checksum is linear, so lanes of 256 bytes are summed up side by side, from
+    empty registers, and joined by moving the sum of what stands before by 256 bytes of zeros.
     """
     try:
         from google_crc32c import value  # some 30 times faster
