@@ -94,6 +94,10 @@ def make_schedule(
         scanned=task.scanned is not None,
         **optim_section(config),
     )
+    if optim.optimizer.form == "averaged" and parts.averages:
+        raise ConfigError(
+            f"optim.ema_decay: {config.optim.name} evaluates an average of its own; leave it out"
+        )
     check_batch_size(train.batch_size, train.accum_steps, parallel, parts.together)
     return schedule, optim
 

@@ -166,7 +166,7 @@ def _parquet(path: Path) -> Any:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise DataError("Parquet files need: pip install pyarrow") from error
+        raise DataError("Parquet files need: pip install 'jft[parquet]'") from error
     try:
         return pq.ParquetFile(path, memory_map=True)
     except (OSError, pa.ArrowException) as error:

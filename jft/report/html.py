@@ -106,7 +106,9 @@ def _header(
     )
     lead = _headline(best, baselines)
     reason = text(status.get("exit_reason"), "")
-    if state not in ("", "done", "running") and reason:
+    if state == "done" and reason:  # as "stopped early: ..."
+        lead = f"{lead} {reason[0].upper()}{reason[1:]}.".strip()
+    elif state not in ("", "done", "running") and reason:
         lead = f"{lead} Stopped: {reason}.".strip()
     grid = f'<dl class="tiles">{cells}</dl>' if cells else ""
     return (
