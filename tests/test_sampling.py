@@ -6,11 +6,14 @@ import pickle
 import numpy as np
 import pytest
 
+from jft.config import load_config
 from jft.data.loader import make_train_loader
 from jft.data.order import make_index_loader, make_order
 from jft.data.sampling import ClassOrder
 from jft.data.sources import ArraySource
 from jft.errors import ConfigError
+from jft.prepare import setup
+from jft.train.inputs import Input
 
 COUNTS = (70, 20, 7, 3)
 CLASSES = np.repeat(np.arange(4), COUNTS)
@@ -125,3 +128,28 @@ def test_labels_of_other_kinds_are_balanced_by_their_strata():
 def test_an_unknown_sampling_is_a_config_error():
     with pytest.raises(ConfigError, match="data.sampling='balance'.*did you mean 'balanced'"):
         make_order(make_source(), 4, 0, "balance")
+
+
+def test_a_run_draws_alike_from_images_and_from_a_cache_of_its_prefix(tmp_path):
+    """Both streams of a config's run have the sampling that the config names."""
+    labels = np.repeat([0, 1], [28, 4])
+    np.savez(tmp_path / "a.npz", image=np.zeros((32, 8, 8), np.uint8), label=labels)
+    keys = [f"data.path={tmp_path / 'a.npz'}", "data.name=npz", "data.sampling=balanced"]
+    config = load_config("configs/folder.py:tiny", [*keys, "data.val_fraction=0"])
+    run = setup(config, tmp_path / "run")
+
+    class Cache:
+        views, replaced = 1, None
+
+        def batches(self, indexed):
+            return indexed
+
+    from_cache = run.inputs.stream(Input("cache", (1,), "host"), 3, Cache())
+    from_images = run.inputs.stream(Input(), 3, None)
+    drawn = []
+    for _ in range(8):
+        batch = next(from_images)
+        np.testing.assert_array_equal(next(from_cache)["example"], batch["example"])
+        drawn.append(batch["label"])
+    from_images.close()
+    assert 0.4 < np.concatenate(drawn).mean() < 0.6
