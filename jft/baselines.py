@@ -101,5 +101,6 @@ def logistic_regression(config: ConfigDict) -> dict[str, Any]:
 
 def _pixels(source: Source) -> tuple[np.ndarray, np.ndarray]:
     """float32 [N, H * W * C] in [0, 1], and labels [N]; images must share one shape."""
-    images = [np.asarray(source[i]["image"], np.float32).ravel() / 255 for i in range(len(source))]
+    top = np.iinfo(source.dtype).max
+    images = [np.asarray(source[i]["image"], np.float32).ravel() / top for i in range(len(source))]
     return np.stack(images), np.asarray(source.labels)

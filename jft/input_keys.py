@@ -107,8 +107,8 @@ INPUT_KEYS: dict[str, Key] = {
     "data.check": Key(
         "auto",
         str,
-        "images that are looked at before a run: all; auto: of up to 1,000 all, of up to 50,000"
-        " files the beginning; off",
+        "images that are looked at before a run: all; auto: all of up to 1,000 (100 MB), of up to"
+        " 50,000 files the beginning; off",
         choices=("auto", "off", "all"),
         free=True,
     ),

@@ -64,7 +64,7 @@ def test_a_broken_file_is_named_before_the_start(photos, mode, caplog):
 
 
 def test_of_large_sets_the_beginnings_of_files_are_read(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr("jft.data.check._DECODED", 5)
+    monkeypatch.setattr("jft.data.check._DECODED_MB", 0)
     assert check_images(load(photos), 0.0) == []  # only its end is missing
     for i, content in enumerate((b"", b"text", b"II*\0rubbish", b"\x93NUMPY\1")):
         (tmp_path / "a").mkdir(exist_ok=True)

@@ -319,7 +319,7 @@ def test_a_set_prepared_as_tfrecord_exits_3_and_says_what_to_run(tmp_path, capsy
         capsys, *train_line(folder, tmp_path / "run", "--config.data.name=tfds")
     )
     assert (code, out) == (3, "")
-    assert "tfds build squares --file_format=array_record" in line
+    assert "jft data prepare" in line and "--out=DIR" in line
     assert not (tmp_path / "run").exists()
 
 

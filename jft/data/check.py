@@ -13,13 +13,15 @@ from PIL import Image
 from jft.data.canvas_cache import CanvasSource
 from jft.data.decode import FORMATS, BadImage, Shape, bits_of, fit_image
 from jft.data.encoded import FileSource
+from jft.data.extents import ExtentSource
 from jft.data.protocol import Source, Subset, root_of
 from jft.errors import DataError
 
 LOG = logging.getLogger(__name__)
 
 CHECKS = ("auto", "off", "all")
-_DECODED = 1_000  # images that "auto" decodes at most: about a second
+# What "auto" decodes at most, images and megabytes of files: a few seconds.
+_DECODED, _DECODED_MB = 1_000, 100
 _OPENED = 50_000  # files of which "auto" reads the beginning at most: a few seconds
 _SHOWN = 5
 
@@ -86,9 +88,16 @@ def _way(source: Source, mode: str, total: int) -> str:
         return "known"
     if mode == "off" or root.image_shape is not None:
         return "none"
-    if mode == "all" or total <= _DECODED:
+    if mode == "all" or total <= _DECODED and _stored_bytes(root) <= _DECODED_MB << 20:
         return "decode"
     return "open" if isinstance(root, FileSource) and total <= _OPENED else "none"
+
+
+def _stored_bytes(root: Source) -> int:
+    """Bytes of all images as they are stored, where that is quick to tell."""
+    if isinstance(root, FileSource):
+        return sum(os.path.getsize(path) for path in root.paths if os.path.isfile(path))
+    return int(root.extents.length.sum()) if isinstance(root, ExtentSource) else 0
 
 
 def _faults(source: Source, way: str) -> list[str]:
