@@ -72,10 +72,10 @@ def test_the_best_of_each_metric_is_marked_by_its_direction(own):
 
 
 def test_equal_values_and_missing_ones_mark_nobody(own):
-    write_rows(own / "first", [{"step": 4, "eval/auroc": 0.5, "eval/loss": 1.0}])
+    write_rows(own / "first", [{"step": 4, "eval/other": 0.5, "eval/loss": 1.0}])
     write_rows(own / "second", [{"step": 4, "eval/loss": 1.0}])
     text = text_of(own, "first", "second")
-    assert row_of(text, "eval/loss") == ["1", "1"] and row_of(text, "eval/auroc") == ["0.5", "–"]
+    assert row_of(text, "eval/loss") == ["1", "1"] and row_of(text, "eval/other") == ["0.5", "–"]
 
 
 def test_the_last_row_counts_and_a_split_evaluated_later_is_there_too(own):

@@ -4,6 +4,8 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
+
 from jft.cli import main
 from jft.config import arg_keys
 from jft.data.sources import SOURCES
@@ -16,6 +18,7 @@ BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TEXT, re.S)
 QUICK = ["--config.train.steps=2", "--config.freeze.phases=all", "--config.parallel.devices=1"]
 
 
+@pytest.mark.slow
 def test_every_block_of_the_page_runs(tmp_path, monkeypatch, capsys, quick):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -16,7 +16,7 @@ from jft import evaluate, fit, load_config, setup
 from jft.costs import hlo
 from jft.errors import ConfigError, WeightsError
 from jft.losses import make_distillation
-from jft.prepare import plan_text
+from jft.prepare import plan_overview
 from jft.train.run import compile_phase
 from jft.train.teacher import Teacher
 from jft.tree import flatten, merge
@@ -186,7 +186,7 @@ def test_a_teacher_of_weights_needs_its_architecture_and_all_its_leaves(tmp_path
     given = ("distill.teacher=random:0", "distill.model=vit_tiny")
     run = setup(config_of(*given, "distill.args={'depth': 2, 'patch': 8}"), tmp_path)
     assert run.notes[0].startswith("teacher   random:0 (vit_tiny): ")
-    text = plan_text(config_of(*given))
+    text = str(plan_overview(config_of(*given)))
     assert "GFLOP/step" in text
 
 

@@ -38,6 +38,7 @@ def test_the_limits_it_states_are_those_of_the_code():
     assert f"the {HARDEST} examples of highest loss, and of the {EASIEST} of lowest" in TEXT
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_its_commands_run_and_leave_what_it_says(tmp_path, monkeypatch, capsys):
     (tmp_path / "configs").symlink_to(ROOT / "configs")

@@ -73,14 +73,17 @@ class Match:
 
 
 def recognise(source: Source, arrays: Mapping[str, np.ndarray]) -> list[Match]:
-    """The families that know any of a source's names, the best first, each with its best model.
+    """The families that know most of a source's names, each with its best model.
+
+    Families may share names: where one has a model of just the source's shapes, others are left out.
 
     Raises:
       WeightsError: the source's config.json is of none of the family's architectures.
     """
     found = [match for family in FAMILIES.values() if (match := _match(family, source, arrays))]
-    found.sort(key=lambda match: -match.known)
-    return [_with_variant(match) for match in found]
+    most = max((match.known for match in found), default=0)
+    matches = [_with_variant(match) for match in found if match.known == most]
+    return [match for match in matches if match.variant] or matches
 
 
 def fitting_model(name: str, source: Source, arrays: Mapping[str, np.ndarray]) -> Model:
