@@ -56,7 +56,7 @@ def make_inputs(
       ConfigError: a cache is demanded of a model that does not run in parts, or beside a teacher.
     """
     config, section = task.config, task.config.augment
-    mode = _cache_mode(task, parts)
+    mode = check_cache(task, parts)
     random = is_random(flip=section.flip, crop=section.crop, ops=section.ops)
     views = config.freeze.views if random else 1
     prefix = _prefix(task, source, views or 1)
@@ -88,8 +88,12 @@ def make_inputs(
     )
 
 
-def _cache_mode(task: Task, parts: StepParts) -> str:
-    """freeze.cache, and "off" where "auto" can have none."""
+def check_cache(task: Task, parts: StepParts) -> str:
+    """Returns freeze.cache, and "off" where "auto" can have none.
+
+    Raises:
+      ConfigError: a cache is demanded where there can be none.
+    """
     mode = task.config.freeze.cache
     if mode == "on" and not runs_in_parts(task.model.apply):
         raise ConfigError(

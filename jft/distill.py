@@ -102,8 +102,9 @@ def _from_run(task: Task, load: bool) -> _Found:
         raise ConfigError(
             f"distill.teacher: {section.teacher!r} is no run directory; weights are {kinds}"
         )
-    if section.model is not None:
-        raise ConfigError("distill.model: the teacher is a run, which has its own model")
+    if section.model is not None or section.args:
+        key = "model" if section.model is not None else "args"
+        raise ConfigError(f"distill.{key}: the teacher is a run, which has its own model")
     found = read_task(folder)
     if found.kind != task.kind:
         raise ConfigError(

@@ -29,6 +29,8 @@ from jft.train.state import WINDOW_SUMS, Frozen, first_trainable_stage, frozen_n
 from jft.train.step import StepParts, look_once, make_loss_sums
 from jft.tree import Flat, count_bytes, split
 
+KIND_WORDS = {"class": "classes", "multi": "labels", "value": "values"}
+
 
 def plan_phases(
     task: Task,
@@ -221,7 +223,7 @@ def summary(
         [
             conversion["text"] if conversion else "weights   random, no source",
             *tables(task, schedule, optim, plans),
-            f"data      {sizes}; {len(task.label_names)} classes",
+            f"data      {sizes}; {len(task.label_names)} {KIND_WORDS[task.kind]}",
             f"devices   {count} x {kinds}, {parallel.mode}: {rows}",
             # Counted when it is shown: it traces the backward pass once more.
             functools.partial(memory, task, parallel, schedule.phases(), plans, costs),

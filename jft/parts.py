@@ -75,6 +75,8 @@ def make_task_loss(task: Task, labels: np.ndarray | None) -> Loss:
         return make_loss(kind=task.kind, **section)
     names = task.label_names
     if weights == "balanced" and task.kind == "multi" and section["name"] == "sigmoid":
+        if section["args"].get("pos_weight", 1.0) != 1.0:
+            raise ConfigError("loss.class_weights and loss.args.pos_weight: give one of them")
         args = {**section["args"], "pos_weight": balanced_pos_weights(labels).tolist()}
         return make_loss(kind=task.kind, name="sigmoid", args=args)
     if task.kind != "class":

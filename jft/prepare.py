@@ -17,7 +17,7 @@ from jft.batches import (
     evaluate_split,
     train_batches,
 )
-from jft.caching import make_inputs, plan_phase
+from jft.caching import check_cache, make_inputs, plan_phase
 from jft.data.sources import Splits
 from jft.distill import Taught, make_teacher
 from jft.errors import ConfigError
@@ -94,6 +94,8 @@ def make_schedule(
         scanned=task.scanned is not None,
         **optim_section(config),
     )
+    if config.eval.raw and not parts.averages:
+        raise ConfigError("eval.raw: there is no average beside the parameters: optim.ema_decay")
     if optim.optimizer.form == "averaged" and parts.averages:
         raise ConfigError(
             f"optim.ema_decay: {config.optim.name} evaluates an average of its own; leave it out"
@@ -287,6 +289,8 @@ def plan_overview(config: ConfigDict, every_leaf: bool = False) -> Overview:
     taught = make_teacher(task, load=False)
     parts = make_parts(task, loss_labels(config, splits), taught and taught.teacher)
     schedule, optim = make_schedule(task, splits, parallel, parts)
+    make_stopping(config, splits)  # a plan refuses what a run would
+    check_cache(task, parts)
     phases, costs = schedule.phases(), loss_costs(task, parallel, parts)
     plans = plan_phases(task, parallel, phases, optim, parts, costs)
     held = functools.partial(memory, task, parallel, phases, plans, costs)

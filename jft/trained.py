@@ -181,7 +181,7 @@ def export(
             "config": json.loads((Path(workdir) / "config.json").read_text()),
         },
     )
-    write_atomic(folder / "README.md", model_card(workdir))
+    write_atomic(folder / "README.md", model_card(workdir, trained.step))
     return folder
 
 

@@ -100,13 +100,12 @@ class Key:
         ):
             # Quotes around a number or a list are a mistake; in a set expression they mean a regex.
             value = text
-        if (
-            value is text
-            and str not in self.kinds
-            and list in self.kinds
-            and text.strip()[:1] not in "[("
-        ):
-            value = [part.strip() for part in text.split(",")]
+        if value is text and str not in self.kinds and list in self.kinds:
+            inner = text.strip()
+            if inner[:1] == "[" and inner[-1:] == "]" and not set("[](){}'\"") & set(inner[1:-1]):
+                inner = inner[1:-1]  # [beach,dog], as a shell leaves it
+            if inner[:1] not in ("[", "("):
+                value = [part.strip() for part in inner.split(",")]
         if str in self.kinds and not isinstance(value, self.kinds):
             value = text
         return self.cast(value, where)

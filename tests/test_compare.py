@@ -169,3 +169,12 @@ def test_the_verb_prints_markdown_and_writes_the_page(runs, tmp_path, capsys):
     assert shown.startswith("## Config keys that differ\n\n| ") and f"wrote {out}" in shown
     Page(out.read_text())
     assert main(["compare", str(runs / "first")]) == 2
+
+
+def test_a_run_that_ended_with_its_best_checkpoint_is_compared_by_that(own):
+    rows = [{"step": s, "eval/loss": float(s)} for s in (2, 4)]
+    write_rows(own / "first", [*rows, {"step": 4, "best/loss": 2.0, "best/step": 2}])
+    found = final_metrics(load([own / "first", own / "second"])[0])
+    assert found["eval/loss"] == 2.0 and not [name for name in found if name.startswith("best/")]
+    write_rows(own / "first", [{"step": 4, "best/loss": 2.0}, {"step": 8, "eval/loss": 1.5}])
+    assert final_metrics(load([own / "first", own / "second"])[0])["eval/loss"] == 1.5

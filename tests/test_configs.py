@@ -13,6 +13,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 CONFIGS = sorted((fault_run.ROOT / "configs").glob("*.py"))
 NAMES = [file.stem for file in CONFIGS]
+DERIVED = ("satellite", "scratch", "xray")  # start from another config, and change keys of it
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,9 @@ def test_tiny_keeps_what_the_config_is_about(name):
         assert tiny.init.source.startswith("random:")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in DERIVED else n for n in NAMES]
+)
 def test_tiny_trains_evaluates_exports_and_reports(name, photos, tmp_path, capsys):
     config = load_config(f"{name}:tiny")
     workdir, out = tmp_path / "run", tmp_path / "out"

@@ -20,11 +20,7 @@ from jft.cli import main
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-OWN = {
-    "data",
-    "evaluation",
-    "optimization",
-}  # have a test of their own, which looks at what is made
+OWN = {"data", "evaluation", "optimization"}  # their own tests look at what is made, too
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
 
 

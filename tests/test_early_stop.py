@@ -172,3 +172,15 @@ def test_what_uses_the_run_afterwards_takes_the_best_checkpoint(tmp_path):
 def test_what_patience_lacks_is_named(tmp_path, key, message):
     with pytest.raises(ConfigError, match=message):
         setup(config_of(key), tmp_path)
+
+
+def test_small_gains_add_up_until_they_count():
+    rule = stopping(min_delta=0.08)
+    assert rule.reason(history([1.0, 0.95, 0.9, 0.85, 0.8]), ALL) is None
+    assert rule.reason(history([1.0, 0.99, 0.98]), ALL)
+
+
+def test_what_is_not_measured_yet_stops_nothing():
+    nan = float("nan")
+    assert stopping().reason(history([nan, nan, nan, nan]), ALL) is None
+    assert stopping().reason(history([nan, 1.0, nan, nan]), ALL)

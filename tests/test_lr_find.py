@@ -177,3 +177,9 @@ def test_a_mistake_is_one_line(flags, words, capsys, monkeypatch):
     assert main([*LINE, *flags]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and words in error
+
+
+def test_the_range_test_runs_with_averages(tmp_path):
+    run = make_run(tmp_path, ema_decay=0.9, optim=OPTIM | {"warmup_steps": 0})
+    found = range_test(run, run.phases[0], steps=4, tell=lambda *_: None)
+    assert len(found.rates) == 4

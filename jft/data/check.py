@@ -53,6 +53,8 @@ def check_images(splits: Mapping[str, Source], quota: float, mode: str = "auto")
         found += faults
         allowed = allowed_bad(quota, len(source))
         if len(faults) > allowed:
+            if len(faults) == len(source):
+                raise DataError(f"none of the {len(source):,} images of {name} fits: {faults[0]}")
             shown = "; ".join(faults[:_SHOWN]) + ("; ..." if len(faults) > _SHOWN else "")
             enough = math.ceil(1000 * len(faults) / len(source)) / 1000
             raise DataError(

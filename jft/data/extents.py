@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,14 @@ class Extents:
       file: int32 [N], which of `files`.
       offset: int64 [N], first byte.
       length: int64 [N], bytes.
+      crc: uint32 [N], CRC-32 of each, where it is known; a content that has another is refused.
     """
 
     files: tuple[str, ...]
     file: np.ndarray
     offset: np.ndarray
     length: np.ndarray
+    crc: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.file)
@@ -54,11 +57,14 @@ class Extents:
             raise BadImage(f"{path}: cannot be read ({error.strerror})") from None
         if len(content) != wanted:
             raise BadImage(f"{path}: ends before byte {int(self.offset[i]) + wanted:,}")
+        if self.crc is not None and zlib.crc32(content) != int(self.crc[i]):
+            raise BadImage(f"{path}: is damaged; remove it, and it is made again")
         return content
 
     def take(self, indices: np.ndarray) -> Extents:
         """Those of `indices`."""
-        return Extents(self.files, self.file[indices], self.offset[indices], self.length[indices])
+        parts = (self.file[indices], self.offset[indices], self.length[indices])
+        return Extents(self.files, *parts, None if self.crc is None else self.crc[indices])
 
 
 class ExtentSource(EncodedSource):
@@ -119,25 +125,28 @@ def unpacked(name: str, contents: Iterable[bytes | None], count: int, origin: st
     """
     path = kept_folder() / f"{name}.images"
     kept = load_kept(name)
-    if kept is not None and len(kept["length"]) == count:
-        found = _extents(path, kept["length"])
+    if kept is not None and len(kept["length"]) == count and "crc" in kept:
+        found = _extents(path, kept["length"], kept["crc"])
         if path.is_file() and path.stat().st_size == int(kept["length"].sum()):
             return found
-    lengths = []
+    lengths, sums = [], []
     try:
         with whole_file(path) as file:
             for content in contents:
                 lengths.append(file.write(content or b""))
+                sums.append(zlib.crc32(content or b""))
     except OSError as error:
         raise DataError(
             f"{path}: {error.strerror or error}, while unpacking {origin}; XDG_CACHE_HOME names"
             " another folder"
         ) from None
-    length = np.asarray(lengths, np.int64)
-    keep(name, {"length": length})
-    return _extents(path, length)
+    length, crc = np.asarray(lengths, np.int64), np.asarray(sums, np.uint32)
+    keep(name, {"length": length, "crc": crc})
+    return _extents(path, length, crc)
 
 
-def _extents(path: Path, length: np.ndarray) -> Extents:
+def _extents(path: Path, length: np.ndarray, crc: np.ndarray) -> Extents:
     offset = np.concatenate([[0], np.cumsum(length)[:-1]]) if len(length) else length
-    return Extents((str(path),), np.zeros(len(length), np.int32), offset.astype(np.int64), length)
+    return Extents(
+        (str(path),), np.zeros(len(length), np.int32), offset.astype(np.int64), length, crc
+    )

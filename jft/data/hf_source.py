@@ -13,7 +13,7 @@ from jft.data.kept import key_of
 from jft.data.pixels import BadImage
 from jft.data.protocol import Kind
 from jft.data.split_files import SPLIT_NAMES
-from jft.data.targets import any_targets
+from jft.data.targets import any_targets, class_name
 from jft.errors import ConfigError, DataError, nearest
 
 HUB = "hf:"
@@ -112,7 +112,9 @@ def load_hf(
         if name is None:
             continue
         columns = (image_column, label_column)
-        sources[split] = _source(datasets, splits[name], columns, f"{path} [{name}]", names)
+        kind = sources["train"].kind if sources else None
+        origin = f"{path} [{name}]"
+        sources[split] = _source(datasets, splits[name], columns, origin, names, kind)
         if sources[split].kind != "value":
             names = sources[split].label_names
     return sources
@@ -151,7 +153,12 @@ def _split(splits: dict[str, Any], wanted: str | None, split: str) -> str | None
 
 
 def _source(
-    datasets: Any, records: Any, columns: tuple[str, str], origin: str, names: list[str] | None
+    datasets: Any,
+    records: Any,
+    columns: tuple[str, str],
+    origin: str,
+    names: list[str] | None,
+    kind: Kind | None,
 ) -> HfSource:
     image, label = columns
     for key, column in (("image_column", image), ("label_column", label)):
@@ -165,19 +172,21 @@ def _source(
     stored = list(inner.names) if isinstance(inner, datasets.ClassLabel) else None
     values = records.select_columns([label]).with_format("arrow")[:][label].to_pylist()
     if stored is not None:
-        values = [_named(value, stored) for value in values]
+        values = [_named(value, stored, f"{origin}: index {i}") for i, value in enumerate(values)]
+    elif str(getattr(feature, "dtype", "")).startswith("float"):
+        kind = "value"  # whole numbers too: the features decide
     known = names or stored
 
     def name(i: int) -> str:
         return f"{origin}: index {i}"
 
-    targets = any_targets(values, known, name)
+    targets = any_targets(values, known, name, kind)
     records = records.select_columns([image]).cast_column(image, datasets.Image(decode=False))
     return HfSource(records, image, origin, targets.labels, targets.names, targets.kind)
 
 
-def _named(value: Any, names: Sequence[str]) -> Any:
-    """A class, or a list of them, by name: -1 and None are no class."""
+def _named(value: Any, names: Sequence[str], where: str) -> Any:
+    """A class, or a list of them, by name: -1 and None alone are no class."""
     if isinstance(value, list):
-        return [names[part] for part in value]
+        return [class_name(part, names, where) for part in value]
     return names[value] if value is not None and 0 <= value < len(names) else None

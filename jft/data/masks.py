@@ -63,6 +63,11 @@ def mask_shares(paths: Sequence[str], values: int | None) -> np.ndarray:
         mask = read_mask(path)
         if values is None:
             return np.asarray([(mask > 0).mean()], np.float32)
+        if mask.max(initial=0) > values:
+            raise DataError(
+                f"mask {path}: has the value {int(mask.max())}, but data.args.mask_names has"
+                f" {values}: 1 to {values} are its classes"
+            )
         return np.asarray([(mask == k + 1).mean() for k in range(values)], np.float32)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

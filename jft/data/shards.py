@@ -69,7 +69,8 @@ def load_webdataset(
     for split in sorted(files, key=("train", "val", "test").index):
         index = _index(files[split], image, label)
         values = [_label(text, label_key, index.names[i]) for i, text in enumerate(index.labels)]
-        targets = any_targets(values, names, index.names.__getitem__)
+        kind = sources["train"].kind if sources else None
+        targets = any_targets(values, names, index.names.__getitem__, kind)
         if targets.kind != "value":
             names = targets.names  # those of train hold for all
         sources[split] = ExtentSource(

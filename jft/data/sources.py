@@ -188,6 +188,26 @@ def _local(path: str) -> Path:
         raise DataError(f"data.path: {error}") from None
 
 
+def _check_kinds(sources: Mapping[str, Source], path: str) -> None:
+    """Stops where the splits do not speak of the same labels, or there is nothing to tell apart.
+
+    Raises:
+      DataError: as said.
+    """
+    train = sources["train"]
+    names = list(train.label_names)
+    if len(names) < (2 if train.kind == "class" else 1):
+        only = f"only one class, {names[0]!r}" if names else "no labels"
+        raise DataError(f"data.path={path!r}: {only}: is it a folder too high, or another column?")
+    for name, source in sources.items():
+        if source.kind != train.kind:
+            raise DataError(
+                f"labels of {name} are of kind {source.kind!r}, of train {train.kind!r}"
+            )
+        if train.kind != "value" and list(source.label_names) != names:
+            raise DataError(f"{name} has other classes than train: {len(source.label_names)}")
+
+
 def make_splits(
     *,
     name: str,
@@ -226,6 +246,7 @@ def make_splits(
     whole = sources["train"]
     if not len(whole):
         raise DataError(f"data.path={path!r}: no examples")
+    _check_kinds(sources, path)
     left = np.arange(len(whole))
     wanted = (("test", test_fraction, 1), ("val", val_fraction, 2))
     for split, fraction, stream in wanted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -17,7 +18,7 @@ from jft.data.kept import file_facts, key_of
 from jft.data.masks import mask_shares, mask_targets, share_notes
 from jft.data.split_files import find_files, split_of
 from jft.data.table_files import EXTENSIONS, Table, read_table
-from jft.data.targets import Name, Targets, class_targets, column_targets, list_targets
+from jft.data.targets import Name, Targets, class_name, class_targets, column_targets, list_targets
 from jft.errors import ConfigError, DataError
 
 _IMAGE_COLUMNS = ("image", "file_name", "filename", "file", "path", "image_path", "img")
@@ -117,6 +118,12 @@ def _completed(columns: Columns, table: Table) -> Columns:
             "data.args: give one of label_column, label_columns, value_columns, mask_column;"
             f" {table.path} has {', '.join(table.columns)}"
         )
+    if columns.one_hot and not columns.labels:
+        raise ConfigError("data.args.one_hot: needs label_columns")
+    if not 0 <= columns.min_share < 1:
+        raise ConfigError(f"data.args.min_share={columns.min_share:g}: give 0 <= min_share < 1")
+    if columns.mask is None and (columns.mask_names or columns.min_share):
+        raise ConfigError("data.args.mask_names, min_share: need mask_column")
     return replace(columns, image=image, label=label)
 
 
@@ -183,7 +190,10 @@ def _label_targets(
     names = names or stored
     first = next((value for value in values if value is not None), None)
     if isinstance(first, list) and stored:
-        values = [[stored[c] if isinstance(c, int) else c for c in v or ()] for v in values]
+        values = [
+            [class_name(c, stored, name(i)) if isinstance(c, int) else c for c in v or ()]
+            for i, v in enumerate(values)
+        ]
     if columns.separator is not None or isinstance(first, list):
         return list_targets(values, names, name, columns.separator)
     return class_targets(values, names, name, indices=names is not None)
@@ -194,10 +204,14 @@ def _images(tables: Sequence[Table], columns: Columns, targets: Targets) -> Enco
     if not all(table.holds_images(columns.image) for table in _having(tables, columns.image)):
         texts = [c for table in tables for c in table.column(columns.image, "image_column")]
         return FileSource(_paths(tables, texts, columns, columns.suffix), *labels)
-    read = chain.from_iterable(table.images(columns.image) for table in tables)
     files = [table.path for table in tables]
-    contents = (_content(files[0].parent, *pair) for pair in read)
-    key = f"table-{key_of(file_facts(files), columns.image)}"
+    root = files[0].parent if columns.root is None else Path(columns.root).expanduser()
+    read = list(chain.from_iterable(table.images(columns.image) for table in tables))
+    # Rows may name a file instead of holding it: then that file decides what is unpacked.
+    named = [str(root / (path + columns.suffix)) for content, path in read if not content and path]
+    contents = (_content(root, columns.suffix, *pair) for pair in read)
+    there = file_facts([path for path in named if os.path.isfile(path)])
+    key = f"table-{key_of(file_facts(files), columns.image, there, named)}"
     extents = unpacked(key, contents, len(targets.labels), str(files[0]))
     ids = [f"{table.path}, row {i}" for table in tables for i in range(table.rows)]
     return ExtentSource(extents, ids, *labels)
@@ -210,11 +224,11 @@ def _having(tables: Sequence[Table], column: str) -> Sequence[Table]:
     return tables
 
 
-def _content(folder: Path, content: bytes | None, path: str | None) -> bytes | None:
-    """Some rows hold a path instead of the image; only files below the table are taken."""
+def _content(folder: Path, suffix: str, content: bytes | None, path: str | None) -> bytes | None:
+    """Some rows hold a path instead of the image; only files below the folder are taken."""
     if content is not None or not path:
         return content
-    file = (folder / path).resolve()
+    file = (folder / (path + suffix)).resolve()
     if not file.is_relative_to(folder.resolve()) or not file.is_file():
         return None
     return file.read_bytes()
@@ -235,7 +249,7 @@ def _paths(
     for root, text in zip(roots, texts, strict=True):
         if not isinstance(text, str) or not text.strip():
             row = len(found)
-            raise DataError(f"{tables[0].path}: row {row} names no file, but {text!r}")
+            raise DataError(f"{tables[0].path}: row {row} names no file, but {reprlib.repr(text)}")
         found.append(os.path.join(root, text.strip() + suffix))
     if not any(os.path.exists(path) for path in found[:100]):
         raise DataError(

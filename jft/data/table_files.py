@@ -138,7 +138,7 @@ def _read_csv(path: Path, text: str, delimiter: str) -> Table:
 
 def _read_jsonl(path: Path, text: str) -> Table:
     rows, lines = [], []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # U+2028 within a text ends no line
         if not line.strip():
             continue
         try:

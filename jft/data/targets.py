@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,7 +76,7 @@ def _class_text(value: Any) -> str:
 def sorted_names(texts: Sequence[str]) -> list[str]:
     """The distinct texts: integers by value, else by alphabet."""
     distinct = set(texts)
-    if all(text.lstrip("-").isdigit() for text in distinct):
+    if all(re.fullmatch(r"-?[0-9]{1,18}", text) for text in distinct):
         return sorted(distinct, key=int)
     return sorted(distinct)
 
@@ -96,7 +97,7 @@ def list_targets(
             value = []
         if not isinstance(value, list | tuple | np.ndarray):
             raise DataError(f"{name(i)}: label {value!r} is no list of classes")
-        rows.append([_class_text(part) for part in value])
+        rows.append([_one_class(part, i, name) for part in value])
     known = [str(n) for n in names] if names else sorted_names([t for row in rows for t in row])
     place = {text: i for i, text in enumerate(known)}
     labels = np.zeros((len(rows), len(known)), np.float32)
@@ -108,6 +109,20 @@ def list_targets(
                 )
             labels[i, place[text]] = 1
     return Targets("multi", known, labels)
+
+
+def _one_class(part: Any, i: int, name: Name) -> str:
+    text = "" if isinstance(part, list | tuple | dict | np.ndarray) else _class_text(part)
+    if not text:
+        raise DataError(f"{name(i)}: {part!r} in its list is no class")
+    return text
+
+
+def class_name(value: Any, names: Sequence[str], where: str) -> str:
+    """Returns the name of class number `value`; DataError, which begins with `where`, if none."""
+    if not isinstance(value, int | np.integer) or not 0 <= value < len(names):
+        raise DataError(f"{where}: class {value!r} is none of 0..{len(names) - 1}")
+    return names[value]
 
 
 def column_targets(columns: Mapping[str, Sequence[Any]], kind: Kind, name: Name) -> Targets:
@@ -167,16 +182,22 @@ def _number(cell: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def any_targets(values: Sequence[Any], names: Sequence[str] | None, name: Name) -> Targets:
+def any_targets(
+    values: Sequence[Any], names: Sequence[str] | None, name: Name, kind: Kind | None = None
+) -> Targets:
     """Labels whose kind their type tells: lists are several classes, fractions are values.
+
+    `kind` is that of the training split, which holds for the others.
 
     Raises:
       DataError: see the functions above.
     """
+    if kind == "value":
+        return column_targets({"value": values}, "value", name)
     first = next((value for value in values if value is not None), None)
     if isinstance(first, list | tuple | np.ndarray):
         return list_targets(values, names, name)
     numbers = [v for v in values if isinstance(v, float | np.floating) and math.isfinite(v)]
-    if any(not float(v).is_integer() for v in numbers):
+    if kind is None and any(not float(v).is_integer() for v in numbers):
         return column_targets({"value": values}, "value", name)
     return class_targets(values, names, name, indices=names is not None)

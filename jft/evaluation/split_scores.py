@@ -141,7 +141,7 @@ def score_several(predictions: Predictions, label_names: Sequence[str]) -> Score
     """
     label, logits = predictions.label, predictions.logits
     known, predicted = ~np.isnan(label), logits > 0
-    right = (predicted == (label == 1)) & known
+    right = (predicted == (label == 1)) & known & ~np.isnan(logits)
     tables, counts, bins = [], np.zeros((len(label_names), 4), np.int64), []
     for k, column in _columns(logits):
         here = known[:, k]
@@ -259,6 +259,8 @@ def _softmax_part(logits: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, ..
     ranks = np.where(np.isnan(top[:, 0]), logits.shape[1], above.sum(axis=1))
     exponentials[each, predicted] = 0.0
     log_rest = top[:, 0] + np.log(exponentials.sum(axis=1))
+    # Nor is it ever right: what is said then is another class.
+    predicted = np.where(np.isnan(total), (label + 1) % logits.shape[1], predicted)
     return predicted, 1.0 / total, log_total, log_rest, log_probability, brier, ranks
 
 

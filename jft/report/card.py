@@ -26,10 +26,11 @@ _METRICS = (
 _SHARES = {"accuracy", "balanced_accuracy", "macro_f1"}
 
 
-def model_card(workdir: Path | str) -> str:
+def model_card(workdir: Path | str, step: int | None = None) -> str:
     """Returns Markdown with the front matter that the Hugging Face hub reads.
 
-    It takes files of the run directory alone; what is missing there is left out.
+    It takes files of the run directory alone; what is missing there is left out. Scores are those
+    of the parameters at `step`; None takes whatever was evaluated last.
     """
     workdir = Path(workdir)
     config, data, run, conversion, plan = (
@@ -38,6 +39,8 @@ def model_card(workdir: Path | str) -> str:
     )
     model = text(_inside(config, "model").get("name"), "model")
     evaluations = [_mapping(path) for path in sorted((workdir / "eval").glob("*.json"))]
+    if step is not None:
+        evaluations = [found for found in evaluations if found.get("step") == step]
     parts = [
         _front(config, evaluations),
         f"# {workdir.resolve().name}: {model}, fine-tuned with jft\n",

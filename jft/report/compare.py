@@ -144,13 +144,17 @@ def _short(value: str) -> str:
 
 
 def final_metrics(run: RunFiles) -> dict[str, float]:
-    """Returns the last value of each metric in metrics.jsonl, else that of eval/<split>.json."""
+    """Returns the last value of each metric in metrics.jsonl, else that of eval/<split>.json.
+
+    Of a run that ended with its best checkpoint "eval/..." is what that one reached.
+    """
     found: dict[str, float] = {}
     for split, evaluation in run.evaluations.items():
         prefix = "eval" if split == "val" else split
         for name, value in evaluation.items():
             if isinstance(value, float) and (amount := float_of(value)) is not None:
                 found[f"{prefix}/{name}"] = amount
+    last: dict[str, int] = {}
     for row in run.rows:
         for name, value in row.items():
             kept = name in ("train/loss", "train/accuracy")
@@ -158,6 +162,11 @@ def final_metrics(run: RunFiles) -> dict[str, float]:
             amount = float_of(value)
             if amount is not None and (kept or evaluated):
                 found[name] = amount
+                last[name.partition("/")[0]] = row["step"]
+    best = {name: found.pop(name) for name in list(found) if name.startswith("best/")}
+    if last.get("best", -1) >= last.get("eval", -1):
+        reached = {name: value for name, value in best.items() if name != "best/step"}
+        found |= {f"eval/{name.partition('/')[2]}": value for name, value in reached.items()}
     return dict(sorted(found.items(), key=lambda item: (item[0].startswith("train/"), item[0])))
 
 

@@ -323,7 +323,7 @@ class _Events:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
-            if isinstance(value, int | float):
+            if isinstance(value, int | float) and math.isfinite(value):
                 event = self._event(
                     wall_time=clock.time(), step=step, summary=self._scalar(name, value)
                 )

@@ -120,7 +120,7 @@ class _Trainer:
         self.decisions.begin(self.step, *self.leaves())
         self.guard.begin(self.leaves()[0])
         self.decide()
-        if run.total_steps == run.freeze.outline.total_steps:
+        if not self.done and run.total_steps == run.freeze.outline.total_steps:
             foreseen = run.freeze.foreseen(self.decisions.log)
             following = [phase for phase in foreseen if phase.stop_step > self.step]
             self.steps.ahead(following, stop=lambda: stop.exit_code is not None)
@@ -337,6 +337,8 @@ class _Trainer:
         state = {0: "done", 75: "preempted", 130: "interrupted"}[exit_code]
         signalled = f"stopped by a signal at step {self.step}, saved"
         reason = self.ending.reason if exit_code == 0 else signalled
+        if exit_code == 0 and reason:
+            self.writer.message(reason)
         self.writer.status(state=state, step=self.step, eta_seconds=None, exit_reason=reason)
         leaves, restored = self.eval_leaves(), self.ending.restored_step
         return Outcome(exit_code, self.step, dict(self.results), *leaves, restored)

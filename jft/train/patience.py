@@ -46,13 +46,16 @@ class Stopping:
             return None
         start = last_thaw(phases)
         least = less_is_better(self.metric)
-        best, best_step, waited = math.inf, None, 0
+        best, best_step, mark, waited = math.inf, None, math.inf, 0
         for record in history:
             if record["step"] <= start or self.metric not in record:
                 continue
             value = record[self.metric] if least else -record[self.metric]
-            better = value < best - self.min_delta
-            waited = 0 if better else waited + 1
+            # Small gains add up: they are measured against the last one that counted.
+            if not math.isfinite(value) and best_step is None:
+                continue  # nothing was measured yet, as where a split lacks a class
+            better = value < mark - self.min_delta
+            mark, waited = (value, 0) if better else (mark, waited + 1)
             if value < best:
                 best, best_step = value, record["step"]
         if waited < self.evals:

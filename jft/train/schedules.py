@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from jft.errors import ConfigError, nearest
+from jft.values import key_of
 
 Schedule = Callable[[Any], jax.Array]
 
@@ -193,6 +195,8 @@ def slanted_triangle(
     With cut = floor(steps * cut_frac) and p = step / cut before the cut, then
     1 - (step - cut) / (cut * (1 / cut_frac - 1)): peak * (1 + p * (ratio - 1)) / ratio.
     """
+    _check(0 < cut_frac < 1, f"cut_frac: {cut_frac!r} should be between 0 and 1")
+    _check(ratio >= 1, f"ratio: {ratio!r} should be at least 1")
     cut = max(int(steps * cut_frac), 1)
 
     def at(step: Any) -> jax.Array:
@@ -236,7 +240,7 @@ def _left(step: Any, steps: int, share: float) -> jax.Array:
 
 def _check(good: bool, text: str) -> None:
     if not good:
-        raise ConfigError(f"optim.schedule_args.{text}")
+        raise ConfigError(f"optim.schedule_args or optim.group_schedules: {text}")
 
 
 def _check_share(name: str, value: float) -> None:
@@ -307,13 +311,17 @@ def check_schedule(name: Any, args: Any, where: str) -> dict[str, Any]:
     """
     if name not in SCHEDULES:
         raise ConfigError(f"{where}: no schedule {name!r}{nearest(str(name), SCHEDULES)}")
-    takes = [
-        parameter.name
+    hints = typing.get_type_hints(SCHEDULES[name])
+    takes = {
+        parameter.name: key_of(hints[parameter.name], parameter.default)
         for parameter in inspect.signature(SCHEDULES[name]).parameters.values()
         if parameter.kind is parameter.KEYWORD_ONLY
-    ]
-    for given in args or {}:
+    }
+    found = {}
+    for given, value in (args or {}).items():
         if given not in takes:
             hint = nearest(str(given), takes) or f"; it takes {', '.join(takes) or 'none'}"
             raise ConfigError(f"{where}: {name} takes no {given!r}{hint}")
-    return dict(args or {})
+        key = takes[given]
+        found[given] = value if key is None else key.cast(value, f"{where}: {given}")
+    return found

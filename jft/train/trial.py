@@ -30,12 +30,13 @@ class Trial:
         self.run = run
         self.compiled, self.compile_seconds = compile_phase(run, phase)
         tx = run.optim.tx(phase, run.enforce)
-        state, frozen = make_state(phase, tx, *run.start(), run.enforce)
+        state, frozen = make_state(phase, tx, *run.start(), run.enforce, run.parts.averages)
         shapes = element_shapes(run, phase)
         elements = {path: np.ones(leaf.shape, bool) for path, leaf in shapes.items()}
         frozen = dataclasses.replace(frozen, rates=run.optim.rates(phase), elements=elements)
         stacked = run.stacks(phase).stack((state, frozen))
         self.state, self.frozen = run.parallel.place(stacked)
+        self.frozen = dataclasses.replace(self.frozen, teacher=run.parallel.place(run.teacher))
         self._names = tuple(batch_shape(run, Input()))
 
     @functools.cached_property

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from jft.errors import ConfigError, nearest
 from jft.models.zoo import FAMILIES, Model, make_model
+from jft.report.rundir import write_json
 from jft.weights.compare import compare
 from jft.weights.convert import load_pretrained
 from jft.weights.export import export_weights
@@ -142,12 +142,12 @@ ACTIONS = {
 
 def _source_text(word: str) -> str:
     """A word of the command line as a source; a plain path is one of kind file."""
-    return f"file:{word}" if ":" not in word and Path(word).exists() else word
+    return word if ":" in word else f"file:{word}"
 
 
 def _write(out: str | None, content: dict[str, Any]) -> None:
     if out:
-        Path(out).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(Path(out), content)
 
 
 def _model(name: str, text: str) -> tuple[Model, str, dict[str, Any] | None]:

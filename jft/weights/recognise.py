@@ -75,7 +75,7 @@ class Match:
 def recognise(source: Source, arrays: Mapping[str, np.ndarray]) -> list[Match]:
     """The families that know most of a source's names, each with its best model.
 
-    Families may share names: where one has a model of just the source's shapes, others are left out.
+    Families may share names: where one has a model of just the source's shapes, it is chosen.
 
     Raises:
       WeightsError: the source's config.json is of none of the family's architectures.
