@@ -7,6 +7,9 @@ The first line makes the teacher: 3.4 M parameters, 251 MFLOP an image. The stud
 51 MFLOP, starts from random weights, and learns from the same 450 labels and from what the teacher
 says of the same augmented images. `--config.distill.teacher=None` trains it on the labels alone.
 `:tiny` runs the same path in seconds; its teacher has random weights.
+
+Hardware and time: two CPU cores, about 2 minutes after the 2 minutes of the teacher.
+Expect: 96.6 % on the test images, and 95.3 % on the labels alone (one seed, 2026-11-28).
 """
 
 from jft.config import read_file

@@ -16,7 +16,7 @@ from jft.data.images import canvas_shape
 from jft.data.pixels import Pixels, make_pixels
 from jft.data.protocol import Kind, label_layout
 from jft.data.sources import Splits, make_splits
-from jft.errors import ConfigError, WeightsError
+from jft.errors import ConfigError, DataError, WeightsError
 from jft.freeze.groups import COMMON_SETS, Groups, make_groups
 from jft.models.family import Preprocess, adapt_preprocess
 from jft.models.own import OwnModel, own_model
@@ -151,6 +151,11 @@ def make_task(
       pixels: of the splits; 8 bits and the model's own channels by default.
     """
     pixels = pixels or Pixels()
+    if len(label_names) < (2 if kind == "class" else 1):
+        only = f"only one class, {label_names[0]!r}" if label_names else "no labels"
+        raise DataError(
+            f"data.path={config.data.path!r}: {only}: is it a folder too high, or another column?"
+        )
     made = _make_model(config, model, len(label_names), pixels)
     used = _fitted(config, made.preprocess, pixels)
     size, channels = used.image_size, len(used.mean)

@@ -61,7 +61,8 @@ ALL = (phase(0, 0, "a", "b"),)
         ([3, 2, 2, 2], {}, True),
         ([3, 2.9, 2.8], {"min_delta": 0.5}, True),
         ([3, 2.4, 2.3], {"min_delta": 0.5}, False),
-        ([np.nan, np.nan], {}, True),
+        ([np.nan, np.nan], {}, False),
+        ([2, np.nan, np.nan], {}, True),
         ([3, 2, 2.5, 2.4], {"evals": None}, False),
     ],
 )

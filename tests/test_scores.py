@@ -350,3 +350,12 @@ def test_a_long_curve_is_thinned_and_keeps_its_ends():
     assert curve["roc"][0] == [0, 0] and curve["roc"][-1] == [1, 1]
     x, y = np.array(curve["roc"]).T
     assert np.trapezoid(y, x) == pytest.approx(curve["auroc"], abs=2e-3)
+
+
+@pytest.mark.parametrize("junk", [np.nan, np.inf])
+@pytest.mark.parametrize("kind", ["class", "multi"])
+def test_a_prediction_that_is_not_a_number_is_never_right(kind, junk):
+    label = np.array([0, 1, 0, 0]) if kind == "class" else np.zeros((4, 2), np.float32)
+    logits = np.full((4, 2), junk if kind == "class" else np.nan, np.float32)
+    found = score(kind, Predictions(label, logits, np.ones(4), np.ones(4)), ["a", "b"]).scalars
+    assert found["accuracy"] == 0.0

@@ -188,17 +188,14 @@ def _local(path: str) -> Path:
         raise DataError(f"data.path: {error}") from None
 
 
-def _check_kinds(sources: Mapping[str, Source], path: str) -> None:
-    """Stops where the splits do not speak of the same labels, or there is nothing to tell apart.
+def _check_kinds(sources: Mapping[str, Source]) -> None:
+    """Stops where the splits do not speak of the same labels.
 
     Raises:
-      DataError: as said.
+      DataError: it names the split.
     """
     train = sources["train"]
     names = list(train.label_names)
-    if len(names) < (2 if train.kind == "class" else 1):
-        only = f"only one class, {names[0]!r}" if names else "no labels"
-        raise DataError(f"data.path={path!r}: {only}: is it a folder too high, or another column?")
     for name, source in sources.items():
         if source.kind != train.kind:
             raise DataError(
@@ -246,7 +243,7 @@ def make_splits(
     whole = sources["train"]
     if not len(whole):
         raise DataError(f"data.path={path!r}: no examples")
-    _check_kinds(sources, path)
+    _check_kinds(sources)
     left = np.arange(len(whole))
     wanted = (("test", test_fraction, 1), ("val", val_fraction, 2))
     for split, fraction, stream in wanted:

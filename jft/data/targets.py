@@ -122,7 +122,7 @@ def class_name(value: Any, names: Sequence[str], where: str) -> str:
     """Returns the name of class number `value`; DataError, which begins with `where`, if none."""
     if not isinstance(value, int | np.integer) or not 0 <= value < len(names):
         raise DataError(f"{where}: class {value!r} is none of 0..{len(names) - 1}")
-    return names[value]
+    return names[int(value)]
 
 
 def column_targets(columns: Mapping[str, Sequence[Any]], kind: Kind, name: Name) -> Targets:

@@ -240,7 +240,7 @@ def _left(step: Any, steps: int, share: float) -> jax.Array:
 
 def _check(good: bool, text: str) -> None:
     if not good:
-        raise ConfigError(f"optim.schedule_args or optim.group_schedules: {text}")
+        raise ConfigError(f"optim.schedule_args.{text}")
 
 
 def _check_share(name: str, value: float) -> None:
