@@ -1,5 +1,7 @@
 """Images of other channels: what a grey image gives stays, whatever the number of channels."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -8,11 +10,13 @@ import pytest
 from safetensors.numpy import load_file
 from test_convert import replace, source_with, tiny
 
+from jft import fit, load_config, setup
 from jft.errors import WeightsError
 from jft.models.family import Preprocess, adapt_preprocess
+from jft.models.zoo import make_model
 from jft.weights.channels import adapt_channels
 from jft.weights.convert import load_pretrained
-from jft.weights.export import export_weights
+from jft.weights.export import export_weights, write_random
 
 FIRST = {"vit_tiny": "embed/patch/kernel", "efficientnet_lite_tiny": "stem/conv/kernel"}
 PATCH = "vit.embeddings.patch_embeddings.projection.weight"
@@ -126,3 +130,36 @@ def test_preprocessing_is_the_same_for_every_new_channel():
     assert grey.mean == (115.0,) and grey.std == (58.0,) and grey.crop_fraction == 0.9
     assert five.mean == (115.0,) * 5 and five.std == (58.0,) * 5
     assert jnp.asarray(five.mean).shape == (5,)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_checkpoint_of_three_channels_learns_from_other_numbers_of_bands(tmp_path, channels):
+    model = make_model(name="efficientnet_lite_tiny", num_classes=7)
+    source = write_random(model, tmp_path / "w", 0)
+    rng = np.random.default_rng(0)
+    label = np.arange(120) % 3
+    images = rng.integers(0, 60, (120, 16, 16, channels)) + 80 * label[:, None, None, None]
+    np.savez(tmp_path / "bands.npz", image=images.astype(np.uint8), label=label)
+    keys = [
+        "data.name=npz",
+        f"data.path={tmp_path}/bands.npz",
+        f"data.channels={channels}",
+        "data.image_size=16",
+        "model.args.norm_momentum=0.8",  # 40 steps are too few to average over 100
+        f"init.source=file:{source}",
+        "freeze.phases=head@10% | all",
+        "optim.learning_rate=0.01",
+        "train.steps=40",
+        "train.batch_size=24",
+        "augment.crop=none",
+        "eval.every_steps=None",
+        "parallel.devices=1",
+        "log.tensorboard=False",
+    ]
+    run = setup(load_config("folder:tiny", keys), tmp_path / "run")
+    outcome = fit(run)
+    rows = json.loads((tmp_path / "run" / "conversion.json").read_text())["rows"]
+    adapted = [row["path"] for row in rows if row["status"] == "adapted"]
+    assert adapted == ["stem/conv/kernel"]
+    assert outcome.metrics["test/accuracy"] > 0.9
