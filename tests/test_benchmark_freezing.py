@@ -155,6 +155,7 @@ def test_compiled_steps_are_kept_in_the_folder_alone_and_jax_is_left_as_it_was(t
     assert jax.config.jax_compilation_cache_dir == before
 
 
+@pytest.mark.slow
 def test_the_command_writes_json_table_and_chart(tmp_path, monkeypatch, capsys):
     size = freezing.Size(
         (TINY,),

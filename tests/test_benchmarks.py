@@ -69,6 +69,7 @@ def test_windows_are_as_many_steps_as_fill_the_time():
     assert steps_for(lambda steps: 5.0 * steps, 1.0) == 2
 
 
+@pytest.mark.slow
 def test_the_bare_step_learns_as_jft_does(tmp_path):
     """Same start, rate and batches: the two arms train the same model in every phase."""
     for phase in PHASES:

@@ -89,7 +89,9 @@ RULED = [
 ]
 
 
-@pytest.mark.parametrize("step", [7, 11, 14])
+@pytest.mark.parametrize(
+    "step", [pytest.param(7, marks=pytest.mark.slow), 11, pytest.param(14, marks=pytest.mark.slow)]
+)
 def test_a_killed_cached_run_whose_cuts_a_rule_finds_ends_bitwise_equal(
     step, tmp_path, monkeypatch
 ):

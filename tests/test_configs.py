@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 CONFIGS = sorted((fault_run.ROOT / "configs").glob("*.py"))
 NAMES = [file.stem for file in CONFIGS]
-DERIVED = ("satellite", "scratch", "xray")  # start from another config, and change keys of it
+DERIVED = ("satellite", "scratch", "tags", "xray")  # start from another config
 
 
 @pytest.fixture(scope="module")

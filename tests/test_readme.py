@@ -63,7 +63,7 @@ def test_every_command_of_the_readme_runs(folder, monkeypatch, capsys):
         if "plan" in tiny:  # block[-3:] of the real model; a plan is cheap
             tiny = words[1:]
         if "lr-find" in tiny:
-            tiny = [*tiny, "--steps=8"]
+            tiny = [*tiny, "--steps=10"]
         assert main(tiny) == 0, (words, capsys.readouterr().err)
     assert (folder / "runs" / "photos" / "report.html").exists()
     assert (folder / "photos-model" / "model.safetensors").exists()
