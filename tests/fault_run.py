@@ -160,6 +160,19 @@ def write_photos(folder, train=8, val=4, test=4, side=20):
     return folder
 
 
+def write_newcomer(folder):
+    """Writes what the commands of the documents use: configs, photos of two classes, one more."""
+    (folder / "configs").symlink_to(ROOT / "configs")
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (folder / "photos" / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = rng.integers(0, 256, (40, 36 + i, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "photos" / name / f"{i}.png")
+    Image.fromarray(pixels).save(folder / "new.jpg")
+    return folder
+
+
 def write_arrays(file, train=96, val=24, test=24, side=16):
     """Writes an npz of coloured noise in three splits."""
     rng = np.random.default_rng(0)

@@ -11,9 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
+import fault_run
 import pytest
-from PIL import Image
 
 from jft.cli import main
 
@@ -30,14 +29,7 @@ def blocks_of(page: Path) -> list[tuple[str, str]]:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    rng = np.random.default_rng(0)
-    for name in ("cat", "dog"):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for i in range(20):
-            pixels = rng.integers(0, 256, (40, 36 + i, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
-    Image.fromarray(pixels).save(tmp_path / "new.jpg")
+    fault_run.write_newcomer(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

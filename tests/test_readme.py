@@ -4,9 +4,8 @@ import re
 import shlex
 from pathlib import Path
 
-import numpy as np
+import fault_run
 import pytest
-from PIL import Image
 
 from jft.cli import main
 
@@ -26,16 +25,7 @@ COMMANDS = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A working directory with the configs, a folder of photos and one new picture."""
-    folder = tmp_path_factory.mktemp("newcomer")
-    (folder / "configs").symlink_to(ROOT / "configs")
-    rng = np.random.default_rng(0)
-    for name in ("cat", "dog"):
-        (folder / "photos" / name).mkdir(parents=True)
-        for i in range(20):
-            pixels = rng.integers(0, 256, (40, 36 + i, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / "photos" / name / f"{i}.png")
-    Image.fromarray(pixels).save(folder / "new.jpg")
-    return folder
+    return fault_run.write_newcomer(tmp_path_factory.mktemp("newcomer"))
 
 
 def test_the_readme_shows_the_commands_that_people_need():

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jft.data.protocol import Source, label_layout, strata
-from jft.data.sampling import SAMPLINGS, ClassOrder
+from jft.data.sampling import SAMPLINGS, ClassOrder, across_epochs
 from jft.errors import ConfigError, DataError, nearest
 
 Batch = dict[str, np.ndarray]
@@ -45,15 +45,11 @@ class Order:
 
     def visits(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
         """(index, how often the example was seen before), int64 [batch_size] each."""
-        places = np.arange(batch * self.batch_size, (batch + 1) * self.batch_size)
-        epochs, places = np.divmod(places, self.length)
-        indices = np.empty(self.batch_size, np.int64)
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            with _ONE_AT_A_TIME:
-                order = _permutation(self.length, self.seed, epoch)
-            indices[here] = order[places[here]]
-        return indices, epochs
+        return across_epochs(batch, self.batch_size, self.length, self._epoch)
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, int]:
+        with _ONE_AT_A_TIME:
+            return _permutation(self.length, self.seed, epoch), epoch
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,33 @@ SAMPLINGS = ("shuffle", "balanced", "sqrt")
 _TAG = 0xBA1A  # keeps these draws apart from those of the plain shuffle
 _PARTS = 1 << 32  # shares are counted in so many parts: exact integers, the same everywhere
 _GOLDEN = 0x9E3779B9  # of these parts, the golden ratio
+
+
+def across_epochs(
+    batch: int,
+    batch_size: int,
+    length: int,
+    epoch_of: Callable[[int], tuple[np.ndarray, np.ndarray | int]],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (index, how often seen before) of a batch that may cross the edges of epochs.
+
+    Args:
+      batch: its number, from 0.
+      batch_size: B.
+      length: visits of an epoch, N.
+      epoch_of: epoch -> (indices [N], how often seen before [N], or one number for all).
+
+    Returns:
+      int64 [B] each.
+    """
+    epochs, places = np.divmod(np.arange(batch * batch_size, (batch + 1) * batch_size), length)
+    found = np.empty((2, batch_size), np.int64)
+    for epoch in np.unique(epochs).tolist():
+        here = epochs == epoch
+        indices, seen = epoch_of(epoch)
+        found[0, here] = indices[places[here]]
+        found[1, here] = np.broadcast_to(seen, (length,))[places[here]]
+    return found[0], found[1]
 
 
 class ClassOrder:
@@ -71,14 +99,7 @@ class ClassOrder:
 
     def visits(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
         """(index, how often the example was seen before), int64 [batch_size] each."""
-        places = np.arange(batch * self.batch_size, (batch + 1) * self.batch_size)
-        epochs, places = np.divmod(places, self.length)
-        found = np.empty((2, self.batch_size), np.int64)
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            indices, seen = self._epoch(epoch)
-            found[0, here], found[1, here] = indices[places[here]], seen[places[here]]
-        return found[0], found[1]
+        return across_epochs(batch, self.batch_size, self.length, self._epoch)
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         with self._one_at_a_time:
