@@ -12,13 +12,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jft.costs.flops import analytic_flops
 from jft.costs.hlo import count
-from jft.errors import ConfigError
+from jft.errors import ConfigError, WeightsError
 from jft.models.family import Preprocess
+from jft.models.forms import FORMS, Origin, to_jft, to_source
 from jft.models.layers import Training
 from jft.models.mbconv import scale_width
-from jft.models.table import FORMS, Entry, Table, choose_table, to_jft, to_source
+from jft.models.table import Entry, Table, choose_table
 from jft.models.zoo import FAMILIES, list_models, make_model
 from jft.tree import count_params, flatten, unflatten
+from jft.weights.naming import Naming, to_source_arrays
 
 TINY = ("efficientnet_lite_tiny", "efficientnet_tiny", "vit_tiny")
 SMALL = {
@@ -89,17 +91,18 @@ ENDS = [name for name in ENDS if name[-2:] not in ("b1", "b2", "b3")]
 def test_every_leaf_has_one_stage_one_group_and_one_source_name(name):
     model, variables = shapes_of(name)
     family, names = model.family, []
+    depths = tuple(getattr(model.module, "depths", ()))
     for kind, tree in variables.items():
         for path in flatten(tree):
             assert path.split("/")[0] in model.stages
             if kind == "params":
                 assert sum(bool(re.fullmatch(p, path)) for _, p in family.groups) == 1, path
             for table in family.tables:
-                found = [entry.source_name(path, "") for entry in table.entries]
-                assert sum(name is not None for name in found) == 1, path
-            source, form = family.tables[0].source_of(path)
-            assert family.tables[0].path_of(source) == (path, form)
-            names.append(source)
+                origin = table.source_of(path, depths=depths)
+                assert origin, path
+                assert (path, origin) in table.paths_of(origin.name, depths=depths), path
+            origin = family.tables[0].source_of(path, depths=depths)
+            names.append((origin.name, origin.part))
     assert len(set(names)) == len(names)
     used = {path.split("/")[0] for path in flatten(variables["params"])}
     assert used == set(model.stages)
@@ -403,22 +406,72 @@ def test_preprocess_survives_json():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_are_bitwise_inverse(form):
-    shape = (3, 5) if form == "transpose" else (4, 3, 2, 5)
+    shapes = {"transpose": (3, 5), "token": (5,), "positions": (3, 5), "channels": (1, 1, 1, 5)}
+    shape = shapes.get(form, (4, 3, 2, 5))
     value = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    again = to_source(form, to_jft(form, value))
+    again = to_source(form, to_jft(Origin("x", form), value))
     assert again.shape == value.shape and again.tobytes() == value.tobytes()
+
+
+def test_blocks_are_counted_by_stages_where_a_source_does():
+    table = Table(
+        (
+            Entry("blocks_{i}/depthwise", "b.{s=0}.{b}.dw"),
+            Entry("blocks_{i}/project", "b.{s=0}.{b}.pw"),
+            Entry("blocks_{i}/expand", "b.{s}.{b}.pw"),
+            Entry("down_{s}/conv", "layer{s+1}.down"),
+        )
+    )
+    depths = (1, 2, 3)
+    named = {
+        "blocks_0/project": "b.0.0.pw",
+        "blocks_1/expand": "b.1.0.pw",
+        "blocks_5/expand": "b.2.2.pw",
+        "down_0/conv": "layer1.down",
+    }
+    for path, name in named.items():
+        assert table.source_of(path, depths=depths).name == name
+        assert [found for found, _ in table.paths_of(name, depths=depths)] == [path]
+    assert table.source_of("blocks_6/expand", depths=depths) is None, "there is no such block"
+    assert table.source_of("blocks_1/depthwise", depths=depths) is None, "not in this stage"
+    assert not table.paths_of("b.1.2.pw", depths=depths) and not table.paths_of("layer0.down")
+    assert table.depths_of(["b.0.0.pw", "b.1.1.pw", "b.2.0.pw", "b.2.2.pw"], "") == depths
+    assert table.depths_of(["b.0.0.pw", "b.2.0.pw"], "") == (), "a stage is missing"
+
+
+def test_a_tensor_of_several_leaves_is_taken_apart_and_put_together():
+    parts = ("query", "key", "value")
+    table = Table(
+        tuple(
+            Entry(f"blocks_{{i}}/{part}/kernel", "b.{i}.qkv", "transpose", (at, 3))
+            for at, part in enumerate(parts)
+        )
+    )
+    value = np.arange(18.0).reshape(6, 3)
+    found = {path: to_jft(origin, value) for path, origin in table.paths_of("b.7.qkv")}
+    assert list(found) == [f"blocks_7/{part}/kernel" for part in parts]
+    np.testing.assert_array_equal(found["blocks_7/key/kernel"], value[2:4].T)
+    naming = Naming({path: table.source_of(path) for path in found}, table, "")
+    written = to_source_arrays(naming, dict(reversed(found.items())))
+    assert list(written) == ["b.7.qkv"]
+    np.testing.assert_array_equal(written["b.7.qkv"], value)
+    with pytest.raises(ValueError, match="does not divide"):
+        to_jft(table.source_of("blocks_0/key/kernel"), value[:5])
+    with pytest.raises(WeightsError, match="part of 'b.7.qkv' is missing"):
+        to_source_arrays(naming, {"blocks_7/key/kernel": found["blocks_7/key/kernel"]})
 
 
 def test_a_table_names_both_ways_under_its_prefix():
     entry = Entry("blocks_{i}/attn/{j}/kernel", "{p}layer.{i}.head.{j}.weight", "transpose")
     table = Table((entry, Entry("head/bias", "fc.bias")), (r".*\.count",), ("vit.", ""))
-    assert table.source_of("blocks_11/attn/2/kernel") == (
-        "vit.layer.11.head.2.weight",
-        "transpose",
+    assert table.source_of("blocks_11/attn/2/kernel") == Origin(
+        "vit.layer.11.head.2.weight", "transpose"
     )
-    assert table.path_of("layer.3.head.0.weight", "") == ("blocks_3/attn/0/kernel", "transpose")
-    assert table.path_of("layer.03.head.0.weight", "") is None
-    assert table.path_of("vitXlayer.3.head.0.weight") is None
+    assert [path for path, _ in table.paths_of("layer.3.head.0.weight", "")] == [
+        "blocks_3/attn/0/kernel"
+    ]
+    assert not table.paths_of("layer.03.head.0.weight", "")
+    assert not table.paths_of("vitXlayer.3.head.0.weight")
     assert table.prefix_for(["layer.3.head.0.weight", "fc.bias"]) == ("", 2)
     assert table.ignored("bn.count") and not table.ignored("bn.counter")
     other = Table((Entry("a", "b"),))

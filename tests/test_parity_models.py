@@ -6,44 +6,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parity import (
+    GRADIENTS,
+    HIDDEN,
+    LOGITS,
+    convert,
+    distance,
+    pictures,
+    saved_names,
+    torch_images,
+)
 
-from jft.models.table import choose_table, to_jft
+from jft.models.forms import to_jft
 from jft.models.zoo import make_model
-from jft.tree import flatten, unflatten
+from jft.tree import flatten
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
-
-# max abs(a - b) / max(1, max abs(b)), in float32.
-HIDDEN, LOGITS, GRADIENTS = 1e-5, 1e-4, 1e-4
-
-
-def distance(found, wanted):
-    found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
-    assert found.shape == wanted.shape
-    return np.abs(found - wanted).max() / max(1.0, np.abs(wanted).max())
-
-
-def convert(model, state_dict, image_size):
-    """The variables of a torch state dict through the family's own table; all names are used."""
-    # Copies: torch updates running statistics in place.
-    arrays = {name: tensor.detach().numpy().copy() for name, tensor in state_dict.items()}
-    table = choose_table(model.family.tables, arrays)
-    prefix, _ = table.prefix_for(arrays)
-    image = jnp.zeros((1, image_size, image_size, 3))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), image)
-    variables, used = {}, set()
-    for kind, tree in shapes.items():
-        leaves = {}
-        for path, leaf in flatten(tree).items():
-            name, form = table.source_of(path, prefix)
-            used.add(name)
-            leaves[path] = to_jft(form, arrays[name])
-            assert leaves[path].shape == leaf.shape
-        variables[kind] = unflatten(leaves)
-    assert not [name for name in arrays if name not in used and not table.ignored(name)]
-    return variables
-
 
 # --- EfficientNet-Lite0, published weights, real photographs ---------------------------------
 
@@ -78,10 +57,6 @@ def photograph(name, preprocess):
     image = image.resize((size, size), Image.Resampling.BICUBIC)
     mean, std = np.float32(preprocess.mean), np.float32(preprocess.std)
     return ((np.asarray(image, np.float32) - mean) / std)[None]
-
-
-def torch_images(x):
-    return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
 
 
 def test_lite0_names_what_is_on_real_photographs(lite0):
@@ -156,8 +131,8 @@ def test_lite0_in_training_mode_matches_with_its_statistics_and_gradients(lite0)
     named, table = dict(peer.named_parameters()), model.family.tables[0]
     wanted = {}
     for path in flatten(grads):
-        name, form = table.source_of(path)
-        wanted[path] = to_jft(form, named[name].grad.numpy())
+        origin = table.source_of(path)
+        wanted[path] = to_jft(origin, named[origin.name].grad.numpy())
     # Some biases have no gradient but rounding: the BatchNorm after them takes them out again.
     floor = 1e-4 * max(np.abs(value).max() for value in wanted.values())
     for path, found in flatten(grads).items():
@@ -213,13 +188,6 @@ def hf_vit(image_size=47, patch=9, bias=True, act="gelu", epsilon=1e-12, labels=
     return peer
 
 
-def saved_names(peer, folder):
-    from safetensors.torch import load_file
-
-    peer.save_pretrained(folder)
-    return load_file(folder / "model.safetensors")
-
-
 def ours(peer, folder, **changed):
     fields = make_model(name="vit_tiny", num_classes=1).family.variant_from_config(
         peer.config.to_dict()
@@ -227,10 +195,6 @@ def ours(peer, folder, **changed):
     args = {**fields, "image_size": peer.config.image_size, **changed}
     model = make_model(name="vit_tiny", args=args, num_classes=peer.config.num_labels)
     return model, convert(model, saved_names(peer, folder), peer.config.image_size)
-
-
-def pictures(size, count=2):
-    return np.random.default_rng(1).normal(size=(count, size, size, 3)).astype(np.float32)
 
 
 @pytest.mark.parametrize(

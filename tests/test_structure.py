@@ -30,6 +30,7 @@ RANKS: dict[str, float] = {
     "jft.stack_names": 0,
     "jft.models.layers": 0,
     "jft.models.scan": 0.5,
+    "jft.models.forms": 0,
     "jft.models.table": 0,
     "jft.models.family": 0,
     "jft.models": 1,

@@ -27,9 +27,10 @@ from jft.models.mbconv import (
     scale_width,
     unroll,
 )
+from jft.models.staged import Staged
 
 
-class EfficientNet(nn.Module):
+class EfficientNet(Staged):
     """EfficientNet classifier: inverted residuals with squeeze-and-excitation and swish.
 
     Attributes:
@@ -99,18 +100,9 @@ class EfficientNet(nn.Module):
         form = (self.squeeze_ratio, padding, not layout.first)
         return Block(layout, rate, *shared, *form, name=name)
 
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        start: int = 0,
-        stop: int | None = None,
-        training: Training | None = None,
-    ) -> jax.Array:
-        """Runs stages [start, stop) on images [B, H, W, 3] or on the output of stage start - 1."""
-        for index, name in list(enumerate(self.stages))[start:stop]:
-            x = self._stage(name)(x, training if training and index >= training.cut else None)
-        return x
+    def run_stage(self, name: str, x: jax.Array, training: Training | None) -> jax.Array:
+        """Runs one stage."""
+        return self._stage(name)(x, training)
 
 
 # variant -> width, depth, image size, dropout: the original's efficientnet_builder.py.

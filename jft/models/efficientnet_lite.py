@@ -30,10 +30,11 @@ from jft.models.mbconv import (
     scale,
     unroll,
 )
+from jft.models.staged import Staged
 from jft.models.table import Table
 
 
-class EfficientNetLite(nn.Module):
+class EfficientNetLite(Staged):
     """EfficientNet-Lite classifier.
 
     Attributes:
@@ -76,18 +77,9 @@ class EfficientNetLite(nn.Module):
         rate = self.drop_path_rate * index / len(layouts)
         return Block(layouts[index], rate, relu6, norm, self.dtype, name=name)
 
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        start: int = 0,
-        stop: int | None = None,
-        training: Training | None = None,
-    ) -> jax.Array:
-        """Runs stages [start, stop) on images [B, H, W, 3] or on the output of stage start - 1."""
-        for index, name in list(enumerate(self.stages))[start:stop]:
-            x = self._stage(name)(x, training if training and index >= training.cut else None)
-        return x
+    def run_stage(self, name: str, x: jax.Array, training: Training | None) -> jax.Array:
+        """Runs one stage."""
+        return self._stage(name)(x, training)
 
 
 # Names of the PyTorch port (PyPI efficientnet-lite-pytorch).

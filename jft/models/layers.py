@@ -219,8 +219,14 @@ class LayerNorm(nn.Module):
         return (x * jnp.expand_dims(scale, lead) + jnp.expand_dims(bias, lead)).astype(self.dtype)
 
 
+# Forms of `gelu`: by erf, by tanh, and x sigmoid(1.702 x).
+GELUS = ("exact", "tanh", "quick")
+
+
 def gelu(x: jax.Array, form: str) -> jax.Array:
-    """GELU (Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415): "exact" (erf) or "tanh"."""
+    """GELU (Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415) in one of its GELUS."""
+    if form == "quick":
+        return x * jax.nn.sigmoid(1.702 * x)
     return _gelu(x) if form == "exact" else jax.nn.gelu(x, approximate=True)
 
 

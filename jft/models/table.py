@@ -1,83 +1,50 @@
-"""Weight tables: how names and layouts of a foreign checkpoint map to jft's, both ways."""
+"""Weight tables: which name of a foreign checkpoint stands for which leaf, both ways."""
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-Array = np.ndarray
-_FIELD = re.compile(r"\{(\w+)\}")
+from jft.models.forms import FORMS, HEAD_FORMS, Origin
 
-
-def _same(value: Array) -> Array:
-    return value
-
-
-def _transpose(value: Array) -> Array:
-    if value.ndim != 2:
-        raise ValueError(f"form 'transpose' needs a matrix, not shape {value.shape}")
-    return value.T
-
-
-def _conv_to_jft(value: Array) -> Array:
-    return value.transpose(2, 3, 1, 0)
-
-
-def _conv_to_source(value: Array) -> Array:
-    return value.transpose(3, 2, 0, 1)
-
-
-# name -> (source to jft, jft to source): permutations of axes, each pair a bitwise inverse.
-FORMS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
-    "same": (_same, _same),
-    "transpose": (_transpose, _transpose),  # [out, in] <-> [in, out]
-    "conv": (_conv_to_jft, _conv_to_source),  # [out, in, h, w] <-> [h, w, in, out]
-    "depthwise": (_conv_to_jft, _conv_to_source),  # [C, 1, h, w] <-> [h, w, 1, C]
-}
-
-
-def _join_heads(value: Array, axis: int, ndim: int, heads: int | None) -> Array:
-    if value.ndim != ndim:
-        raise ValueError(f"{ndim} dimensions are needed, with the heads apart")
-    if heads is not None and value.shape[axis] != heads:
-        raise ValueError(f"it has {value.shape[axis]} heads, the model {heads}")
-    shape = value.shape
-    return value.reshape(*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])
-
-
-def _split_heads(value: Array, axis: int, heads: int | None) -> Array:
-    if heads is None:
-        raise ValueError("the number of heads is needed")
-    shape = value.shape
-    return value.reshape(*shape[:axis], heads, shape[axis] // heads, *shape[axis + 1 :])
-
-
-# Forms of attention whose heads stand apart in the source: name -> (axis of the heads, dimensions
-# in the source). Joined, all counts of heads look alike, so the model's own is compared with them.
-_HEAD_FORMS = {
-    "heads_out": (1, 3),  # [D, H, D / H] <-> [D, D]: query, key and value
-    "heads_in": (0, 3),  # [H, D / H, D] <-> [D, D]: the output matrix
-    "heads": (0, 2),  # [H, D / H] <-> [D]: biases
-}
+# "{i}" any number, "{s+1}" a number above that of s by 1, "{s=0}" the number 0.
+_FIELD = re.compile(r"\{(\w+)([+=]\d+)?\}")
 
 
 @functools.lru_cache(maxsize=4096)
 def _regex(template: str, prefix: str) -> re.Pattern[str]:
     """Compiles a template to a regex whose int fields are named groups; "{p}" is the prefix."""
-    parts = _FIELD.split(template)  # literal, field, literal, field, ..., literal
-    out = []
-    for k, part in enumerate(parts):
-        if k % 2 == 0:
-            out.append(re.escape(part))
-        elif part == "p":
+    parts = _FIELD.split(template)  # literal, field, change, literal, ..., literal
+    out = [re.escape(parts[0])]
+    for name, change, literal in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+        if name == "p":
             out.append(re.escape(prefix))
         else:
-            out.append(rf"(?P<{part}>0|[1-9]\d*)")
+            number = change[1:] if change and change[0] == "=" else r"0|[1-9]\d*"
+            out.append(f"(?P<{name}>{number})")
+        out.append(re.escape(literal))
     return re.compile("".join(out))
+
+
+@functools.lru_cache(maxsize=4096)
+def _changes(template: str) -> dict[str, tuple[str, int]]:
+    """{field: (operation, number)} of the fields of a template, ("+", 0) where none is written."""
+    fields = {name: change or "+0" for name, change in _FIELD.findall(template) if name != "p"}
+    return {name: (change[0], int(change[1:])) for name, change in fields.items()}
+
+
+def _place(block: int, depths: Sequence[int]) -> tuple[int, int] | None:
+    """(stage, block of the stage) of a block counted over all stages."""
+    for stage, depth in enumerate(depths):
+        if block < depth:
+            return stage, block
+        block -= depth
+    return None
 
 
 @dataclass(frozen=True)
@@ -86,29 +53,83 @@ class Entry:
 
     `path` and `source` are literals or templates with the same named integer fields, as in
     "blocks_{i}/mlp/fc1/kernel" <-> "{p}encoder.layer.{i}.intermediate.dense.weight"; "{p}" stands
-    for the table's prefix and may occur in `source` only.
+    for the table's prefix and may occur in `source` only. A source that counts blocks anew in each
+    stage has "{s}" and "{b}" for the path's "{i}"; "{s+1}" counts stages from 1, and "{s=0}" holds
+    for the first stage alone.
+
+    Attributes:
+      path: in the model.
+      source: in the source.
+      form: change of layout.
+      part: (k, n) where `source` holds n leaves along its first axis, of which this is the k-th; it
+        has one entry for each of them.
     """
 
     path: str
     source: str
     form: str = "same"
+    part: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if self.form not in FORMS and self.form not in _HEAD_FORMS:
+        if self.form not in FORMS and self.form not in HEAD_FORMS:
             raise ValueError(f"entry {self.path}: unknown form {self.form!r}")
-        names = set(_FIELD.findall(self.path))
-        if names != set(_FIELD.findall(self.source)) - {"p"}:
+        ours, theirs = set(_changes(self.path)), set(_changes(self.source))
+        if ours != theirs and (ours - theirs, theirs - ours) != ({"i"}, {"s", "b"}):
             raise ValueError(f"entry {self.path}: its fields differ from those of {self.source}")
 
-    def source_name(self, path: str, prefix: str) -> str | None:
+    @property
+    def by_stage(self) -> bool:
+        """Whether the source counts blocks anew in each stage."""
+        return "i" in _changes(self.path) and "b" in _changes(self.source)
+
+    def source_name(self, path: str, prefix: str, depths: Sequence[int] = ()) -> str | None:
         """The source name of a jft path, or None when the entry is not about it."""
         found = _regex(self.path, "").fullmatch(path)
-        return self.source.format(p=prefix, **found.groupdict()) if found else None
+        if found is None:
+            return None
+        values = {name: int(value) for name, value in found.groupdict().items()}
+        if self.by_stage:
+            place = _place(values.pop("i"), depths)
+            if place is None:
+                return None
+            values |= zip("sb", place, strict=True)
+        changes = _changes(self.source)
+        if any(op == "=" and values[name] != n for name, (op, n) in changes.items()):
+            return None
 
-    def path_name(self, source: str, prefix: str) -> str | None:
-        """The jft path of a source name, or None when the entry is not about it."""
+        def written(field: re.Match[str]) -> str:
+            name = field[1]
+            return prefix if name == "p" else str(values[name] + _offset(changes[name]))
+
+        return _FIELD.sub(written, self.source)
+
+    def fields(self, source: str, prefix: str) -> dict[str, int] | None:
+        """The integers of a source name, or None when the entry is not about it."""
         found = _regex(self.source, prefix).fullmatch(source)
-        return self.path.format(**found.groupdict()) if found else None
+        if found is None or any(len(value) > _DIGITS for value in found.groupdict().values()):
+            return None
+        changes = _changes(self.source)
+        values = {n: int(value) - _offset(changes[n]) for n, value in found.groupdict().items()}
+        return None if min(values.values(), default=0) < 0 else values
+
+    def path_name(self, source: str, prefix: str, depths: Sequence[int] = ()) -> str | None:
+        """The jft path of a source name, or None when the entry is not about it."""
+        values = self.fields(source, prefix)
+        if values is None:
+            return None
+        if self.by_stage:
+            stage, block = values.pop("s"), values.pop("b")
+            if stage >= len(depths) or block >= depths[stage]:
+                return None
+            values["i"] = sum(depths[:stage]) + block
+        return self.path.format(**values)
+
+
+_DIGITS = 6  # of a block's number
+
+
+def _offset(change: tuple[str, int]) -> int:
+    return change[1] if change[0] == "+" else 0
 
 
 @dataclass(frozen=True)
@@ -130,6 +151,11 @@ class Table:
       exported: whether weights that were read under these names are exported under them; otherwise
         under the family's first.
       title: whose names they are, for people.
+      config: model -> content of config.json for tools that read these names; without it the
+        family's `source_config`.
+      fields: content of a config.json beside such names -> the module fields that it fixes; without
+        it the family's `variant_from_config`.
+      constants: model -> arrays that no leaf stands for but a strict load asks for, by name.
     """
 
     entries: tuple[Entry, ...]
@@ -140,24 +166,59 @@ class Table:
     implies: tuple[tuple[str, object], ...] = ()
     exported: bool = True
     title: str = ""
+    config: Callable[[Any], dict[str, Any]] | None = None
+    fields: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    constants: Callable[[Any], dict[str, np.ndarray]] | None = None
 
-    def source_of(self, path: str, prefix: str | None = None) -> tuple[str, str] | None:
-        """(source name, form) of a jft path, or None; the prefix is `prefixes[0]` unless given."""
+    def source_of(
+        self, path: str, prefix: str | None = None, depths: Sequence[int] = ()
+    ) -> Origin | None:
+        """Where a jft path comes from, or None; the prefix is `prefixes[0]` unless given.
+
+        Args:
+          path: of a leaf.
+          prefix: for "{p}".
+          depths: blocks of each stage of the model, where the source counts by stages.
+        """
         prefix = self.prefixes[0] if prefix is None else prefix
         for entry in self.entries:
-            name = entry.source_name(path, prefix)
+            name = entry.source_name(path, prefix, depths)
             if name is not None:
-                return name, entry.form
+                return Origin(name, entry.form, entry.part)
         return None
 
-    def path_of(self, source: str, prefix: str | None = None) -> tuple[str, str] | None:
-        """(jft path, form) of a source name, or None when no entry names it."""
+    def paths_of(
+        self, source: str, prefix: str | None = None, depths: Sequence[int] = ()
+    ) -> list[tuple[str, Origin]]:
+        """The jft paths that a source name holds, each with its origin; mostly one, or none."""
         prefix = self.prefixes[0] if prefix is None else prefix
+        first, found = None, []
         for entry in self.entries:
-            path = entry.path_name(source, prefix)
+            if first is not None and entry.source != first:
+                continue
+            path = entry.path_name(source, prefix, depths)
             if path is not None:
-                return path, entry.form
-        return None
+                first = entry.source
+                found.append((path, Origin(source, entry.form, entry.part)))
+                if entry.part is None:
+                    break
+        return found
+
+    def knows(self, source: str, prefix: str) -> bool:
+        """Whether an entry is about a source name, in a model of whatever depth."""
+        return any(entry.fields(source, prefix) is not None for entry in self.entries)
+
+    def depths_of(self, names: Iterable[str], prefix: str) -> tuple[int, ...]:
+        """The blocks of each stage that source names show; () where none counts by stages."""
+        last: dict[int, int] = {}
+        entries = [entry for entry in self.entries if entry.by_stage]
+        for name in names:
+            for entry in entries:
+                if values := entry.fields(name, prefix):
+                    last[values["s"]] = max(values["b"], last.get(values["s"], 0))
+        if len(last) != max(last, default=-1) + 1:
+            return ()
+        return tuple(last[stage] + 1 for stage in range(len(last)))
 
     def ignored(self, source: str) -> bool:
         """Whether a source name is deliberately unread."""
@@ -171,42 +232,12 @@ class Table:
         """(prefix under which most names are known, how many); the earlier prefix wins a tie."""
         names = list(names)
         counts = {
-            prefix: sum(self.path_of(name, prefix) is not None for name in names)
-            for prefix in self.prefixes
+            prefix: sum(self.knows(name, prefix) for name in names) for prefix in self.prefixes
         }
         best = max(
             self.prefixes, key=lambda prefix: counts[prefix]
         )  # max keeps the first of equals
         return best, counts[best]
-
-
-def to_jft(form: str, value: Array, heads: int | None = None) -> Array:
-    """A source array in jft's layout (a view where numpy can make one).
-
-    Args:
-      form: of the table's entry.
-      value: as the source has it.
-      heads: attention heads of the model; only forms that show the heads look at it.
-
-    Raises:
-      ValueError: the array has no such form, or another number of heads.
-    """
-    if form in _HEAD_FORMS:
-        return _join_heads(value, *_HEAD_FORMS[form], heads)
-    return FORMS[form][0](value)
-
-
-def heads_of(form: str, value: Array) -> int | None:
-    """The number of heads that a source array of a form shows; None where it shows none."""
-    axis, ndim = _HEAD_FORMS.get(form, (0, -1))
-    return value.shape[axis] if value.ndim == ndim else None
-
-
-def to_source(form: str, value: Array, heads: int | None = None) -> Array:
-    """A jft array in the source's layout; the bitwise inverse of `to_jft`."""
-    if form in _HEAD_FORMS:
-        return _split_heads(value, _HEAD_FORMS[form][0], heads)
-    return FORMS[form][1](value)
 
 
 def choose_table(tables: Sequence[Table], names: Iterable[str]) -> Table | None:

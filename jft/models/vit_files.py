@@ -7,18 +7,7 @@ from typing import Any
 
 from jft.errors import WeightsError
 from jft.models.table import Entry, Table
-
-
-def _dense_entries(path: str, source: str) -> tuple[Entry, Entry]:
-    return (
-        Entry(f"{path}/kernel", f"{source}.weight", "transpose"),
-        Entry(f"{path}/bias", f"{source}.bias"),
-    )
-
-
-def _norm_entries(path: str, source: str) -> tuple[Entry, Entry]:
-    return Entry(f"{path}/scale", f"{source}.weight"), Entry(f"{path}/bias", f"{source}.bias")
-
+from jft.models.transformer import GELU_NAMES, HF_GELUS, dense_entries, norm_entries
 
 _LAYER = "{p}encoder.layer.{i}"
 # Names in the files that Hugging Face's ViT saves; the pooler has no use in a classifier.
@@ -28,16 +17,16 @@ HF_TABLE = Table(
         Entry("embed/pos_embedding", "{p}embeddings.position_embeddings"),
         Entry("embed/patch/kernel", "{p}embeddings.patch_embeddings.projection.weight", "conv"),
         Entry("embed/patch/bias", "{p}embeddings.patch_embeddings.projection.bias"),
-        *_norm_entries("blocks_{i}/norm1", f"{_LAYER}.layernorm_before"),
-        *_dense_entries("blocks_{i}/attn/query", f"{_LAYER}.attention.attention.query"),
-        *_dense_entries("blocks_{i}/attn/key", f"{_LAYER}.attention.attention.key"),
-        *_dense_entries("blocks_{i}/attn/value", f"{_LAYER}.attention.attention.value"),
-        *_dense_entries("blocks_{i}/attn/out", f"{_LAYER}.attention.output.dense"),
-        *_norm_entries("blocks_{i}/norm2", f"{_LAYER}.layernorm_after"),
-        *_dense_entries("blocks_{i}/mlp/fc1", f"{_LAYER}.intermediate.dense"),
-        *_dense_entries("blocks_{i}/mlp/fc2", f"{_LAYER}.output.dense"),
-        *_norm_entries("norm", "{p}layernorm"),
-        *_dense_entries("head", "classifier"),
+        *norm_entries("blocks_{i}/norm1", f"{_LAYER}.layernorm_before"),
+        *dense_entries("blocks_{i}/attn/query", f"{_LAYER}.attention.attention.query"),
+        *dense_entries("blocks_{i}/attn/key", f"{_LAYER}.attention.attention.key"),
+        *dense_entries("blocks_{i}/attn/value", f"{_LAYER}.attention.attention.value"),
+        *dense_entries("blocks_{i}/attn/out", f"{_LAYER}.attention.output.dense"),
+        *norm_entries("blocks_{i}/norm2", f"{_LAYER}.layernorm_after"),
+        *dense_entries("blocks_{i}/mlp/fc1", f"{_LAYER}.intermediate.dense"),
+        *dense_entries("blocks_{i}/mlp/fc2", f"{_LAYER}.output.dense"),
+        *norm_entries("norm", "{p}layernorm"),
+        *dense_entries("head", "classifier"),
     ),
     ignore=(r"(vit\.)?pooler\..*", r"(vit\.)?embeddings\.mask_token"),
     prefixes=("vit.", ""),
@@ -115,7 +104,6 @@ _HF_FIELDS = {
     "layer_norm_eps": "epsilon",
     "qkv_bias": "qkv_bias",
 }
-_HF_GELU = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
 
 def source_config(model: Any) -> dict[str, Any]:
@@ -127,7 +115,7 @@ def source_config(model: Any) -> dict[str, Any]:
         "model_type": "vit",
         "image_size": model.preprocess.image_size,
         "num_channels": len(model.preprocess.mean),
-        "hidden_act": {"exact": "gelu", "tanh": "gelu_new"}[module.gelu],
+        "hidden_act": GELU_NAMES[module.gelu],
         "hidden_dropout_prob": module.dropout_rate,
         "attention_probs_dropout_prob": 0.0,
         **fields,
@@ -142,6 +130,6 @@ def variant_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     fields = {ours: config[theirs] for theirs, ours in _HF_FIELDS.items() if theirs in config}
     form = config.get("hidden_act", "gelu")
-    if form not in _HF_GELU:
-        raise WeightsError(f"hidden_act {form!r} of the source is none of {', '.join(_HF_GELU)}")
-    return fields | {"gelu": _HF_GELU[form]}
+    if form not in HF_GELUS:
+        raise WeightsError(f"hidden_act {form!r} of the source is none of {', '.join(HF_GELUS)}")
+    return fields | {"gelu": HF_GELUS[form]}

@@ -29,7 +29,8 @@ def stated_fields(family: Any, source: Source, table: Table) -> dict[str, Any]:
       WeightsError: its config.json tells of an architecture that the family does not have.
     """
     try:
-        found = family.variant_from_config(source.config) if source.config is not None else {}
+        read = table.fields or family.variant_from_config
+        found = read(source.config) if source.config is not None else {}
     except (TypeError, ValueError, KeyError) as error:
         raise WeightsError(
             f"source {source.text!r}: its config.json does not fit: {error}"

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft.errors import WeightsError, nearest
-from jft.models import table as tables
+from jft.models import forms
+from jft.models.forms import Origin
 from jft.tree import Flat, count_params, select, unflatten
 from jft.weights import naming as namings
 from jft.weights.agreement import check_card, check_fields
@@ -130,11 +131,15 @@ def _replaced_head(
     head = [path for path in naming.head() if path not in reasons]
     counts = set()
     for path in head:
-        name, form = naming.names[path]
-        if name not in arrays or arrays[name].ndim != leaves[path][1].ndim:
+        origin = naming.names[path]
+        if origin.name not in arrays:
             return {}
-        theirs, ours = tables.to_jft(form, arrays[name], naming.heads).shape, leaves[path][1].shape
-        if theirs[:-1] != ours[:-1]:
+        ours = leaves[path][1].shape
+        try:
+            theirs = forms.to_jft(origin, arrays[origin.name], naming.heads).shape
+        except ValueError:
+            return {}
+        if len(theirs) != len(ours) or theirs[:-1] != ours[:-1]:
             return {}
         counts.add((theirs[-1:], ours[-1:]))
     if len(counts) != 1 or min(counts)[0] == min(counts)[1]:
@@ -178,14 +183,15 @@ def _assign(
     naming = fit.naming
     extra = _extra_names(naming, arrays, reasons)
     for path, (_, leaf) in fit.leaves.items():
-        name, form = naming.names.get(path, (None, "same"))
+        origin = naming.names.get(path)
+        name = origin and origin.name
         if path in reasons:
             rows.append(
                 Row(path, "fresh", name if name in arrays else None, leaf.shape, reasons[path])
             )
             continue
         try:
-            if name is None:
+            if origin is None or name is None:
                 raise _MisfitError(f"the table has no name for {path!r}")
             if name not in arrays:
                 shown = len(problems) < _SHOWN  # the search is slow, and only these are printed
@@ -193,7 +199,7 @@ def _assign(
                 if path in naming.head():
                     near += f" (a source without a head needs fresh = [{naming.table.head!r}])"
                 raise _MisfitError(f"{path!r} needs {name!r}, which is missing{near}")
-            flat[path], status, note = _convert(fit, path, arrays[name], name, form)
+            flat[path], status, note = _convert(fit, path, arrays[name], origin)
             rows.append(Row(path, status, name, leaf.shape, note))
         except _MisfitError as misfit:
             problems.append(str(misfit))
@@ -211,7 +217,7 @@ def _extra_names(
     naming: Naming, arrays: Mapping[str, np.ndarray], reasons: Mapping[str, str]
 ) -> list[str]:
     """Names in the source that no leaf of the model stands for, and that nothing excuses."""
-    expected = {name for name, _ in naming.names.values()}
+    expected = {origin.name for origin in naming.names.values()}
     head = naming.head()
     headless = bool(head) and all(path in reasons for path in head)
     return [
@@ -228,10 +234,10 @@ def _summary(problems: list[str], extra: list[str], naming: Naming) -> str:
     parts = problems[:_SHOWN]
     if len(problems) > _SHOWN:
         parts.append(f"and {len(problems) - _SHOWN} more leaves")
-    expected = [name for name, _ in naming.names.values()]
+    expected = [origin.name for origin in naming.names.values()]
     for name in extra[:_SHOWN]:
-        known = naming.table.path_of(name, naming.prefix)
-        to = f" (the model has no leaf {known[0]!r})" if known else nearest(name, expected)
+        known = naming.table.paths_of(name, naming.prefix, naming.depths)
+        to = f" (the model has no leaf {known[0][0]!r})" if known else nearest(name, expected)
         if naming.table.only_before_head(name):
             to = f" (only its own head reads it: fresh = [{naming.table.head!r}] leaves both out)"
         parts.append(f"{name!r} in the source belongs to no leaf{to}")
@@ -241,14 +247,14 @@ def _summary(problems: list[str], extra: list[str], naming: Naming) -> str:
 
 
 def _convert(
-    fit: _Fit, path: str, value: np.ndarray, name: str, form: str
+    fit: _Fit, path: str, value: np.ndarray, origin: Origin
 ) -> tuple[np.ndarray, str, str]:
     """(array in the model's layout, shape and dtype; status; note) of one leaf."""
-    leaf = fit.leaves[path][1]
+    leaf, name = fit.leaves[path][1], origin.name
     status, note = "loaded", ""
     stored = value.shape
     try:
-        value = tables.to_jft(form, value, fit.naming.heads)
+        value = forms.to_jft(origin, value, fit.naming.heads)
     except ValueError as error:
         raise _MisfitError(
             f"{path!r} {leaf.shape} cannot be read from {name!r} {stored}: {error}"

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from jft.errors import ConfigError, WeightsError
 from jft.models.family import Preprocess
+from jft.models.table import Table
 from jft.weights import naming as namings
 from jft.weights.hashes import file_sha256
 from jft.weights.preprocessing import to_hugging_face
@@ -69,13 +70,13 @@ def export_weights(
         table = 0
     naming = namings.naming_of(model, leaves, table)
     arrays = namings.to_source_arrays(naming, {path: leaf for path, (_, leaf) in leaves.items()})
+    arrays |= naming.table.constants(model) if naming.table.constants else {}
+    config = _config(model, naming.table, label_names)
     card = _card(model, label_names, preprocess, table) | {"provenance": dict(provenance or {})}
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        _write_folder(
-            temporary, arrays, _config(model, label_names), preprocess, card | dict(extra or {})
-        )
+        _write_folder(temporary, arrays, config, preprocess, card | dict(extra or {}))
         os.replace(temporary, out)  # takes the place of an empty folder too
     except OSError as error:
         raise WeightsError(f"export: cannot write {out}: {error.strerror or error}") from error
@@ -120,10 +121,12 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _config(model: Any, label_names: Sequence[str] | None) -> dict[str, Any]:
+def _config(model: Any, table: Table, label_names: Sequence[str] | None) -> dict[str, Any]:
     """config.json: the architecture as the source's tools read it, and the label names."""
     family = getattr(model, "family", None)
-    config = family.source_config(model) if family else {"model_type": type(model).__name__}
+    config = {"model_type": type(model).__name__}
+    if family is not None:
+        config = (table.config or family.source_config)(model)
     num_classes = getattr(model, "num_classes", None)
     names = list(label_names or [f"LABEL_{i}" for i in range(num_classes or 0)])
     if not names:

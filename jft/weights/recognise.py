@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jft.errors import ConfigError, WeightsError
+from jft.models import forms
 from jft.models import table as tables
 from jft.models.family import Family, adapt_preprocess
 from jft.models.table import Table
@@ -115,14 +116,14 @@ def _match(family: Family, source: Source, arrays: Mapping[str, np.ndarray]) -> 
     if table is None:
         return None
     prefix, known = table.prefix_for(arrays)
+    depths = table.depths_of(arrays, prefix)
     shapes: Shapes = {}
     heads = None
     for name, array in arrays.items():
-        path, form = table.path_of(name, prefix) or (None, "same")
-        if path is not None:
-            heads = tables.heads_of(form, array) or heads
+        for path, origin in table.paths_of(name, prefix, depths):
+            heads = forms.heads_of(origin.form, array) or heads
             try:
-                shapes[path] = tables.to_jft(form, array).shape
+                shapes[path] = forms.to_jft(origin, array).shape
             except ValueError:
                 shapes[path] = ()
     ignored = sum(table.ignored(name) or table.only_before_head(name) for name in arrays)
@@ -132,6 +133,8 @@ def _match(family: Family, source: Source, arrays: Mapping[str, np.ndarray]) -> 
         fields = {}
     if heads:
         fields = fields | {"heads": heads}
+    if depths and hasattr(family.module, "depths"):
+        fields = {"depths": depths} | fields
     return Match(family, table, known, ignored, shapes, fields)
 
 
