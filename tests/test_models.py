@@ -113,6 +113,10 @@ def test_every_leaf_has_one_stage_one_group_and_one_source_name(name):
 PUBLISHED = {
     "vit_b16": 86_567_656,
     "vit_l32": 306_535_400,
+    "convnext_t": 28_589_128,
+    "convnext_b": 88_591_464,
+    "convnextv2_atto": 3_708_400,
+    "convnextv2_t": 28_635_496,
     "efficientnet_lite0": 4_652_008,
     "efficientnet_lite1": 5_416_680,
     "efficientnet_lite2": 6_092_072,
@@ -405,7 +409,13 @@ def test_preprocess_survives_json():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_are_bitwise_inverse(form):
-    shapes = {"transpose": (3, 5), "token": (5,), "positions": (3, 5), "channels": (1, 1, 1, 5)}
+    shapes = {
+        "transpose": (3, 5),
+        "linear": (3, 5),
+        "token": (5,),
+        "positions": (3, 5),
+        "channels": (1, 1, 1, 5),
+    }
     shape = shapes.get(form, (4, 3, 2, 5))
     value = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     again = to_source(form, to_jft(Origin("x", form), value))
