@@ -1,0 +1,140 @@
+"""Small models of timm and torchvision, whose numbers `make_goldens.py` recorded, replayed in jft."""
+
+import functools
+from dataclasses import dataclass, field
+
+import golden_files
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from jft.models.zoo import make_model
+from jft.weights.convert import load_pretrained
+
+# max abs(a - b) / max(1, max abs(b)), jft in float32 against the original in float64.
+HIDDEN, LOGITS, GRADIENTS = 1e-5, 1e-4, 1e-4
+
+
+@dataclass(frozen=True)
+class Twin:
+    """The model of jft that a golden is about.
+
+    Attributes:
+      variant: of jft.
+      args: of the variant.
+      loaded: arguments that the file asks for and that are changed back after it is read: what its
+        reference computes otherwise than its authors did.
+    """
+
+    variant: str
+    args: dict = field(default_factory=dict)
+    loaded: dict = field(default_factory=dict)
+
+    def model(self, golden, **changed):
+        args = self.args | {"image_size": golden["image_shape"][1]} | changed
+        return make_model(name=self.variant, args=args, num_classes=golden["logits"]["shape"][1])
+
+
+_VIT_45 = {"patch": 9, "features": 60, "depth": 3, "heads": 5, "mlp_features": 90}
+_VIT_32 = {"patch": 8, "features": 48, "depth": 2, "heads": 3, "mlp_features": 96}
+TWINS = {
+    # timm reads AugReg's files with the exact GELU, which is not what they were trained with.
+    "timm-vit-augreg-exact": Twin(
+        "vit_tiny", _VIT_45 | {"epsilon": 1e-6, "gelu": "exact"}, {"gelu": "tanh"}
+    ),
+    "timm-vit-augreg-tanh": Twin("vit_tiny", _VIT_32 | {"epsilon": 1e-6, "gelu": "tanh"}),
+}
+
+
+@functools.cache
+def golden_of(name):
+    return golden_files.load(name)
+
+
+def write(folder, arrays):
+    """`source` of a file with the arrays: npz for names of Flax, safetensors for those of torch."""
+    if any("/" in name for name in arrays):
+        np.savez(folder / "weights.npz", **arrays)
+        return f"file:{folder / 'weights.npz'}"
+    save_file(arrays, folder / "model.safetensors")
+    return f"file:{folder / 'model.safetensors'}"
+
+
+def load(name, folder, change=None):
+    """(golden, model, variables, report) through the real loader; `change` makes a mutant."""
+    golden, twin = golden_of(name), TWINS[name]
+    arrays = golden_files.make_arrays(golden)
+    source = write(folder, change(arrays) if change else arrays)
+    variables, report = load_pretrained(twin.model(golden, **twin.loaded), source)
+    return golden, twin.model(golden), variables, report
+
+
+def distances(golden, model, variables, gradient=True):
+    """{what: distance from the golden}, of the outputs of stages, logits and input gradient."""
+
+    def outputs(variables, x):
+        states = {}
+        for index, stage in enumerate(model.stages):
+            x = states[stage] = model.apply(variables, x, start=index, stop=index + 1)
+        return jax.nn.logsumexp(x, axis=1).sum(), states
+
+    def both(variables, x):
+        one, (_, states) = jax.grad(outputs, argnums=1, has_aux=True), outputs(variables, x)
+        return states, one(variables, x)[0] if gradient else None
+
+    x = jnp.asarray(golden_files.pictures(golden["image_shape"]))
+    states, found = jax.jit(both)(variables, x)
+    assert golden["states"].keys() < states.keys()
+    wanted = golden["states"] | {"logits": golden["logits"]}
+    states["logits"] = states[model.stages[-1]]
+    if gradient:
+        wanted, states["gradient"] = wanted | {"gradient": golden["gradient"]}, found
+    return {what: float(golden_files.distance(states[what], it)) for what, it in wanted.items()}
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_outputs_of_stages_logits_and_input_gradients_are_the_originals(name, tmp_path):
+    golden, model, variables, report = load(name, tmp_path)
+    assert report.coverage == 1.0 and report.paths("loaded") == [row.path for row in report.rows]
+    far = distances(golden, model, variables)
+    for what, distance in far.items():
+        bar = {"logits": LOGITS, "gradient": GRADIENTS}.get(what, HIDDEN)
+        assert distance <= bar, what
+
+
+def swap(arrays, parts):
+    """The arrays with `parts` of their names in each other's place."""
+    one, other = parts
+    found = dict(arrays)
+    for name in arrays:
+        if one in name:
+            twin = name.replace(one, other)
+            found[name], found[twin] = arrays[twin], arrays[name]
+    assert any(found[name] is not arrays[name] for name in arrays)
+    return found
+
+
+# golden -> {what is wrong: arguments, or a change of the arrays, that must show}
+WRONG = {
+    "timm-vit-augreg-exact": {
+        "epsilon": {"epsilon": 1e-12},
+        "gelu": {"gelu": "tanh"},
+        "query and key": functools.partial(swap, parts=("query", "key")),
+        "layers": functools.partial(swap, parts=("encoderblock_0", "encoderblock_1")),
+    }
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [(name, what) for name, wrong in WRONG.items() for what in wrong]
+)
+def test_what_is_wrong_shows(name, what, tmp_path):
+    wrong = WRONG[name][what]
+    mutant = {"change": wrong} if callable(wrong) else {}
+    golden, model, variables, _ = load(name, tmp_path, **mutant)
+    if not callable(wrong):
+        model = TWINS[name].model(golden, **wrong)
+    far = distances(golden, model, variables, gradient=False)
+    assert max(far[stage] for stage in golden["states"]) > 2 * HIDDEN
