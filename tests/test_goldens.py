@@ -1,4 +1,4 @@
-"""Small models of timm and torchvision, whose numbers `make_goldens.py` recorded, replayed in jft."""
+"""What `make_goldens.py` recorded of small models of timm and torchvision, replayed in jft."""
 
 import functools
 from dataclasses import dataclass, field
@@ -80,12 +80,12 @@ def distances(golden, model, variables, gradient=True):
             x = states[stage] = model.apply(variables, x, start=index, stop=index + 1)
         return jax.nn.logsumexp(x, axis=1).sum(), states
 
-    def both(variables, x):
-        one, (_, states) = jax.grad(outputs, argnums=1, has_aux=True), outputs(variables, x)
-        return states, one(variables, x)[0] if gradient else None
-
     x = jnp.asarray(golden_files.pictures(golden["image_shape"]))
-    states, found = jax.jit(both)(variables, x)
+    if gradient:
+        outputs = jax.value_and_grad(outputs, argnums=1, has_aux=True)
+    else:
+        outputs = functools.partial(lambda of, *given: (of(*given), None), outputs)
+    (_, states), found = jax.jit(outputs)(variables, x)
     assert golden["states"].keys() < states.keys()
     wanted = golden["states"] | {"logits": golden["logits"]}
     states["logits"] = states[model.stages[-1]]
