@@ -230,12 +230,12 @@ EFFICIENTNET = {
     ),
     "torchvision-efficientnet-7": Case(
         torchvision_efficientnet(
-            0.25,
+            0.4,
             0.4,
             "[(1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2), "
             "(6, 3, 2, 40, 80, 3), (6, 5, 1, 80, 112, 3), (6, 5, 2, 112, 192, 4), "
             "(6, 3, 1, 192, 320, 1)]",
-            320,
+            512,
         ),
         torchvision_efficientnet_stages,
         (2, 46, 46, 3),
@@ -245,7 +245,7 @@ EFFICIENTNET = {
         torchvision_efficientnet(
             0.5,
             1.0,
-            "[(1, 5, 1, 32, 24, 1), (4, 3, 2, 24, 48, 3), (3, 5, 2, 48, 64, 2)]",
+            "[(1, 5, 1, 32, 40, 1), (4, 3, 2, 40, 48, 3), (3, 5, 2, 48, 64, 2)]",
             640,
         ),
         torchvision_efficientnet_stages,

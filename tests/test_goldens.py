@@ -2,19 +2,21 @@
 
 import functools
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import golden_files
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parity import GRADIENTS, HIDDEN, LOGITS
 from safetensors.numpy import save_file
 
+from jft.models.mbconv import B0_BLOCKS, scale
 from jft.models.zoo import make_model
 from jft.weights.convert import load_pretrained
-
-# max abs(a - b) / max(1, max abs(b)), jft in float32 against the original in float64.
-HIDDEN, LOGITS, GRADIENTS = 1e-5, 1e-4, 1e-4
+from jft.weights.recognise import recognise
+from jft.weights.source import Source
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,32 @@ class Twin:
         return make_model(name=self.variant, args=args, num_classes=golden["logits"]["shape"][1])
 
 
+def _lite(width, depth):
+    """Blocks of a Lite network: the first and the last group do not repeat more often."""
+    scaled = scale(B0_BLOCKS, width, depth)
+    return tuple((1, *scaled[at][1:]) if at in (0, 6) else scaled[at] for at in range(7))
+
+
+_SYMMETRIC = {"padding": "symmetric", "norm_epsilon": 1e-5}
 _VIT_45 = {"patch": 9, "features": 60, "depth": 3, "heads": 5, "mlp_features": 90}
 _VIT_32 = {"patch": 8, "features": 48, "depth": 2, "heads": 3, "mlp_features": 96}
 TWINS = {
+    "timm-efficientnet-symmetric": Twin(
+        "efficientnet_b0", {"width": 0.3, "depth": 0.6, "divisor": 4} | _SYMMETRIC
+    ),
+    "timm-efficientnet-same": Twin("efficientnet_b0", {"width": 0.4, "depth": 0.3}),
+    "timm-efficientnet-lite-symmetric": Twin(
+        "efficientnet_lite0", {"blocks": _lite(0.3, 0.3)} | _SYMMETRIC
+    ),
+    "timm-efficientnet-lite-same": Twin("efficientnet_lite0", {"blocks": _lite(0.2, 0.6)}),
+    "torchvision-efficientnet-7": Twin(
+        "efficientnet_b0", {"width": 0.4, "depth": 0.4} | _SYMMETRIC
+    ),
+    "torchvision-efficientnet-3": Twin(
+        "efficientnet_tiny",
+        {"width": 0.5, "blocks": ((1, 5, 1, 1, 40), (3, 3, 2, 4, 48), (2, 5, 2, 3, 64))}
+        | _SYMMETRIC,
+    ),
     # timm reads AugReg's files with the exact GELU, which is not what they were trained with.
     "timm-vit-augreg-exact": Twin(
         "vit_tiny", _VIT_45 | {"epsilon": 1e-6, "gelu": "exact"}, {"gelu": "tanh"}
@@ -123,7 +148,19 @@ WRONG = {
         "gelu": {"gelu": "tanh"},
         "query and key": functools.partial(swap, parts=("query", "key")),
         "layers": functools.partial(swap, parts=("encoderblock_0", "encoderblock_1")),
-    }
+    },
+    "timm-efficientnet-symmetric": {
+        "epsilon": {"norm_epsilon": 1e-3},
+        "layers": functools.partial(swap, parts=("blocks.3.0.bn3", "blocks.3.1.bn3")),
+    },
+    "timm-efficientnet-same": {"padding": {"padding": "symmetric"}},
+    "timm-efficientnet-lite-same": {
+        "padding": {"padding": "symmetric"},
+        "statistics": functools.partial(swap, parts=("running_mean", "bias")),
+    },
+    "torchvision-efficientnet-7": {
+        "squeeze": functools.partial(swap, parts=("7.0.block.0.1.weight", "7.0.block.1.1.weight"))
+    },
 }
 
 
@@ -138,3 +175,53 @@ def test_what_is_wrong_shows(name, what, tmp_path):
         model = TWINS[name].model(golden, **wrong)
     far = distances(golden, model, variables, gradient=False)
     assert max(far[stage] for stage in golden["states"]) > 2 * HIDDEN
+
+
+# --- published sizes --------------------------------------------------------------------------
+
+_SIZES = [*(f"b{number}" for number in range(5)), *(f"lite{number}" for number in range(5))]
+# file of shapes -> {name in its library: (variant of jft, its arguments)}
+PUBLISHED = {
+    "efficientnet": {
+        **{f"timm/efficientnet_{of}": (f"efficientnet_{of}", _SYMMETRIC) for of in _SIZES},
+        **{f"timm/tf_efficientnet_{of}": (f"efficientnet_{of}", {}) for of in _SIZES},
+        **{
+            f"torchvision/efficientnet_{of}": (f"efficientnet_{of}", _SYMMETRIC)
+            for of in _SIZES[:5]
+        },
+    }
+}
+_LONG = [f"{library}/{tf}efficientnet_{of}" for library in ("timm", "torchvision")
+         for tf in ("", "tf_") for of in _SIZES if of not in ("b0", "b4", "lite4")]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        pytest.param(family, name, marks=[pytest.mark.slow] if name in _LONG else [])
+        for family, names in PUBLISHED.items()
+        for name in names
+    ],
+)
+def test_files_of_published_sizes_are_recognised_whole(family, name):
+    """Every name is read or ignored, every leaf is filled: what a strict load asks for."""
+    models = golden_of(f"shapes-{family}")["models"]
+    config, tensors = models[name].get("config"), models[name]["tensors"]
+    if isinstance(tensors, str):  # those of another model
+        tensors = models[tensors]["tensors"]
+    arrays = golden_files.empty_arrays(tensors)
+    source = Source(name, Path(name), (), config)
+    (match,) = recognise(source, arrays)
+    assert (match.variant, dict(match.args)) == PUBLISHED[family][name]
+    assert match.known + match.ignored == len(arrays)
+    assert match.table.title.lower().startswith(name.partition("/")[0])
+    if config is None:
+        return
+    model = make_model(
+        name=match.variant, args=match.args, num_classes=match.num_classes or config["num_classes"]
+    )
+    written = match.table.config(model)
+    for key in ("architecture", "num_classes"):
+        assert written[key] == config[key]
+    for key in ("first_conv", "classifier"):
+        assert written["pretrained_cfg"][key] == config["pretrained_cfg"][key]
