@@ -429,10 +429,16 @@ def test_blocks_are_counted_by_stages_where_a_source_does():
             Entry("blocks_{i}/project", "b.{s=0}.{b}.pw"),
             Entry("blocks_{i}/expand", "b.{s}.{b}.pw"),
             Entry("down_{s}/conv", "layer{s+1}.down"),
+            Entry("blocks_{i}/first", "f.{s+1=1}.{b}"),
+            Entry("blocks_{i}/second", "f.{s+1}.{b}"),
+            Entry("final/conv", "f.{n+1}"),
         )
     )
     depths = (1, 2, 3)
     named = {
+        "blocks_0/first": "f.1.0",
+        "blocks_1/second": "f.2.0",
+        "final/conv": "f.4",
         "blocks_0/project": "b.0.0.pw",
         "blocks_1/expand": "b.1.0.pw",
         "blocks_5/expand": "b.2.2.pw",
@@ -443,7 +449,9 @@ def test_blocks_are_counted_by_stages_where_a_source_does():
         assert [found for found, _ in table.paths_of(name, depths=depths)] == [path]
     assert table.source_of("blocks_6/expand", depths=depths) is None, "there is no such block"
     assert table.source_of("blocks_1/depthwise", depths=depths) is None, "not in this stage"
+    assert table.source_of("blocks_1/first", depths=depths) is None, "not in this stage"
     assert not table.paths_of("b.1.2.pw", depths=depths) and not table.paths_of("layer0.down")
+    assert not table.paths_of("f.3", depths=depths), "that of another number of stages"
     assert table.depths_of(["b.0.0.pw", "b.1.1.pw", "b.2.0.pw", "b.2.2.pw"], "") == depths
     assert table.depths_of(["b.0.0.pw", "b.2.0.pw"], "") == (), "a stage is missing"
 

@@ -12,30 +12,36 @@ import numpy as np
 
 from jft.models.forms import FORMS, HEAD_FORMS, Origin
 
-# "{i}" any number, "{s+1}" a number above that of s by 1, "{s=0}" the number 0.
-_FIELD = re.compile(r"\{(\w+)([+=]\d+)?\}")
+_DIGITS = 6  # of a number in a name
+_COUNT = "n"  # the field that is the number of stages
+# "{i}" any number, "{s+1}" a number above that of s by 1, "{s=0}" the number 0, "{s+1=1}" the
+# number 1 where s is 0.
+_FIELD = re.compile(r"\{(\w+)(?:\+(\d+))?(?:=(\d+))?\}")
 
 
 @functools.lru_cache(maxsize=4096)
 def _regex(template: str, prefix: str) -> re.Pattern[str]:
     """Compiles a template to a regex whose int fields are named groups; "{p}" is the prefix."""
-    parts = _FIELD.split(template)  # literal, field, change, literal, ..., literal
-    out = [re.escape(parts[0])]
-    for name, change, literal in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
-        if name == "p":
+    out, end = [], 0
+    for field in _FIELD.finditer(template):
+        out.append(re.escape(template[end : field.start()]))
+        if field[1] == "p":
             out.append(re.escape(prefix))
         else:
-            number = change[1:] if change and change[0] == "=" else r"0|[1-9]\d*"
-            out.append(f"(?P<{name}>{number})")
-        out.append(re.escape(literal))
-    return re.compile("".join(out))
+            number = field[3] or r"0|[1-9]\d*"
+            out.append(f"(?P<{field[1]}>{number})")
+        end = field.end()
+    return re.compile("".join(out) + re.escape(template[end:]))
 
 
 @functools.lru_cache(maxsize=4096)
-def _changes(template: str) -> dict[str, tuple[str, int]]:
-    """{field: (operation, number)} of the fields of a template, ("+", 0) where none is written."""
-    fields = {name: change or "+0" for name, change in _FIELD.findall(template) if name != "p"}
-    return {name: (change[0], int(change[1:])) for name, change in fields.items()}
+def _changes(template: str) -> dict[str, tuple[int, int | None]]:
+    """{field: (what is added to it, the only number that may then stand there, or None)}."""
+    return {
+        name: (int(added or 0), int(only) if only else None)
+        for name, added, only in _FIELD.findall(template)
+        if name != "p"
+    }
 
 
 def _place(block: int, depths: Sequence[int]) -> tuple[int, int] | None:
@@ -54,8 +60,8 @@ class Entry:
     `path` and `source` are literals or templates with the same named integer fields, as in
     "blocks_{i}/mlp/fc1/kernel" <-> "{p}encoder.layer.{i}.intermediate.dense.weight"; "{p}" stands
     for the table's prefix and may occur in `source` only. A source that counts blocks anew in each
-    stage has "{s}" and "{b}" for the path's "{i}"; "{s+1}" counts stages from 1, and "{s=0}" holds
-    for the first stage alone.
+    stage has "{s}" and "{b}" for the path's "{i}"; "{s+1}" counts stages from 1, "{s=0}" holds for
+    the first stage alone, and so does "{s+1=1}". "{n}" is the number of stages.
 
     Attributes:
       path: in the model.
@@ -73,7 +79,7 @@ class Entry:
     def __post_init__(self) -> None:
         if self.form not in FORMS and self.form not in HEAD_FORMS:
             raise ValueError(f"entry {self.path}: unknown form {self.form!r}")
-        ours, theirs = set(_changes(self.path)), set(_changes(self.source))
+        ours, theirs = set(_changes(self.path)), set(_changes(self.source)) - {_COUNT}
         if ours != theirs and (ours - theirs, theirs - ours) != ({"i"}, {"s", "b"}):
             raise ValueError(f"entry {self.path}: its fields differ from those of {self.source}")
 
@@ -93,15 +99,12 @@ class Entry:
             if place is None:
                 return None
             values |= zip("sb", place, strict=True)
+        values[_COUNT] = len(depths)
         changes = _changes(self.source)
-        if any(op == "=" and values[name] != n for name, (op, n) in changes.items()):
+        numbers = {name: values[name] + added for name, (added, _) in changes.items()}
+        if any(only not in (None, numbers[name]) for name, (_, only) in changes.items()):
             return None
-
-        def written(field: re.Match[str]) -> str:
-            name = field[1]
-            return prefix if name == "p" else str(values[name] + _offset(changes[name]))
-
-        return _FIELD.sub(written, self.source)
+        return _FIELD.sub(lambda at: prefix if at[1] == "p" else str(numbers[at[1]]), self.source)
 
     def fields(self, source: str, prefix: str) -> dict[str, int] | None:
         """The integers of a source name, or None when the entry is not about it."""
@@ -109,13 +112,13 @@ class Entry:
         if found is None or any(len(value) > _DIGITS for value in found.groupdict().values()):
             return None
         changes = _changes(self.source)
-        values = {n: int(value) - _offset(changes[n]) for n, value in found.groupdict().items()}
+        values = {name: int(value) - changes[name][0] for name, value in found.groupdict().items()}
         return None if min(values.values(), default=0) < 0 else values
 
     def path_name(self, source: str, prefix: str, depths: Sequence[int] = ()) -> str | None:
         """The jft path of a source name, or None when the entry is not about it."""
         values = self.fields(source, prefix)
-        if values is None:
+        if values is None or values.pop(_COUNT, len(depths)) != len(depths):
             return None
         if self.by_stage:
             stage, block = values.pop("s"), values.pop("b")
@@ -123,13 +126,6 @@ class Entry:
                 return None
             values["i"] = sum(depths[:stage]) + block
         return self.path.format(**values)
-
-
-_DIGITS = 6  # of a block's number
-
-
-def _offset(change: tuple[str, int]) -> int:
-    return change[1] if change[0] == "+" else 0
 
 
 @dataclass(frozen=True)
@@ -148,6 +144,8 @@ class Table:
         when the head is made anew, and belong to no leaf otherwise.
       implies: (module field, value) pairs that hold for whatever is saved under such names, where
         no config.json says so.
+      unsaid: (module field, what it may be) where neither names nor shapes say what is computed: a
+        config.json has to, or the model's own is taken and the report says so.
       exported: whether weights that were read under these names are exported under them, or a
         function of the model that says so; otherwise they get the family's first that is.
       title: whose names they are, for people.
@@ -164,6 +162,7 @@ class Table:
     head: str = r"head/.*"
     before_head: tuple[str, ...] = ()
     implies: tuple[tuple[str, object], ...] = ()
+    unsaid: tuple[tuple[str, str], ...] = ()
     exported: bool | Callable[[Any], bool] = True
     title: str = ""
     config: Callable[[Any], dict[str, Any]] | None = None

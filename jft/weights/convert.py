@@ -74,7 +74,7 @@ def load_pretrained(
     check_card(found, sha256)
     arrays, notes = namings.without_module_prefix(arrays)
     naming = namings.choose_naming(model, leaves, arrays, source)
-    check_fields(model, found, naming.table)
+    notes += check_fields(model, found, naming.table)
     reasons = {path: f"by {rule!r}" for rule in fresh for path in select(leaves, rule, "fresh")}
     reasons |= _replaced_head(naming, leaves, arrays, reasons)
     shape = namings.image_shape_of(model, image_shape)
