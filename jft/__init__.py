@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jft.config import load_config
+    from jft.models.nnx_module import from_nnx
     from jft.prepare import setup
     from jft.train.loop import fit
     from jft.trained import evaluate, export, predict
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 # package of jft may have one of these names: importing it would take the function's place.
 _PUBLIC = {
     "load_config": "jft.config",
+    "from_nnx": "jft.models.nnx_module",
     "setup": "jft.prepare",
     "fit": "jft.train.loop",
     "evaluate": "jft.trained",
@@ -29,6 +31,7 @@ __all__ = [
     "evaluate",
     "export",
     "fit",
+    "from_nnx",
     "load_config",
     "load_pretrained",
     "merge",

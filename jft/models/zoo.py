@@ -45,6 +45,11 @@ class Model:
         """Names of the stages from input to output; the first component of every params path."""
         return tuple(self.module.stages)
 
+    @property
+    def groups(self) -> tuple[tuple[str, str], ...]:
+        """Ordered structural groups (name, pattern)."""
+        return self.family.groups if self.family else ()
+
     def init(self, key: jax.Array, image: jax.Array) -> dict[str, Any]:
         """Fresh {"params", "batch_stats"} (statistics only where the model has some).
 
