@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jft.config import load_config
     from jft.models.nnx_module import from_nnx
+    from jft.models.zoo import add_family
     from jft.prepare import setup
     from jft.train.loop import fit
     from jft.trained import evaluate, export, predict
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "load_config": "jft.config",
     "from_nnx": "jft.models.nnx_module",
+    "add_family": "jft.models.zoo",
     "setup": "jft.prepare",
     "fit": "jft.train.loop",
     "evaluate": "jft.trained",
@@ -28,6 +30,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "add_family",
     "evaluate",
     "export",
     "fit",
