@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from jft.data import decode
-from jft.data.decode import BadImage, decode_image, fit_image, load_image
+from jft.data.decode import BadImage, decode_image, load_image
+from jft.data.fit import Fit, fit_image
 from jft.data.images import (
     canvas_shape,
     make_eval_transform,
@@ -132,7 +133,7 @@ def test_mutated_files_decode_or_are_bad_images():
 def test_fit_gives_the_static_shape_whatever_the_size(size):
     for channels in (1, 3):
         for wanted in ((32, 32, 3), (32, 32, 1), (24, 40, 3)):
-            got = fit_image(photo(*size, channels), wanted, "bicubic")
+            got = fit_image(photo(*size, channels), wanted, Fit("bicubic"))
             assert got.shape == wanted and got.dtype == np.uint8
 
 
@@ -140,7 +141,7 @@ def test_fit_is_resize_of_the_shorter_side_then_centre_crop():
     pixels = photo(80, 120)
     resized = Image.fromarray(pixels).resize((48, 32), Image.Resampling.BICUBIC)
     expected = np.asarray(resized)[:, 8:40]
-    got = fit_image(pixels, (32, 32, 3), "bicubic")
+    got = fit_image(pixels, (32, 32, 3), Fit("bicubic"))
     assert np.abs(got.astype(int) - expected.astype(int)).max() <= 1
 
 
