@@ -13,6 +13,8 @@ from jft.data.pixels import BadImage
 
 Shape = tuple[int, int, int]
 
+# A picture that covers the canvas with more pixels than these is not resized whole.
+MOST_WHOLE_PIXELS = 1 << 24
 # ITU-R BT.601, as Pillow weighs them.
 _LUMINANCE = np.asarray([0.299, 0.587, 0.114], np.float32)
 
@@ -65,10 +67,11 @@ def crop_start(extent: float, seen: float, rounding: str, at: float = 0.5) -> in
 def fit_image(
     image: np.ndarray, image_shape: Shape, fit: Fit = COVER, name: str = "image"
 ) -> np.ndarray:
-    """Resizes to cover `image_shape` and crops the centre, in one antialiased step of Pillow.
+    """Resizes to cover `image_shape` and crops the centre, by Pillow; or, by `fit`, without a crop.
 
-    The crop box is given to the resize, so a 30,000 x 1 strip never becomes a huge intermediate.
-    Grey repeats to three channels; colour becomes luminance where one channel is wanted.
+    The crop box is given to the resize, so a 30,000 x 1 strip never becomes a huge intermediate (at
+    whole pixels only where it would). Grey repeats to three channels; colour becomes
+    luminance where one channel is wanted.
 
     Args:
       image: uint8 or uint16 [H, W, C].
@@ -100,21 +103,15 @@ def _resized(image: np.ndarray, image_shape: Shape, fit: Fit) -> np.ndarray:
     height, width, channels = image_shape
     if fit.interpolation == "nearest":
         return _nearest(image, image_shape, fit)
-    box = _box(image.shape[0], image.shape[1], height, width, fit)
-    method = getattr(Image.Resampling, fit.interpolation.upper())
-
-    def resize(picture: Image.Image) -> np.ndarray:
-        return np.asarray(picture.resize((width, height), method, box=box))
-
     if image.dtype == np.uint8 and image.shape[2] in (1, 3):
         picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-        found = resize(picture.convert("L") if channels == 1 else picture)
+        found = _onto(picture.convert("L") if channels == 1 else picture, height, width, fit)
         return found[..., None] if found.ndim == 2 else found
     if image.shape[2] > channels:
         image = _grey(image)
     # Band by band in float32: Pillow has no picture of more than four, or of wide colour.
     floats = image.astype(np.float32)
-    bands = [resize(Image.fromarray(band)) for band in np.moveaxis(floats, -1, 0)]
+    bands = [_onto(Image.fromarray(one), height, width, fit) for one in np.moveaxis(floats, -1, 0)]
     top_value = np.iinfo(image.dtype).max
     return np.rint(np.clip(np.stack(bands, axis=-1), 0, top_value)).astype(image.dtype)
 
@@ -123,28 +120,40 @@ def _grey(image: np.ndarray) -> np.ndarray:
     return np.rint(image @ _LUMINANCE).astype(image.dtype)[..., None]
 
 
-def _box(
-    have_tall: int, have_wide: int, tall: int, wide: int, fit: Fit
-) -> tuple[float, float, float, float]:
-    """What of a picture becomes a canvas of `tall` x `wide`: left, top, right, bottom."""
+def _onto(picture: Image.Image, tall: int, wide: int, fit: Fit) -> np.ndarray:
+    """A picture on a canvas of `tall` x `wide`."""
+    method = getattr(Image.Resampling, fit.interpolation.upper())
+    have = (picture.height, picture.width)
+    (top, left), whole = _whole(have, (tall, wide), fit)
     if fit.resize == "square":
-        return 0.0, 0.0, float(have_wide), float(have_tall)
-    if fit.rounding == "none":
-        factor = max(tall / have_tall, wide / have_wide)
-        box_wide, box_tall = wide / factor, tall / factor
-        left, top = (have_wide - box_wide) / 2, (have_tall - box_tall) / 2
+        box = None
+    elif fit.rounding == "none":
+        factor = max(tall / have[0], wide / have[1])
+        box = _box(have, ((have[0] - tall / factor) / 2, tall / factor),
+                   ((have[1] - wide / factor) / 2, wide / factor))  # fmt: skip
+    elif whole[0] * whole[1] <= MOST_WHOLE_PIXELS:
+        # By rows or by columns first, and rounded in between: Pillow decides that by the sizes, so
+        # only the whole picture, resized, has the values of whoever resizes it whole.
+        found = np.asarray(picture.resize((whole[1], whole[0]), method))
+        return found[top : top + tall, left : left + wide]
     else:
-        (top, left), (whole_tall, whole_wide) = _whole(have_tall, have_wide, tall, wide, fit)
-        across, down = have_wide / whole_wide, have_tall / whole_tall
-        left, top, box_wide, box_tall = left * across, top * down, wide * across, tall * down
+        down, across = have[0] / whole[0], have[1] / whole[1]
+        box = _box(have, (top * down, tall * down), (left * across, wide * across))
+    return np.asarray(picture.resize((wide, tall), method, box=box))
+
+
+def _box(
+    have: tuple[int, int], rows: tuple[float, float], columns: tuple[float, float]
+) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom of (first, count) of rows and of columns, within the picture."""
+    (top, tall), (left, wide) = rows, columns
     # Rounding may put the far edge 1e-13 outside, which Pillow refuses.
-    right = min(left + box_wide, have_wide)
-    bottom = min(top + box_tall, have_tall)
+    right, bottom = min(left + wide, have[1]), min(top + tall, have[0])
     return max(left, 0.0), max(top, 0.0), right, bottom
 
 
 def _whole(
-    have_tall: int, have_wide: int, tall: int, wide: int, fit: Fit
+    have: tuple[int, int], canvas: tuple[int, int], fit: Fit
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """(top, left) of a canvas within the picture once it is resized, and the size that it has then.
 
@@ -152,14 +161,14 @@ def _whole(
     is the same for every picture, so that of the canvas makes up for it.
     """
     if fit.resize == "square":
-        return (0, 0), (tall, wide)
-    whole = resized_shape(have_tall, have_wide, tall, wide, fit.rounding)
-    starts = [
+        return (0, 0), canvas
+    whole = resized_shape(*have, *canvas, fit.rounding)
+    top, left = (
         crop_start(extent, fit.crop or side, fit.rounding)
         - crop_start(side, fit.crop or side, fit.rounding)
-        for extent, side in zip(whole, (tall, wide), strict=True)
-    ]
-    return (starts[0], starts[1]), whole
+        for extent, side in zip(whole, canvas, strict=True)
+    )
+    return (top, left), whole
 
 
 def _nearest(image: np.ndarray, image_shape: Shape, fit: Fit) -> np.ndarray:
@@ -168,7 +177,7 @@ def _nearest(image: np.ndarray, image_shape: Shape, fit: Fit) -> np.ndarray:
     It is asked for the indices of one row and of one column.
     """
     tall, wide, channels = image_shape
-    starts, whole = _whole(image.shape[0], image.shape[1], tall, wide, fit)
+    starts, whole = _whole(image.shape[:2], (tall, wide), fit)
     found = image
     for axis, (start, extent, side) in enumerate(zip(starts, whole, (tall, wide), strict=True)):
         numbers = Image.fromarray(np.arange(image.shape[axis], dtype=np.int32)[None])

@@ -20,7 +20,7 @@ import numpy as np
 from jft.data.augment import make_ops, read_ops
 from jft.data.boxes import random_box
 from jft.data.fit import Fit, Shape, crop_start, resized_shape
-from jft.data.resample import scale_and_translate
+from jft.data.resample import ON_DEVICE, resize_as_pillow, scale_and_translate
 from jft.errors import ConfigError, nearest
 from jft.models.family import CHOICES, Preprocess
 
@@ -129,6 +129,9 @@ def _make_centre(
         if (tall, wide) == (height, width) and zoom == 1:
             images = images[:, top : top + image_size, left : left + image_size]
             return images.astype(jnp.float32)
+        if preprocess.interpolation not in ON_DEVICE and preprocess.antialias and zoom == 1:
+            floats, name = images.astype(jnp.float32), preprocess.interpolation
+            return resize_as_pillow(floats, (tall, wide), (top, left), image_size, name)
         return scale_and_translate(
             images.astype(jnp.float32),
             (batch, image_size, image_size, channels),

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
-_JAX = {"bilinear": "linear", "bicubic": "cubic", "lanczos": "lanczos3"}
+ON_DEVICE = {"bilinear": "linear", "bicubic": "cubic", "lanczos": "lanczos3"}
 # A place between two pixels belongs to the second, whatever float32 makes of it.
 _TIE = 1e-4
 
@@ -25,6 +26,34 @@ def _hamming(x: jax.Array) -> jax.Array:
 
 
 _FILTERS: dict[str, Callable[[jax.Array], jax.Array]] = {"box": _box, "hamming": _hamming}
+
+
+def pillow_weights(
+    size: int, extent: int, start: int, count: int, interpolation: str
+) -> np.ndarray:
+    """float32 [size, count]: how Pillow mixes `size` pixels into those from `start` on of `extent`.
+
+    It is asked for the response to each pixel alone.
+    """
+    method = getattr(Image.Resampling, interpolation.upper())
+    pixels = Image.fromarray(np.eye(size, dtype=np.float32))
+    return np.asarray(pixels.resize((extent, size), method))[:, start : start + count]
+
+
+def resize_as_pillow(
+    images: jax.Array, extents: Sequence[int], starts: Sequence[int], side: int, interpolation: str
+) -> jax.Array:
+    """float32 [B, H, W, C] -> [B, side, side, C], cut at `starts` from pictures of `extents`."""
+    for axis, (extent, start) in enumerate(zip(extents, starts, strict=True), start=1):
+        weights = pillow_weights(images.shape[axis], extent, start, side, interpolation)
+        images = _mixed(images, jnp.asarray(weights), axis)
+    return images
+
+
+def _mixed(image: jax.Array, weights: jax.Array, axis: int) -> jax.Array:
+    """One axis of an image through weights [size, count]."""
+    found = jnp.tensordot(image, weights, (axis, 0), precision=jax.lax.Precision.HIGHEST)
+    return jnp.moveaxis(found, -1, axis)
 
 
 def scale_and_translate(
@@ -46,8 +75,8 @@ def scale_and_translate(
       interpolation: one of `jft.models.family.INTERPOLATIONS`.
       antialias: whether the filter widens when the image shrinks.
     """
-    if interpolation in _JAX:
-        method = _JAX[interpolation]
+    if interpolation in ON_DEVICE:
+        method = ON_DEVICE[interpolation]
         return jax.image.scale_and_translate(
             image, tuple(shape), tuple(dims), scale, translation, method, antialias=antialias
         )
@@ -61,9 +90,7 @@ def scale_and_translate(
             image = jnp.take(image, jnp.floor(places).astype(jnp.int32), axis=axis)
             continue
         weights = _weights(_FILTERS[interpolation], places, sizes[0], 1 / scale[at], antialias)
-        image = jnp.moveaxis(
-            jnp.tensordot(image, weights, (axis, 0), precision=jax.lax.Precision.HIGHEST), -1, axis
-        )
+        image = _mixed(image, weights, axis)
     return image
 
 
