@@ -101,7 +101,9 @@ def test_the_file_is_made_once_and_anew_when_something_changed(photos, cache, mo
     assert any((a["image"] != b["image"]).any() for a, b in zip(first, second, strict=True))
     cached_splits(load(photos), CANVAS, Fit("bicubic"), "disk", quiet=True)
     cached_splits(load(photos), (8, 8, 3), COVER, "disk", quiet=True)
-    assert len(files(cache)) == 4
+    cached_splits(load(photos), CANVAS, Fit(resize="square"), "disk", quiet=True)
+    cached_splits(load(photos), CANVAS, Fit(rounding="down"), "disk", quiet=True)
+    assert len(files(cache)) == 6
 
 
 def test_a_file_that_is_not_as_it_was_written_is_made_anew(photos, cache, caplog):

@@ -11,6 +11,10 @@ MOST_PIXELS = 65_536
 MOST_CHANNELS = 1_024
 
 
+class RefusedError(ValueError):
+    """What is well-formed and not offered."""
+
+
 class Values:
     """Keys of a JSON object, with defaults; null counts as missing.
 

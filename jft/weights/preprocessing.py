@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from jft.errors import WeightsError
 from jft.models.family import CHOICES, Preprocess, adapt_preprocess
-from jft.weights.json_values import Values
+from jft.weights.json_values import RefusedError, Values, is_number
 from jft.weights.processor_classes import class_of
 from jft.weights.processor_file import LEAST_FRACTION, from_hugging_face
 from jft.weights.processor_file import to_hugging_face as to_hugging_face
@@ -49,6 +49,8 @@ def source_preprocess(source: Source, own: Preprocess) -> tuple[Preprocess, list
         else:
             return own, []
         return _fitted(found, own, notes, told)
+    except RefusedError as error:
+        raise WeightsError(f"{source.text}: {file}: {error}") from error
     except (TypeError, ValueError, KeyError, OverflowError) as error:
         raise WeightsError(f"{source.text}: {file} is malformed: {error}") from error
 
@@ -76,10 +78,11 @@ def _fitted(
 ) -> tuple[Preprocess, list[str]]:
     """At the size and with the channels of `own`."""
     have, channels = len(found.mean), len(own.mean)
-    if have != len(found.std) or min(found.std) <= 0:
+    numbers = (*found.mean, *found.std)
+    if have != len(found.std) or min(found.std) <= 0 or not all(map(is_number, numbers)):
         raise ValueError(
-            f"{have} means and {len(found.std)} deviations: as many, and deviations above 0, are"
-            " needed"
+            f"image_mean and image_std: {have} means and {len(found.std)} deviations; as many are"
+            " needed, finite, and deviations above 0"
         )
     if found.crop_fraction < LEAST_FRACTION:
         raise ValueError(f"a crop of {found.crop_fraction:.3g} of the picture is too small")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jft.models.family import INTERPOLATIONS, Preprocess
-from jft.weights.json_values import Values, is_side, wrong
+from jft.weights.json_values import RefusedError, Values, is_side, wrong
 from jft.weights.percent import crop_percent, percent_fraction
 from jft.weights.processor_classes import (
     ALL,
@@ -35,7 +35,8 @@ def from_hugging_face(
       model_type: of config.json, which tells the processor where the file does not.
 
     Raises:
-      ValueError: a key that is malformed, or asks for what jft does not do.
+      ValueError: a key that is malformed.
+      RefusedError: one that asks for what jft does not do.
     """
     name = class_of(content, model_type)
     values = Values(_of_class(content, name), DEFAULTS.get(name or "", ALL))
@@ -45,7 +46,7 @@ def from_hugging_face(
         known = f"the source's processor {name} is not known" if name else "no processor is named"
         notes.append(f"{known}: its keys are read as those of others")
     mean, std = _normalisation(values, own)
-    resize, fraction = _geometry(values, name, own, notes)
+    resize, fraction, rounding = _geometry(values, name, own, notes)
     if values.flag("do_pad"):
         notes.append("the source pads pictures, which is not done here")
     code = values.get("resample")
@@ -58,7 +59,7 @@ def from_hugging_face(
         crop_fraction=fraction,
         interpolation=own.interpolation if code is None else INTERPOLATIONS[int(code)],
         resize=resize,
-        rounding="down",
+        rounding=rounding,
     )
     return found, notes
 
@@ -75,12 +76,12 @@ def _of_class(content: Mapping[str, Any], name: str | None) -> dict[str, Any]:
 
 def _refuse(values: Values, name: str | None) -> None:
     if name == "Siglip2ImageProcessor" or values.given("max_num_patches"):
-        raise ValueError(
+        raise RefusedError(
             f"{name or 'max_num_patches'} cuts pictures of any aspect into patches (NaFlex), which"
             " no model here takes; use a checkpoint of one image size"
         )
     if values.flag("do_flip_channel_order"):
-        raise ValueError(
+        raise RefusedError(
             "do_flip_channel_order is true: channels in the order blue, green, red are not offered"
         )
 
@@ -108,10 +109,17 @@ def _normalisation(values: Values, own: Preprocess) -> tuple[list[float], list[f
 
 def _geometry(
     values: Values, name: str | None, own: Preprocess, notes: list[str]
+) -> tuple[str, float, str]:
+    """(resize, crop fraction, rounding)."""
+    if name not in DEFAULTS and not any(values.given(key) for key in _GEOMETRY):
+        return own.resize, own.crop_fraction, own.rounding
+    return *_crop_of(values, name, own, notes), "down"
+
+
+def _crop_of(
+    values: Values, name: str | None, own: Preprocess, notes: list[str]
 ) -> tuple[str, float]:
     """(resize, crop fraction)."""
-    if name not in DEFAULTS and not any(values.given(key) for key in _GEOMETRY):
-        return own.resize, own.crop_fraction
     crop = _crop(values)
     if not values.flag("do_resize"):
         notes.append("the source does not resize; here the centre of the picture is resized")
@@ -170,20 +178,20 @@ def _size(values: Values, square: bool) -> tuple[str, int]:
 
 def _square_side(key: str, value: Any) -> int:
     """Of a number, [height, width] or {"height", "width"}, which have to be equal."""
-    expected = f"a number of pixels{' or shortest_edge' if key == 'size' else ''}, or equal"
+    if is_side(value):
+        return int(value)
     pair = value
     if isinstance(value, Mapping) and {k for k, v in value.items() if v} == {"height", "width"}:
-        pair = (value["height"], value["width"])
-    if is_side(pair):
-        pair = (pair, pair)
+        pair = [value["height"], value["width"]]
     if (
-        not isinstance(pair, list | tuple)
-        or len(pair) != 2
-        or not all(is_side(side) for side in pair)
-        or pair[0] != pair[1]
+        isinstance(pair, list | tuple)
+        and len(pair) == 2
+        and all(is_side(side) for side in pair)
+        and pair[0] == pair[1]
     ):
-        raise wrong(key, value, f"{expected} height and width")
-    return int(pair[0])
+        return int(pair[0])
+    shortest = " or shortest_edge" if key == "size" else ""
+    raise wrong(key, value, f"a number of pixels{shortest}, or equal height and width")
 
 
 def to_hugging_face(
