@@ -67,7 +67,7 @@ _DEFAULTS = {
     "registers": 0,
     "layer_scale": False,
     "pooling": "cls",
-    "norm_pooled": False,
+    "norm_pooled": None,  # as `pooling` says
     "gelu": "exact",
 }
 # Names under which models are exported: the first that has a model's fields, else the first of its
@@ -105,7 +105,10 @@ _ARGUMENTS = {
 
 
 def _by_name(name: str) -> dict[str, Any] | None:
-    """The fields of the model that timm has under a name, and "mlp_ratio"; None if unknown here."""
+    """timm's own arguments of the model of a name, in our words; None where it is not known.
+
+    "mlp_ratio" stands for "mlp_features", and "norm_pooled" may be None: see `_settled`.
+    """
     found = _NAME.fullmatch(name)
     if found is None or found["size"] not in _SIZES:
         return None
@@ -121,13 +124,23 @@ def _by_name(name: str) -> dict[str, Any] | None:
         base = found["size"] == "base"
         if found["registers"]:
             registers = int(found["registers"])
-            fields |= {"registers": registers, "class_position": False, "norm_pooled": True}
-            fields["layer_scale"] = not base
-        elif found["size"] in ("medium", "betwixt"):
-            fields |= {"qkv_bias": False, "layer_scale": True}
+            fields |= {"registers": registers, "class_position": False, "layer_scale": not base}
+        else:
+            few = found["size"] in ("medium", "betwixt")
+            fields |= {"norm_pooled": False, "qkv_bias": not few, "layer_scale": few}
+            fields["heads"] = 16 if base else heads
     elif found["registers"]:
         return None
     return fields | ({"qkv_bias": False} if found["miil"] else {})
+
+
+def _settled(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The module fields that arguments stand for."""
+    settled = {name: value for name, value in fields.items() if name != "mlp_ratio"}
+    settled["mlp_features"] = int(fields["features"] * fields["mlp_ratio"])
+    if settled["norm_pooled"] is None:
+        settled["norm_pooled"] = settled["pooling"] == "mean"
+    return settled
 
 
 def timm_fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,10 +163,7 @@ def timm_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "gelu": lambda value: _known(_GELUS, "act_layer", value),
     }
     given = {k: changed[k](v) if k in changed else v for k, v in given.items()}
-    if "pooling" in given and "norm_pooled" not in given:
-        given["norm_pooled"] = given["pooling"] == "mean"
-    fields |= given
-    fields["mlp_features"] = int(fields["features"] * fields.pop("mlp_ratio"))
+    fields = _settled(fields | given)
     if not fields["class_token"] and not fields["registers"]:
         fields.pop("class_position")  # of no token
     if fields["pooling"] == "cls":
@@ -176,7 +186,7 @@ def _name_of(module: Any) -> tuple[str, dict[str, Any]]:
     for name in _EXPORTED:
         fields = _by_name(name)
         assert fields is not None
-        fields["mlp_features"] = int(fields["features"] * fields.pop("mlp_ratio"))
+        fields = _settled(fields)
         other = {k: getattr(module, k) for k, v in fields.items() if getattr(module, k) != v}
         if not other or (not best[0] and name.startswith(kind)):
             best = (name, other)
@@ -219,7 +229,7 @@ def _config(model: Any) -> dict[str, Any]:
     names = {ours: theirs for theirs, ours in _ARGUMENTS.items() if ours}
     for field, value in other.items():
         args[names[field]] = written[field](value) if field in written else value
-    if module.pooling == "mean":
+    if module.pooling == "mean":  # timm would take it for True otherwise
         args["fc_norm"] = module.norm_pooled
     classifier = ["head", "head_dist"] if module.distillation_head else "head"
     return timm_config(model, name, first_conv="patch_embed.proj", classifier=classifier, **args)
