@@ -154,6 +154,10 @@ class Table:
       fields: content of a config.json beside such names -> the module fields that it fixes; without
         it the family's `variant_from_config`.
       constants: model -> arrays that no leaf stands for but a strict load asks for, by name.
+      headless: regexes of source names that only a source without a head has; where one occurs and
+        no head does, the head is made anew.
+      antialias: whether the code that reads these names antialiases position embeddings when it
+        resizes them.
     """
 
     entries: tuple[Entry, ...]
@@ -168,6 +172,8 @@ class Table:
     config: Callable[[Any], dict[str, Any]] | None = None
     fields: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     constants: Callable[[Any], dict[str, np.ndarray]] | None = None
+    headless: tuple[str, ...] = ()
+    antialias: bool = False
 
     def writes(self, model: Any) -> bool:
         """Whether a model is exported under these names."""
@@ -226,6 +232,10 @@ class Table:
     def ignored(self, source: str) -> bool:
         """Whether a source name is deliberately unread."""
         return any(re.fullmatch(rule, source) for rule in self.ignore)
+
+    def tells_no_head(self, source: str) -> bool:
+        """Whether only a source without a head has a source name."""
+        return any(re.fullmatch(rule, source) for rule in self.headless)
 
     def only_before_head(self, source: str) -> bool:
         """Whether only the source's own head reads a source name."""

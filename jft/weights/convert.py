@@ -78,7 +78,8 @@ def load_pretrained(
     reasons = {path: f"by {rule!r}" for rule in fresh for path in select(leaves, rule, "fresh")}
     reasons |= _replaced_head(naming, leaves, arrays, reasons)
     shape = namings.image_shape_of(model, image_shape)
-    fit = _make_fit(model, leaves, naming, Grids(leaves, found.config or {}, shape))
+    grids = Grids(leaves, found.config or {}, shape, antialias=naming.table.antialias)
+    fit = _make_fit(model, leaves, naming, grids)
     rows, flat = _assign(fit, arrays, reasons, source)
     flat |= _fresh_leaves(model, reasons, key, shape)
     own = getattr(model, "preprocess", None)
@@ -127,8 +128,11 @@ def _open(
 def _replaced_head(
     naming: Naming, leaves: Leaves, arrays: dict[str, np.ndarray], reasons: Mapping[str, str]
 ) -> dict[str, str]:
-    """path -> reason of the head's leaves, where the source has another number of classes."""
+    """path -> reason of the head's leaves, where the source has other classes, or none ever."""
     head = [path for path in naming.head() if path not in reasons]
+    sign = next((name for name in arrays if naming.table.tells_no_head(name)), None)
+    if sign and not any(naming.names[path].name in arrays for path in head):
+        return {path: f"no head in the source, as {sign!r} shows" for path in head}
     counts = set()
     for path in head:
         origin = naming.names[path]
