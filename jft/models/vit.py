@@ -20,11 +20,12 @@ class Embed(nn.Module):
     class_token: bool
     dropout_rate: float
     dtype: Dtype
+    patch_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, training: Training | None = None) -> jax.Array:
         """Maps images to tokens."""
-        x = PatchEmbed(self.features, self.patch, self.dtype, name="patch")(x)
+        x = PatchEmbed(self.features, self.patch, self.dtype, self.patch_bias, name="patch")(x)
         if self.class_token:
             token = self.param("cls_token", INIT, (1, 1, self.features), jnp.float32)
             token = jnp.broadcast_to(token.astype(self.dtype), (x.shape[0], 1, self.features))

@@ -12,12 +12,19 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jft.errors import ConfigError, nearest
-from jft.models import efficientnet, efficientnet_lite, vit
+from jft.models import clip, efficientnet, efficientnet_lite, siglip, vit
 from jft.models.family import Family, Preprocess
 from jft.models.layers import Training
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (efficientnet_lite.FAMILY, efficientnet.FAMILY, vit.FAMILY)
+    family.name: family
+    for family in (
+        efficientnet_lite.FAMILY,
+        efficientnet.FAMILY,
+        vit.FAMILY,
+        clip.FAMILY,
+        siglip.FAMILY,
+    )
 }
 
 

@@ -39,8 +39,14 @@ def stated_fields(family: Any, source: Source, table: Table) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if not _FREE_FIELDS.fullmatch(name)}
 
 
-def check_fields(model: Any, source: Source, table: Table) -> None:
+def check_fields(model: Any, source: Source, table: Table, headless: bool = False) -> None:
     """Refuses a source that tells of another architecture, epsilon or activation than the model's.
+
+    Args:
+      model: a Model.
+      source: with its config.json.
+      table: the style of its names.
+      headless: whether the model's head is made anew.
 
     Raises:
       WeightsError: naming the arguments of the model to change.
@@ -52,6 +58,7 @@ def check_fields(model: Any, source: Source, table: Table) -> None:
         name: (value, getattr(model.module, name))
         for name, value in stated_fields(family, source, table).items()
         if getattr(model.module, name, value) != value
+        and not (headless and name in table.head_fields)
     }
     if not wrong:
         return
