@@ -158,6 +158,8 @@ class Table:
         no head does, the head is made anew.
       antialias: whether the code that reads these names antialiases position embeddings when it
         resizes them.
+      head_fields: those of `fields` that tell only what stands right before the head; with a head
+        made anew the model may have others.
     """
 
     entries: tuple[Entry, ...]
@@ -174,6 +176,7 @@ class Table:
     constants: Callable[[Any], dict[str, np.ndarray]] | None = None
     headless: tuple[str, ...] = ()
     antialias: bool = False
+    head_fields: tuple[str, ...] = ()
 
     def writes(self, model: Any) -> bool:
         """Whether a model is exported under these names."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jft.errors import ConfigError, nearest
-from jft.models import convnext, dinov2, efficientnet, efficientnet_lite, vit
+from jft.models import clip, convnext, dinov2, efficientnet, efficientnet_lite, siglip, vit
 from jft.models.family import Family, Preprocess
 from jft.models.family_files import family_files, read_family
 from jft.models.layers import Training
@@ -25,6 +25,8 @@ FAMILIES: dict[str, Family] = {
         vit.FAMILY,
         dinov2.FAMILY,
         convnext.FAMILY,
+        clip.FAMILY,
+        siglip.FAMILY,
     )
 }
 

@@ -39,8 +39,14 @@ def stated_fields(family: Any, source: Source, table: Table) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if not _FREE_FIELDS.fullmatch(name)}
 
 
-def check_fields(model: Any, source: Source, table: Table) -> list[str]:
+def check_fields(model: Any, source: Source, table: Table, headless: bool = False) -> list[str]:
     """Refuses a source that tells of another architecture, epsilon or activation than the model's.
+
+    Args:
+      model: a Model.
+      source: with its config.json.
+      table: the style of its names.
+      headless: whether the model's head is made anew.
 
     Returns:
       What nothing says that the source holds, and what is taken for it; for the report.
@@ -56,6 +62,7 @@ def check_fields(model: Any, source: Source, table: Table) -> list[str]:
         name: (value, getattr(model.module, name))
         for name, value in fields.items()
         if getattr(model.module, name, value) != value
+        and not (headless and name in table.head_fields)
     }
     if not wrong:
         return [

@@ -74,9 +74,9 @@ def load_pretrained(
     check_card(found, sha256)
     arrays, notes = namings.without_module_prefix(arrays)
     naming = namings.choose_naming(model, leaves, arrays, source)
-    notes += check_fields(model, found, naming.table)
     reasons = {path: f"by {rule!r}" for rule in fresh for path in select(leaves, rule, "fresh")}
     reasons |= _replaced_head(naming, leaves, arrays, reasons)
+    notes += check_fields(model, found, naming.table, headless=_headless(naming, reasons))
     shape = namings.image_shape_of(model, image_shape)
     grids = Grids(leaves, found.config or {}, shape, antialias=naming.table.antialias)
     fit = _make_fit(model, leaves, naming, grids)
@@ -217,13 +217,18 @@ def _unread(arrays: Mapping[str, np.ndarray], rows: Sequence[Row]) -> list[str]:
     return [name for name in arrays if name not in used]
 
 
+def _headless(naming: Naming, reasons: Mapping[str, str]) -> bool:
+    """Whether the model's whole head is made anew."""
+    head = naming.head()
+    return bool(head) and all(path in reasons for path in head)
+
+
 def _extra_names(
     naming: Naming, arrays: Mapping[str, np.ndarray], reasons: Mapping[str, str]
 ) -> list[str]:
     """Names in the source that no leaf of the model stands for, and that nothing excuses."""
     expected = {origin.name for origin in naming.names.values()}
-    head = naming.head()
-    headless = bool(head) and all(path in reasons for path in head)
+    headless = _headless(naming, reasons)
     return [
         name
         for name in arrays
