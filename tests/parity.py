@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft.models.forms import to_jft
-from jft.models.table import choose_table
 from jft.tree import flatten, unflatten
+from jft.weights.naming import choose_naming
 
 # max abs(a - b) / max(1, max abs(b)), in float32.
 HIDDEN, LOGITS, GRADIENTS = 1e-5, 1e-4, 1e-4
@@ -22,21 +22,20 @@ def convert(model, state_dict, image_size):
     """The variables of a torch state dict through the family's own table; all names are used."""
     # Copies: torch updates running statistics in place.
     arrays = {name: tensor.detach().numpy().copy() for name, tensor in state_dict.items()}
-    table = choose_table(model.family.tables, arrays)
-    prefix, _ = table.prefix_for(arrays)
-    depths = tuple(getattr(model.module, "depths", ()))
     image = jnp.zeros((1, image_size, image_size, 3))
     shapes = jax.eval_shape(model.init, jax.random.key(0), image)
+    paths = [path for tree in shapes.values() for path in flatten(tree)]
+    naming = choose_naming(model, paths, arrays, "the peer")
     variables, used = {}, set()
     for kind, tree in shapes.items():
         leaves = {}
         for path, leaf in flatten(tree).items():
-            origin = table.source_of(path, prefix, depths)
+            origin = naming.names[path]
             used.add(origin.name)
-            leaves[path] = to_jft(origin, arrays[origin.name])
+            leaves[path] = to_jft(origin, arrays[origin.name], naming.heads)
             assert leaves[path].shape == leaf.shape
         variables[kind] = unflatten(leaves)
-    assert not [name for name in arrays if name not in used and not table.ignored(name)]
+    assert not [name for name in arrays if name not in used and not naming.table.ignored(name)]
     return variables
 
 

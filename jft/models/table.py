@@ -176,8 +176,8 @@ class Table:
         when the head is made anew, and belong to no leaf otherwise.
       implies: (module field, value) pairs that hold for whatever is saved under such names, where
         no config.json says so.
-      exported: whether weights that were read under these names are exported under them; otherwise
-        under the family's first.
+      exported: whether weights that were read under these names are exported under them, or a
+        function of the model that says so; otherwise they get the family's first that is.
       title: whose names they are, for people.
       config: model -> content of config.json for tools that read these names; without it the
         family's `source_config`.
@@ -192,11 +192,15 @@ class Table:
     head: str = r"head/.*"
     before_head: tuple[str, ...] = ()
     implies: tuple[tuple[str, object], ...] = ()
-    exported: bool = True
+    exported: bool | Callable[[Any], bool] = True
     title: str = ""
     config: Callable[[Any], dict[str, Any]] | None = None
     fields: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     constants: Callable[[Any], dict[str, np.ndarray]] | None = None
+
+    def writes(self, model: Any) -> bool:
+        """Whether a model is exported under these names."""
+        return self.exported(model) if callable(self.exported) else self.exported
 
     def source_of(
         self, path: str, prefix: str | None = None, depths: Sequence[int] = ()
@@ -268,10 +272,9 @@ class Table:
         return best, counts[best]
 
 
-def choose_table(tables: Sequence[Table], names: Iterable[str]) -> Table | None:
-    """The table that knows most of the names (the first of equals); None when no name is known."""
+def best_tables(tables: Sequence[Table], names: Iterable[str]) -> list[Table]:
+    """The tables that know most of the names, in their order; none where no name is known."""
     names = list(names)
-    scored = [(table.prefix_for(names)[1], table) for table in tables]
-    if not scored or max(score for score, _ in scored) == 0:
-        return None
-    return max(scored, key=lambda pair: pair[0])[1]
+    scores = [table.prefix_for(names)[1] for table in tables]
+    most = max(scores, default=0)
+    return [table for table, score in zip(tables, scores, strict=True) if score == most > 0]

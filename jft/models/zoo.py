@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jft.errors import ConfigError, nearest
-from jft.models import efficientnet, efficientnet_lite, vit
+from jft.models import dinov2, efficientnet, efficientnet_lite, vit
 from jft.models.family import Family, Preprocess
 from jft.models.layers import Training
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (efficientnet_lite.FAMILY, efficientnet.FAMILY, vit.FAMILY)
+    family.name: family
+    for family in (efficientnet_lite.FAMILY, efficientnet.FAMILY, vit.FAMILY, dinov2.FAMILY)
 }
 
 

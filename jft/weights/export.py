@@ -65,9 +65,7 @@ def export_weights(
         raise ConfigError(f"export: {len(label_names)} label names for {num_classes} classes")
     preprocess = preprocess or getattr(model, "preprocess", None)
     leaves = namings.join(variables)
-    family = getattr(model, "family", None)
-    if family is not None and not family.tables[table].exported:
-        table = 0
+    table = namings.exported_table(model, table)
     naming = namings.naming_of(model, leaves, table)
     arrays = namings.to_source_arrays(naming, {path: leaf for path, (_, leaf) in leaves.items()})
     arrays |= naming.table.constants(model) if naming.table.constants else {}

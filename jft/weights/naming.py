@@ -113,16 +113,35 @@ def choose_naming(model: Any, paths: Iterable[str], names: Iterable[str], source
     family = getattr(model, "family", None)
     if family is None:
         return naming_of(model, paths)
-    table = tables.choose_table(family.tables, names)
-    if table is None:
+    found = [
+        naming_of(model, paths, family.tables.index(table), table.prefix_for(names)[0])
+        for table in tables.best_tables(family.tables, names)
+    ]
+    if not found:
         expected = next(iter(naming_of(model, paths).names.values())).name
         held = f"{names[0]!r}" if names else "nothing at all"
         raise WeightsError(
             f"source {source!r} does not fit the model: family {family.name} expects names such as "
             f"{expected!r}, the source has {held}"
         )
-    prefix, _ = table.prefix_for(names)
-    return naming_of(model, paths, family.tables.index(table), prefix)
+    # Of styles that know the names alike, the one that knows the model best; the first of equals.
+    return max(found, key=lambda naming: len(naming.names))
+
+
+def exported_table(model: Any, index: int) -> int:
+    """The index of the table that a model is exported under, where it was read under another's.
+
+    Raises:
+      WeightsError: no table can express the model.
+    """
+    family = getattr(model, "family", None)
+    if family is None:
+        return index
+    order = [index, *(at for at in range(len(family.tables)) if at != index)]
+    for at in order:
+        if family.tables[at].writes(model):
+            return at
+    raise WeightsError(f"export: no other tool has a {family.name} with these arguments")
 
 
 def without_module_prefix(
@@ -156,7 +175,9 @@ def to_source_arrays(naming: Naming, flat: Mapping[str, Any]) -> dict[str, np.nd
         parts.setdefault(name, {})[part[0]] = value
         if len(parts[name]) == part[1]:
             held = parts.pop(name)
-            arrays[name] = np.concatenate([held[at] for at in range(part[1])])
+            # Of transposed parts numpy makes a transposed whole, whose memory has another order.
+            whole = np.concatenate([held[at] for at in range(part[1])])
+            arrays[name] = np.ascontiguousarray(whole)
     if parts:
         raise WeightsError(f"a part of {next(iter(parts))!r} is missing, no way to write it")
     # torch's counters of batches: nothing reads them, but a strict load asks for them.

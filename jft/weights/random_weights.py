@@ -33,7 +33,7 @@ def write_random(
     leaves = namings.abstract_leaves(model, image_shape)
     rng = np.random.default_rng(seed)
     flat = {name: _random_leaf(rng, name, leaf) for name, (_, leaf) in leaves.items()}
-    naming = namings.naming_of(model, leaves)
+    naming = namings.naming_of(model, leaves, namings.exported_table(model, 0))
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     arrays = namings.to_source_arrays(naming, flat)

@@ -81,10 +81,12 @@ def recognise(source: Source, arrays: Mapping[str, np.ndarray]) -> list[Match]:
     Raises:
       WeightsError: the source's config.json is of none of the family's architectures.
     """
-    found = [match for family in FAMILIES.values() if (match := _match(family, source, arrays))]
+    found = [match for family in FAMILIES.values() for match in _matches(family, source, arrays)]
     most = max((match.known for match in found), default=0)
     matches = [_with_variant(match) for match in found if match.known == most]
-    return [match for match in matches if match.variant] or matches
+    fitting = [match for match in matches if match.variant] or matches
+    # Of one family's tables that tie, the first.
+    return list({match.family.name: match for match in reversed(fitting)}.values())[::-1]
 
 
 def fitting_model(name: str, source: Source, arrays: Mapping[str, np.ndarray]) -> Model:
@@ -98,9 +100,10 @@ def fitting_model(name: str, source: Source, arrays: Mapping[str, np.ndarray]) -
       WeightsError: the source's config.json is not of the variant's family.
     """
     plain = make_model(name=name, num_classes=CLASSES)
-    match = plain.family and _match(plain.family, source, arrays)
-    if not match:
+    matches = _matches(plain.family, source, arrays) if plain.family else []
+    if not matches:
         return plain
+    match = next((match for match in map(_with_variant, matches) if match.variant), matches[0])
     defaults = model_args(name)
     args = {
         key: value
@@ -110,11 +113,14 @@ def fitting_model(name: str, source: Source, arrays: Mapping[str, np.ndarray]) -
     return _model(name, args, match)
 
 
-def _match(family: Family, source: Source, arrays: Mapping[str, np.ndarray]) -> Match | None:
+def _matches(family: Family, source: Source, arrays: Mapping[str, np.ndarray]) -> list[Match]:
+    """One match a table that knows most of the names."""
     arrays, _ = namings.without_module_prefix(dict(arrays))
-    table = tables.choose_table(family.tables, arrays)
-    if table is None:
-        return None
+    found = tables.best_tables(family.tables, arrays)
+    return [_match(family, table, source, arrays) for table in found]
+
+
+def _match(family: Family, table: Table, source: Source, arrays: Mapping[str, np.ndarray]) -> Match:
     prefix, known = table.prefix_for(arrays)
     depths = table.depths_of(arrays, prefix)
     shapes: Shapes = {}
