@@ -253,7 +253,7 @@ def attention(
       query: [B, N, heads, D].
       key: the same.
       value: the same.
-      bias: [n, heads, N, N] float32, where n divides B: of row i of the batch it is that of i mod n.
+      bias: [n, heads, N, N] float32, where n divides B; row i of the batch has that of i modulo n.
 
     Returns:
       [B, N, heads, D].

@@ -86,8 +86,8 @@ def _template(text: str) -> _Template:
     return _Template(text)
 
 
-def _place(block: int, depths: Sequence[int]) -> tuple[int, int] | None:
-    """(stage, block of the stage) of a block counted over all stages."""
+def place_of(block: int, depths: Sequence[int]) -> tuple[int, int] | None:
+    """(stage, block of the stage) of a block counted over all stages; None of one too many."""
     for stage, depth in enumerate(depths):
         if block < depth:
             return stage, block
@@ -137,7 +137,7 @@ class Entry:
         if values is None:
             return None
         if self.by_stage:
-            place = _place(values.pop("i"), depths)
+            place = place_of(values.pop("i"), depths)
             if place is None:
                 return None
             values |= zip("sb", place, strict=True)

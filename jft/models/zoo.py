@@ -12,13 +12,19 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jft.errors import ConfigError, nearest
-from jft.models import dinov2, efficientnet, efficientnet_lite, vit
+from jft.models import dinov2, efficientnet, efficientnet_lite, swin, vit
 from jft.models.family import Family, Preprocess
 from jft.models.layers import Training
 
 FAMILIES: dict[str, Family] = {
     family.name: family
-    for family in (efficientnet_lite.FAMILY, efficientnet.FAMILY, vit.FAMILY, dinov2.FAMILY)
+    for family in (
+        efficientnet_lite.FAMILY,
+        efficientnet.FAMILY,
+        vit.FAMILY,
+        dinov2.FAMILY,
+        swin.FAMILY,
+    )
 }
 
 
