@@ -40,6 +40,13 @@ def _whole_windows(model: Any) -> bool:
     return all(window == model.module.window for _, window in _maps(model))
 
 
+def _plain(model: Any) -> bool:
+    """Whether a model has nothing that timm and torchvision cannot be asked for."""
+    module = model.module
+    whole = model.preprocess.image_size % module.patch == 0
+    return whole and module.gelu == "exact" and module.epsilon == 1e-5 and not module.positions
+
+
 def _in_transformers(model: Any) -> bool:
     """Whether transformers computes the same: it fails on maps smaller than a window."""
     return _whole_windows(model) and (model.module.padding == "before" or _divided(model))
@@ -47,18 +54,12 @@ def _in_transformers(model: Any) -> bool:
 
 def _in_timm(model: Any) -> bool:
     """Whether timm computes the same."""
-    module = model.module
-    plain = module.gelu == "exact" and module.epsilon == 1e-5 and not module.positions
-    whole = model.preprocess.image_size % module.patch == 0
-    return plain and whole and (module.padding == "after" or _divided(model))
+    return _plain(model) and (model.module.padding == "after" or _divided(model))
 
 
 def _in_torchvision(model: Any) -> bool:
     """Whether torchvision computes the same."""
-    module = model.module
-    plain = module.gelu == "exact" and not module.positions and module.qkv_bias
-    whole = model.preprocess.image_size % module.patch == 0
-    return plain and whole and _in_transformers(model)
+    return _plain(model) and model.module.qkv_bias and _in_transformers(model)
 
 
 _HF_BLOCK = "{p}encoder.layers.{s}.blocks.{b}"

@@ -126,7 +126,7 @@ class WindowAttention(nn.Module):
         if shift:
             x = jnp.roll(x, (-shift, -shift), (1, 2))
         x = _pad(x, side)
-        padded = x.shape[1:3]
+        padded = x.shape[1], x.shape[2]
         x = self._attend(split_windows(x, side), self._bias(padded, side, shift))
         x = Dense(features, True, self.dtype, name="out")(x)
         x = join_windows(x, side, *padded)[:, : inner[0], : inner[1]]
@@ -144,7 +144,7 @@ class WindowAttention(nn.Module):
         )
         return attention(query, key, value, bias).reshape(x.shape)
 
-    def _bias(self, padded: tuple[int, ...], side: int, shift: int) -> jax.Array:
+    def _bias(self, padded: tuple[int, int], side: int, shift: int) -> jax.Array:
         """What is added to the scores, [n, heads, N, N] for n windows; n is 1 for one for all."""
         shape = ((2 * side - 1) ** 2, self.heads)
         table = self.param("bias_table", INIT, shape, jnp.float32)
