@@ -130,7 +130,6 @@ TIMM_TABLES = tuple(
         entries=_original_entries("reg_token", gated, "fc1", "fc2"),
         title="timm",
         config=lambda model: _timm_config(model),
-        fields=lambda config: variant_from_config(config),
         exported=lambda model: model.module.pooling != "cls+mean",
     )
     for gated in (False, True)

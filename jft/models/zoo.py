@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jft.errors import ConfigError, nearest
-from jft.models import dinov2, efficientnet, efficientnet_lite, swin, vit
+from jft.models import convnext, dinov2, efficientnet, efficientnet_lite, swin, vit
 from jft.models.family import Family, Preprocess
 from jft.models.layers import Training
 
@@ -23,6 +23,7 @@ FAMILIES: dict[str, Family] = {
         efficientnet.FAMILY,
         vit.FAMILY,
         dinov2.FAMILY,
+        convnext.FAMILY,
         swin.FAMILY,
     )
 }
