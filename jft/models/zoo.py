@@ -12,7 +12,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jft.errors import ConfigError, nearest
-from jft.models import clip, convnext, dinov2, efficientnet, efficientnet_lite, siglip, vit
+from jft.models import (
+    clip,
+    convnext,
+    dinov2,
+    efficientnet,
+    efficientnet_lite,
+    siglip,
+    swin,
+    vit,
+)
 from jft.models.family import Family, Preprocess
 from jft.models.family_files import family_files, read_family
 from jft.models.layers import Training
@@ -27,6 +36,7 @@ FAMILIES: dict[str, Family] = {
         convnext.FAMILY,
         clip.FAMILY,
         siglip.FAMILY,
+        swin.FAMILY,
     )
 }
 

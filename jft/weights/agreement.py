@@ -9,6 +9,8 @@ from jft.weights.source import Source
 
 # Fields of a source's config that shape training, not the function that the weights compute.
 _FREE_FIELDS = re.compile(r".*(_rate|momentum)")
+# Those in which a model may differ from its source: what depends on them is resized.
+_ADAPTED_FIELDS = ("window",)
 
 
 def check_card(source: Source, sha256: str) -> None:
@@ -61,7 +63,8 @@ def check_fields(model: Any, source: Source, table: Table, headless: bool = Fals
     wrong = {
         name: (value, getattr(model.module, name))
         for name, value in fields.items()
-        if getattr(model.module, name, value) != value
+        if name not in _ADAPTED_FIELDS
+        and getattr(model.module, name, value) != value
         and not (headless and name in table.head_fields)
     }
     if not wrong:

@@ -27,6 +27,7 @@ from jft.weights.naming import Leaves, Naming
 from jft.weights.preprocessing import source_preprocess
 from jft.weights.random_weights import write_random
 from jft.weights.readers import read
+from jft.weights.relative_positions import resize_table
 from jft.weights.report import Report as Report
 from jft.weights.report import Row
 from jft.weights.resize import Grids
@@ -170,7 +171,7 @@ class _Fit:
             if have and (*value.shape[:2], channels, value.shape[3]) == wanted:
                 note = adaptation_note(have, channels)
                 return adapt_channels(value, channels), "adapted", note
-        resized = self.grids.resize(path, value)
+        resized = self.grids.resize(path, value) or resize_table(path, value, wanted)
         return resized and (resized[0], "resized", resized[1])
 
 
