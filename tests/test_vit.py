@@ -191,7 +191,6 @@ def test_timms_architectures_and_arguments_are_understood(name, args, fields):
     config = {"architecture": name, "model_args": args, "num_classes": 9}
     found = tiny().family.variant_from_config(config)
     assert {field: found[field] for field in fields} == fields
-    assert "pooling" not in tiny().family.variant_from_config(config | {"num_classes": 0})
 
 
 @pytest.mark.parametrize(
@@ -261,6 +260,21 @@ def test_both_heads_are_made_anew_where_classes_differ_and_logits_are_their_mean
     ]
     found = model.apply(variables, images())
     np.testing.assert_allclose(found, (wanted[0] + wanted[1]) / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_before_another_head_there_may_be_another_pooling_and_one_head_for_two(tmp_path):
+    timm = PLAIN | {"pooling": "mean"}
+    for number, (args, changed) in enumerate(
+        ((timm, {"pooling": "cls"}), (DEIT, {"distillation_head": False}))
+    ):
+        model, variables = loaded(**args)
+        out = export_weights(model, variables, tmp_path / str(number))
+        other = tiny(**args | changed)
+        with pytest.raises(WeightsError, match=f"set model.args.{next(iter(changed))} to match"):
+            load_pretrained(other, f"file:{out}")
+        found, report = load_pretrained(other, f"file:{out}", fresh=["head/.*"])
+        assert report.paths("fresh") == ["head/bias", "head/kernel"]
+        assert_bitwise(found["params"]["norm"], variables["params"]["norm"])
 
 
 @pytest.mark.parametrize("names", ["pre_logits.fc.{}", "heads.pre_logits.{}"])

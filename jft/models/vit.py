@@ -29,11 +29,12 @@ class Embed(nn.Module):
     distillation_token: bool = False
     registers: int = 0
     class_position: bool = True
+    patch_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, training: Training | None = None) -> jax.Array:
         """Maps images to tokens."""
-        x = PatchEmbed(self.features, self.patch, self.dtype, name="patch")(x)
+        x = PatchEmbed(self.features, self.patch, self.dtype, self.patch_bias, name="patch")(x)
         prefix = self._prefix(x.shape[0])
         if self.class_position:
             x = jnp.concatenate([*prefix, x], axis=1)

@@ -11,6 +11,7 @@ from jft.models.timm_style import is_timm
 from jft.models.transformer import GELU_NAMES, HF_GELUS, dense_entries, norm_entries
 from jft.models.vit_timm import (
     DEIT3_TABLE,
+    HEAD_FIELDS,
     OWN_TYPE,
     TIMM_POOLED_TABLE,
     TIMM_TABLE,
@@ -64,6 +65,8 @@ def _hf_table(prefix: str, title: str, *further: Entry, tokens: bool, heads: boo
         entries=(*_HF_ENTRIES, *further),
         ignore=(rf"({prefix}\.)?(pooler\..*|embeddings\.mask_token)", r"decoder\..*"),
         prefixes=(f"{prefix}.", ""),
+        before_head=(r"distillation_classifier\..*",) if heads else (),
+        head_fields=HEAD_FIELDS,
         headless=(r"decoder\..*",),
         implies=token + head,
         title=title,
@@ -94,7 +97,14 @@ DEIT_TEACHER_TABLE = _hf_table(
 )
 
 
-def _flax_table(position: str, attention: str, norm2: str, mlp: str, **options: Any) -> Table:
+def flax_table(
+    position: str,
+    attention: str,
+    norm2: str,
+    mlp: str,
+    further: tuple[Entry, ...] = (),
+    **options: Any,
+) -> Table:
     """Names of parameters that Flax saved as npz: kernels [in, out], heads apart.
 
     Linen's LayerNorm has epsilon 1e-6 and its GELU is the tanh form, which no array shows. timm
@@ -102,25 +112,19 @@ def _flax_table(position: str, attention: str, norm2: str, mlp: str, **options: 
     both deviate a little from what was trained.
     """
     block = "{p}Transformer/encoderblock_{i}"
-    weights = ("kernel", "bias")
     return Table(
         entries=(
             Entry("embed/cls_token", "{p}cls"),
             Entry("embed/pos_embedding", "{p}" + position),
-            *(Entry(f"embed/patch/{name}", f"{{p}}embedding/{name}") for name in weights),
-            *_as_saved("blocks_{i}/norm1", f"{block}/LayerNorm_0", ("scale", "bias")),
-            *(
-                Entry(f"blocks_{{i}}/attn/{name}", f"{block}/{attention}/{name}", form)
-                for part in ("query", "key", "value")
-                for name, form in ((f"{part}/kernel", "heads_out"), (f"{part}/bias", "heads"))
-            ),
-            Entry("blocks_{i}/attn/out/kernel", f"{block}/{attention}/out/kernel", "heads_in"),
-            Entry("blocks_{i}/attn/out/bias", f"{block}/{attention}/out/bias"),
-            *_as_saved("blocks_{i}/norm2", f"{block}/{norm2}", ("scale", "bias")),
-            *_as_saved("blocks_{i}/mlp/fc1", f"{block}/{mlp}/Dense_0", weights),
-            *_as_saved("blocks_{i}/mlp/fc2", f"{block}/{mlp}/Dense_1", weights),
-            *_as_saved("norm", "{p}Transformer/encoder_norm", ("scale", "bias")),
-            *_as_saved("head", "{p}head", weights),
+            *flax_entries("embed/patch", "{p}embedding"),
+            *flax_entries("blocks_{i}/norm1", f"{block}/LayerNorm_0", "scale"),
+            *flax_attention("blocks_{i}/attn", f"{block}/{attention}"),
+            *flax_entries("blocks_{i}/norm2", f"{block}/{norm2}", "scale"),
+            *flax_entries("blocks_{i}/mlp/fc1", f"{block}/{mlp}/Dense_0"),
+            *flax_entries("blocks_{i}/mlp/fc2", f"{block}/{mlp}/Dense_1"),
+            *flax_entries("norm", "{p}Transformer/encoder_norm", "scale"),
+            *flax_entries("head", "{p}head"),
+            *further,
         ),
         before_head=(r"(params/)?pre_logits/.*",),
         implies=(("epsilon", 1e-6), ("gelu", "tanh")),
@@ -129,13 +133,27 @@ def _flax_table(position: str, attention: str, norm2: str, mlp: str, **options: 
     )
 
 
-def _as_saved(path: str, source: str, names: tuple[str, ...]) -> tuple[Entry, ...]:
-    return tuple(Entry(f"{path}/{name}", f"{source}/{name}") for name in names)
+def flax_entries(path: str, source: str, first: str = "kernel") -> tuple[Entry, Entry]:
+    """Kernel (of a norm: first="scale") and bias of a layer, as Linen names and keeps them."""
+    return Entry(f"{path}/{first}", f"{source}/{first}"), Entry(f"{path}/bias", f"{source}/bias")
+
+
+def flax_attention(path: str, source: str) -> tuple[Entry, ...]:
+    """Query, key, value and output of Linen's attention, whose heads stand apart."""
+    return (
+        *(
+            Entry(f"{path}/{name}", f"{source}/{name}", form)
+            for part in ("query", "key", "value")
+            for name, form in ((f"{part}/kernel", "heads_out"), (f"{part}/bias", "heads"))
+        ),
+        Entry(f"{path}/out/kernel", f"{source}/out/kernel", "heads_in"),
+        Entry(f"{path}/out/bias", f"{source}/out/bias"),
+    )
 
 
 # The npz files of https://github.com/google-research/vision_transformer: the original ViTs and
 # those of AugReg (Steiner et al. 2021, https://arxiv.org/abs/2106.10270).
-AUGREG_TABLE = _flax_table(
+AUGREG_TABLE = flax_table(
     "Transformer/posembed_input/pos_embedding",
     "MultiHeadDotProductAttention_1",
     "LayerNorm_2",
@@ -144,7 +162,7 @@ AUGREG_TABLE = _flax_table(
 )
 # Those of https://github.com/google-research/big_vision, whose modules count anew by kind. A class
 # token has no position there: class_position=False.
-BIG_VISION_TABLE = _flax_table(
+BIG_VISION_TABLE = flax_table(
     "pos_embedding",
     "MultiHeadDotProductAttention_0",
     "LayerNorm_1",

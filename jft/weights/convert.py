@@ -27,6 +27,7 @@ from jft.weights.naming import Leaves, Naming
 from jft.weights.preprocessing import source_preprocess
 from jft.weights.random_weights import write_random
 from jft.weights.readers import read
+from jft.weights.relative_positions import resize_table
 from jft.weights.report import Report as Report
 from jft.weights.report import Row
 from jft.weights.resize import Grids
@@ -74,12 +75,11 @@ def load_pretrained(
     check_card(found, sha256)
     arrays, notes = namings.without_module_prefix(arrays)
     naming = namings.choose_naming(model, leaves, arrays, source)
-    check_fields(model, found, naming.table)
     reasons = {path: f"by {rule!r}" for rule in fresh for path in select(leaves, rule, "fresh")}
     reasons |= _replaced_head(naming, leaves, arrays, reasons)
+    notes += check_fields(model, found, naming.table, headless=_headless(naming, reasons))
     shape = namings.image_shape_of(model, image_shape)
-    grids = Grids(leaves, found.config or {}, shape, antialias=naming.table.antialias)
-    fit = _make_fit(model, leaves, naming, grids)
+    fit = _make_fit(model, leaves, naming, found, shape)
     rows, flat = _assign(fit, arrays, reasons, source)
     flat |= _fresh_leaves(model, reasons, key, shape)
     own = getattr(model, "preprocess", None)
@@ -170,11 +170,14 @@ class _Fit:
             if have and (*value.shape[:2], channels, value.shape[3]) == wanted:
                 note = adaptation_note(have, channels)
                 return adapt_channels(value, channels), "adapted", note
-        resized = self.grids.resize(path, value)
+        resized = self.grids.resize(path, value) or resize_table(path, value, wanted)
         return resized and (resized[0], "resized", resized[1])
 
 
-def _make_fit(model: Any, leaves: Leaves, naming: Naming, grids: Grids) -> _Fit:
+def _make_fit(
+    model: Any, leaves: Leaves, naming: Naming, source: Source, shape: tuple[int, int, int]
+) -> _Fit:
+    grids = Grids(leaves, source.config or {}, shape, antialias=naming.table.antialias)
     family = getattr(model, "family", None)
     return _Fit(leaves, naming, grids, family.first_conv if family else None)
 
@@ -217,13 +220,18 @@ def _unread(arrays: Mapping[str, np.ndarray], rows: Sequence[Row]) -> list[str]:
     return [name for name in arrays if name not in used]
 
 
+def _headless(naming: Naming, reasons: Mapping[str, str]) -> bool:
+    """Whether the model's whole head is made anew."""
+    head = naming.head()
+    return bool(head) and all(path in reasons for path in head)
+
+
 def _extra_names(
     naming: Naming, arrays: Mapping[str, np.ndarray], reasons: Mapping[str, str]
 ) -> list[str]:
     """Names in the source that no leaf of the model stands for, and that nothing excuses."""
     expected = {origin.name for origin in naming.names.values()}
-    head = naming.head()
-    headless = bool(head) and all(path in reasons for path in head)
+    headless = _headless(naming, reasons)
     return [
         name
         for name in arrays

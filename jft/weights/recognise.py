@@ -35,6 +35,7 @@ class Match:
       known: names that it knows.
       ignored: names that it deliberately leaves unread.
       shapes: {path: shape} of what it knows, in the model's layout.
+      optional: paths among them whose source name may be left unread.
       fields: module fields that the source states.
       variant: whose leaves have just these shapes; None where none has.
       args: what `make_model` must be given for that, beside the name and the classes.
@@ -45,6 +46,7 @@ class Match:
     known: int
     ignored: int
     shapes: Shapes = field(repr=False)
+    optional: frozenset[str] = field(repr=False)
     fields: Mapping[str, Any]
     variant: str | None = None
     args: Mapping[str, Any] = field(default_factory=dict)
@@ -132,15 +134,17 @@ def _match(family: Family, table: Table, source: Source, arrays: Mapping[str, np
     prefix, known = table.prefix_for(arrays)
     depths = table.depths_of(arrays, prefix)
     shapes: Shapes = {}
-    heads = None
+    optional, heads = set(), None
     for name, array in arrays.items():
         for path, origin in table.paths_of(name, prefix, depths):
+            optional |= {path} if table.ignored(name) else set()
             heads = forms.heads_of(origin.form, array) or heads
             try:
                 shapes[path] = forms.to_jft(origin, array).shape
             except ValueError:
                 shapes[path] = ()
-    ignored = sum(table.ignored(name) or table.only_before_head(name) for name in arrays)
+    left = [name for name in arrays if table.ignored(name) or table.only_before_head(name)]
+    ignored = sum(not table.knows(name, prefix) for name in left)
     try:
         fields = stated_fields(family, source, table)
     except WeightsError:
@@ -149,34 +153,43 @@ def _match(family: Family, table: Table, source: Source, arrays: Mapping[str, np
         fields = fields | {"heads": heads}
     if depths and hasattr(family.module, "depths"):
         fields = {"depths": depths} | fields
-    return Match(family, table, known, ignored, shapes, fields)
+    return Match(family, table, known, ignored, shapes, frozenset(optional), fields)
 
 
 def _with_variant(match: Match) -> Match:
     """The match with the variant that needs the fewest arguments for the source's shapes."""
     stages = {path.split("/")[0] for path in match.shapes}
+    needed = {path.split("/")[0] for path in match.shapes.keys() - match.optional}
     wanted = []
     for order, name in enumerate(match.family.variants):
         defaults = model_args(name)
         args = {k: v for k, v in match.fields.items() if k in defaults and defaults[k] != v}
-        wanted.append((len(args), order, name, args))
+        wanted.append((len(args) + len(_resized(name, match)), order, name, args))
     for _, _, name, args in sorted(wanted, key=lambda one: one[:2]):
         try:
             model = _model(name, args, match)
         except ConfigError:
             continue
-        if stages | {"head"} == set(model.stages) | {"head"} and _shapes_agree(model, match):
-            size = model.preprocess.image_size
-            if size != model_args(name)["image_size"]:
-                args = args | {"image_size": size}
-            return replace(match, variant=name, args=args)
+        blocks = {stage for stage in model.stages if stage[-1].isdigit()}
+        fits = blocks <= stages and needed <= set(model.stages)  # quickly, before shapes are traced
+        if fits and _shapes_agree(model, match):
+            return replace(match, variant=name, args=args | _resized(name, match))
     return match
 
 
+def _resized(name: str, match: Match) -> dict[str, int]:
+    """{"image_size": pixels} where the source's grid of patches is not that of the variant."""
+    size = match.image_size
+    if size is None:
+        return {}
+    patch = match.shapes[match.family.first_conv or ""][0]
+    # Pixels beyond the last whole patch play no part: several sizes have one grid.
+    same = model_args(name)["image_size"] // patch == size // patch
+    return {} if same else {"image_size": size}
+
+
 def _model(name: str, args: Mapping[str, Any], match: Match) -> Model:
-    args = dict(args)
-    if match.image_size is not None:
-        args["image_size"] = match.image_size
+    args = {**args, **_resized(name, match)}
     made = make_model(name=name, args=args, num_classes=match.num_classes or CLASSES)
     return replace(made, preprocess=adapt_preprocess(made.preprocess, match.channels))
 
@@ -185,4 +198,5 @@ def _shapes_agree(model: Model, match: Match) -> bool:
     leaves = {path: leaf.shape for path, (_, leaf) in namings.abstract_leaves(model).items()}
     if match.num_classes is None:
         leaves = {p: s for p, s in leaves.items() if not re.fullmatch(match.table.head, p)}
-    return leaves == match.shapes
+    unread = match.optional - leaves.keys()
+    return leaves == {p: shape for p, shape in match.shapes.items() if p not in unread}
