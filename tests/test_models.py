@@ -87,6 +87,7 @@ def test_a_part_needs_only_its_own_leaves(name):
 # Of each row of sizes the first and the last: between them only numbers differ.
 ENDS = [name for name in list_models() if name[-5:] not in ("lite1", "lite2", "lite3")]
 ENDS = [name for name in ENDS if name[-2:] not in ("b1", "b2", "b3")]
+ENDS = [n for n in ENDS if not re.fullmatch(r"deit_[sb]16.*|deit3_([bl]16|h14)|vit_mae_.*", n)]
 
 
 @pytest.mark.parametrize("name", ENDS)
@@ -115,6 +116,9 @@ def test_every_leaf_has_one_stage_one_group_and_one_source_name(name):
 PUBLISHED = {
     "vit_b16": 86_567_656,
     "vit_l32": 306_535_400,
+    "vit_h14": 632_045_800,
+    "deit_ti16_distilled": 5_910_800,
+    "deit3_s16": 22_059_496,
     "convnext_t": 28_589_128,
     "convnext_b": 88_591_464,
     "convnextv2_atto": 3_708_400,
