@@ -2,7 +2,7 @@
 
 Every leaf is loaded, fresh because the config or a change of classes says so, or an error that
 names it; every name in the source is read, deliberately ignored, or an error. What no table can see
-are two tensors of equal shape that changed places: golden logits catch those.
+are two tensors of equal shape that changed places: certificates (`jft weights check`) catch those.
 """
 
 import itertools
