@@ -92,9 +92,16 @@ EXPORTS = [
     *(
         Export("dinov2_tiny", "timm", args={"pooling": pooling, "gated": gated, "registers": count})
         for pooling in ("cls", "mean")
+        for gated, count in ((False, 0), (True, 0))
+    ),
+    *(
+        Export(
+            "dinov2_tiny",
+            "timm",
+            args={"pooling": "cls", "class_position": False, "gated": gated, "registers": count},
+        )
         for gated, count in ((False, 0), (True, 2))
     ),
-    Export("dinov2_tiny", "timm", args={"pooling": "cls", "class_position": False}),
     Export(
         "efficientnet_b0",
         "torchvision",
