@@ -1,11 +1,14 @@
 """Which model a source's arrays belong to, told from their names and shapes."""
 
+import functools
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jft.errors import ConfigError, WeightsError
@@ -227,8 +230,21 @@ def _model(name: str, args: Mapping[str, Any], match: Match) -> Model:
 
 
 def _shapes_agree(model: Model, match: Match) -> bool:
+    if not _starts_alike(model, match):  # which rules out most variants in little time
+        return False
     leaves = {path: leaf.shape for path, (_, leaf) in namings.abstract_leaves(model).items()}
     if match.num_classes is None:
         leaves = {p: s for p, s in leaves.items() if not re.fullmatch(match.table.head, p)}
     unread = match.optional - leaves.keys()
     return leaves == {p: shape for p, shape in match.shapes.items() if p not in unread}
+
+
+def _starts_alike(model: Model, match: Match) -> bool:
+    """Whether the leaves of the first stage have the source's shapes."""
+    image = jax.ShapeDtypeStruct((1, *namings.image_shape_of(model, None)), jnp.float32)
+    first = functools.partial(model.module.init, stop=1)
+    joined = namings.join(jax.eval_shape(first, jax.random.key(0), image))
+    leaves = {path: leaf.shape for path, (_, leaf) in joined.items()}
+    unread = match.optional - leaves.keys()
+    own = {p: shape for p, shape in match.shapes.items() if p.split("/")[0] == model.stages[0]}
+    return leaves == {p: shape for p, shape in own.items() if p not in unread}
