@@ -22,6 +22,9 @@ from jft.weights.agreement import stated_fields
 from jft.weights.source import Source
 
 CLASSES = 1000  # where no head says how many there are
+# A hostile file could have jft build models without end: none is tried beyond these.
+_LEAVES = 20_000
+_SIDE = 4_096  # of an image or a grid, where no tensor is as large
 _CHANNELS = 3
 _PREFIX = ("cls_token", "dist_token", "registers")  # [1, count, D], beside the position embeddings
 _MOST_PIXELS = 2048  # a side that is believed
@@ -156,6 +159,8 @@ def recognised_model(source: Source, arrays: Mapping[str, np.ndarray]) -> Model:
 
 def _matches(family: Family, source: Source, arrays: Mapping[str, np.ndarray]) -> list[Match]:
     """One match a table that knows most of the names."""
+    if len(arrays) > _LEAVES:
+        return []
     arrays, _ = namings.without_module_prefix(dict(arrays))
     found = tables.best_tables(family.tables, arrays)
     return [_match(family, table, source, arrays) for table in found]
@@ -201,6 +206,8 @@ def _with_variant(match: Match) -> Match:
         args = {k: v for k, v in match.fields.items() if k in defaults and defaults[k] != v}
         wanted.append((len(args) + len(_resized(name, match)), order, name, args))
     for _, _, name, args in sorted(wanted, key=lambda one: one[:2]):
+        if not _plausible(args, match):
+            continue
         try:
             model = _model(name, args, match)
         except ConfigError:
@@ -221,6 +228,16 @@ def _resized(name: str, match: Match) -> dict[str, int]:
     # Pixels beyond the last whole patch play no part: several sizes have one grid.
     same = model_args(name)["image_size"] // patch == size // patch
     return {} if same else {"image_size": size}
+
+
+def _plausible(args: Any, match: Match) -> bool:
+    """Whether the source could hold a model of such numbers, which is made and compared if so."""
+    if isinstance(args, Mapping):
+        return all(_plausible(value, match) for value in args.values())
+    if isinstance(args, tuple | list):
+        return all(_plausible(value, match) for value in args)
+    largest = max((side for shape in match.shapes.values() for side in shape), default=0)
+    return not isinstance(args, int) or args <= max(_SIDE, largest)
 
 
 def _model(name: str, args: Mapping[str, Any], match: Match) -> Model:
