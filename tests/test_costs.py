@@ -30,13 +30,16 @@ SUMS_BYTES = 3 * 4  # loss, correct answers and weights, float32
 FLOPS_BAR, TEMP_BAR = 0.05, 1.05
 MODELS = {
     "vit_tiny": {"depth": 2},
+    "clip_tiny": {"depth": 2, "pooling": "cls", "projection": 24},
+    "siglip_tiny": {"depth": 2, "pooling": "probe"},
     # Two blocks, so that the file compiles in seconds: with and without an expansion. No stride: on
     # CPU the gradient of a strided depthwise convolution multiplies the zeros between its pixels,
     # 2 % of EfficientNet-Lite0 but a fifth of a network as small as this one.
     "efficientnet_lite_tiny": {"blocks": [[1, 3, 1, 1, 8], [1, 5, 1, 3, 16]]},
     "efficientnet_tiny": {"blocks": [[1, 3, 1, 1, 64], [1, 5, 1, 3, 96]]},
 }
-SLOW = {"efficientnet_tiny"}  # its sibling without squeeze-and-excitation is in the default suite
+# Siblings of them are in the default suite: a Vision Transformer, and one without excitation.
+SLOW = {"clip_tiny", "siglip_tiny", "efficientnet_tiny"}
 PHASES = {"head": "head", "half": "block[-1:] + final + head", "all": "all"}
 MODES = ("pmap", "auto")
 every_phase = pytest.mark.parametrize("phase", PHASES)
@@ -98,7 +101,7 @@ def cost(model: str, mode: str, phase: str, make=None) -> hlo.Cost:
 
 def config(model: str, mode: str) -> ConfigDict:
     path = built.folder / f"{model}.npz"
-    side = 32 if model == "vit_tiny" else canvas_side(16, 0.875)
+    side = 32 if MODELS[model].get("depth") else canvas_side(16, 0.875)
     if not path.exists():
         label = np.arange(BATCH) % 10
         np.savez(path, image=np.zeros((BATCH, side, side, 3), np.uint8), label=label)

@@ -22,11 +22,13 @@ from jft.models.zoo import FAMILIES, list_models, make_model
 from jft.tree import count_params, flatten, unflatten
 from jft.weights.naming import Naming, exported_table, to_source_arrays
 
-TINY = ("efficientnet_lite_tiny", "efficientnet_tiny", "vit_tiny")
+TINY = ("efficientnet_lite_tiny", "efficientnet_tiny", "vit_tiny", "clip_tiny", "siglip_tiny")
 SMALL = {
     "efficientnet_tiny": {"blocks": ((2, 5, 2, 2, 32),)},
     "efficientnet_lite_tiny": {"blocks": ((1, 3, 1, 1, 8), (1, 5, 2, 2, 8)), "final_features": 16},
     "vit_tiny": {"depth": 2},
+    "clip_tiny": {"depth": 2},
+    "siglip_tiny": {"depth": 2, "pooling": "probe"},
 }
 SIZE = 16
 BATCH = 16
@@ -85,6 +87,7 @@ def test_a_part_needs_only_its_own_leaves(name):
 # Of each row of sizes the first and the last: between them only numbers differ.
 ENDS = [name for name in list_models() if name[-5:] not in ("lite1", "lite2", "lite3")]
 ENDS = [name for name in ENDS if name[-2:] not in ("b1", "b2", "b3")]
+ENDS = [name for name in ENDS if not re.fullmatch(r"siglip2?_(b|l|so).*_(?!224)\d+", name)]
 
 
 @pytest.mark.parametrize("name", ENDS)
@@ -104,14 +107,21 @@ def test_every_leaf_has_one_stage_one_group_and_one_source_name(name):
             names.append((origin.name, origin.part))
     assert len(set(names)) == len(names)
     used = {path.split("/")[0] for path in flatten(variables["params"])}
-    assert used == set(model.stages)
+    bare = {"pool"} if family.name == "clip" else set()  # a mean alone, and no norm after it
+    assert used | bare == set(model.stages)
     paths = list(flatten(variables["params"]))
     for group, pattern in (*family.groups, *family.sets):
-        assert any(re.fullmatch(pattern, path) for path in paths), group
+        assert (bare and group == "final") or any(re.fullmatch(pattern, path) for path in paths), (
+            group
+        )
 
 
+HEAD_768, HEAD_1152 = 769_000, 1_153_000
 PUBLISHED = {
     "vit_b16": 86_567_656,
+    # Of transformers' towers: without the last norm, or without the probe and its MLP.
+    "clip_vit_b32": 87_456_000 - 2 * 768 + HEAD_768,
+    "siglip_so400m14_384": 428_225_600 - 15_238_352 + HEAD_1152,
     "vit_l32": 306_535_400,
     "efficientnet_lite0": 4_652_008,
     "efficientnet_lite1": 5_416_680,
@@ -178,7 +188,8 @@ def test_every_fact_is_about_a_variant_and_says_where_it_comes_from():
         assert not set(family.facts) - set(family.variants)
         for name, facts in family.facts.items():
             assert facts.source is None or facts.source.startswith(("hf:", "pkg:")), name
-            assert facts.licence is not None or facts.source is None, name
+            unstated = facts.source is None or facts.source.startswith("hf:openai/")
+            assert facts.licence is not None or unstated, name
             assert (facts.top1 is None) == (facts.cite is None), name
             assert facts.top1 is None or 50 < facts.top1 < 100, name
 
@@ -344,6 +355,12 @@ def test_mean_pooling_needs_no_class_token():
         ("vit_tiny", {"drop_path_rate": 1.5}, ("model.args.drop_path_rate", "1.5")),
         ("vit_tiny", {"patch": 0}, ("model.args.patch", "0")),
         ("vit_tiny", {"patch": 64}, ("model.args.patch", "64")),
+        ("clip_tiny", {"pooling": "probe"}, ("model.args.pooling", "'probe'", "cls")),
+        ("clip_tiny", {"projection": 8}, ("model.args.projection", "'cls'")),
+        ("clip_tiny", {"projection": -8, "pooling": "cls"}, ("model.args.projection", "-8")),
+        ("clip_tiny", {"qkv_bias": False}, ("model.args.qkv_bias", "True")),
+        ("siglip_tiny", {"pooling": "cls"}, ("model.args.pooling", "'cls'", "probe")),
+        ("siglip_tiny", {"qkv_bias": False}, ("model.args.qkv_bias", "True")),
         ("efficientnet_lite_tiny", {"blocks": 3}, ("model.args.blocks", "list")),
         ("efficientnet_lite_tiny", {"blocks": [[1, 2]]}, ("model.args.blocks", "5")),
         ("efficientnet_lite_tiny", {"norm_epsilon": 0.0}, ("model.args.norm_epsilon", "0")),

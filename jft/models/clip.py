@@ -108,9 +108,9 @@ FAMILY = Family(
     },
     tables=TABLES,
     groups=(
-        ("embed", r"(embed|pre_norm)/.*"),
+        ("embed", r"(?:embed|pre_norm)/.*"),
         ("block", r"blocks_(\d+)/.*"),
-        ("final", r"(norm|projection)/.*"),
+        ("final", r"(?:norm|projection)/.*"),
         ("head", r"head/.*"),
     ),
     sets=(("norm", r"(.*/)?(pre_)?norm\d?/.*"), *(one for one in SETS if one[0] != "norm")),

@@ -167,7 +167,7 @@ FAMILY = Family(
     groups=(
         ("embed", r"embed/.*"),
         ("block", r"blocks_(\d+)/.*"),
-        ("final", r"(norm|pool)/.*"),
+        ("final", r"(?:norm|pool)/.*"),
         ("head", r"head/.*"),
     ),
     sets=SETS,

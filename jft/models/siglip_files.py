@@ -47,8 +47,8 @@ def variant_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     if str(config.get("model_type", "")).startswith(_NAFLEX):
         raise WeightsError(
-            "a NaFlex model of SigLIP 2 reads images of any shape as lists of patches, which is not "
-            "offered here; files of a fixed resolution are, as google/siglip2-base-patch16-224"
+            "a NaFlex model of SigLIP 2 reads images of any shape as lists of patches, which is "
+            "not offered here; files of a fixed resolution are, as google/siglip2-base-patch16-224"
         )
     kinds = ("siglip", "siglip_vision_model")
     fields = tower_fields(config, kinds, "gelu_pytorch_tanh")
@@ -99,7 +99,9 @@ _TIMM_NAMES = {
 }
 _TIMM_NAME = re.compile(r"vit_([a-z0-9]+)_patch(\d+)_siglip(_gap)?_(\d+)")
 # The first files were trained with the tanh form too; timm runs them with the exact one.
-_TIMM_TANH = re.compile(r"vit_(base_patch32|large_patch16_.*512|so400m_patch16|giantopt)_.*")
+_TIMM_TANH = re.compile(
+    r"vit_(base_patch32|so400m_patch16|giantopt_patch16)_.*|vit_large_patch16_siglip(_gap)?_512"
+)
 
 
 def _timm_config(model: Any) -> dict[str, Any]:
