@@ -248,7 +248,7 @@ def assert_same_tree(found, wanted, tolerance=2e-5):
         assert np.abs(other - value).max() <= tolerance * max(1.0, np.abs(value).max()), path
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", [name for name in TINY if name != "clip_tiny"])  # as vit_tiny
 def test_one_device_equals_eight_with_ragged_masks_dropout_and_batch_norm(name):
     model, variables = tiny(name, drop_path_rate=0.3, dropout_rate=0.2)
     rng = np.random.default_rng(3)
