@@ -148,7 +148,7 @@ def _train_loader(suite: Suite, task: Any, source: Any) -> Any:
         seed=0,
         image_shape=task.image_shape,
         workers=suite.workers,
-        interpolation=task.preprocess.interpolation,
+        fit=task.fit,
     )
 
 

@@ -32,7 +32,7 @@ def train_batches(task: Task, source: Source, start_batch: int, views: int | Non
         rank=jax.process_index(),
         ranks=jax.process_count(),
         bad_image_quota=config.data.bad_image_quota,
-        interpolation=task.preprocess.interpolation,
+        fit=task.fit,
         views=views,
         sampling=config.data.sampling,
     )
@@ -54,8 +54,7 @@ def cached(task: Task, splits: Splits) -> Splits:
     check_channels(splits.train, task.image_shape)
     if data.cache == "off":
         return splits
-    interpolation = task.preprocess.interpolation
-    return checked(task.config, cached_splits(splits, task.image_shape, interpolation, data.cache))
+    return checked(task.config, cached_splits(splits, task.image_shape, task.fit, data.cache))
 
 
 def eval_batch_size(config: ConfigDict, parallel: Parallel) -> int:
@@ -98,7 +97,7 @@ def evaluate_split(
         image_shape=task.image_shape,
         workers=task.config.data.workers,
         bad_image_quota=task.config.data.bad_image_quota,
-        interpolation=task.preprocess.interpolation,
+        fit=task.fit,
     )
     scalars, _ = run_split(
         predict_step,

@@ -111,7 +111,7 @@ def _loader(task: Task) -> dict[str, Any]:
     return {
         "workers": data.workers,
         "bad_image_quota": data.bad_image_quota,
-        "interpolation": task.preprocess.interpolation,
+        "fit": task.fit,
     }
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jft.data.decode import BadImage, fit_image
+from jft.data.decode import BadImage
+from jft.data.fit import fit_image
 from jft.data.inspection_page import Sample
 from jft.data.protocol import Source, strata
 from jft.data.sources import Splits, stratified_order
@@ -36,9 +37,7 @@ def make_samples(task: Task, splits: Splits, count: int = 12) -> list[Sample]:
             break
         try:
             image = source[index]["image"]
-            canvases.append(
-                fit_image(image, task.image_shape, task.preprocess.interpolation, source.id(index))
-            )
+            canvases.append(fit_image(image, task.image_shape, task.fit, source.id(index)))
             rows.append(index)
         except BadImage:
             continue

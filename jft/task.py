@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jft.data.decode import Shape
-from jft.data.images import canvas_shape
+from jft.data.fit import Fit, Shape
+from jft.data.images import canvas_fit, canvas_shape
 from jft.data.pixels import Pixels, make_pixels
 from jft.data.protocol import Kind, label_layout
 from jft.data.sources import Splits, make_splits
@@ -54,6 +54,11 @@ class Task:
     image_shape: tuple[int, int, int]
     pixels: Pixels
     shapes: tuple[Flat, Flat]
+
+    @property
+    def fit(self) -> Fit:
+        """How the host makes a picture into `image_shape`."""
+        return canvas_fit(self.preprocess, self.image_shape)
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -106,7 +111,7 @@ class Task:
         paths = sorted(self.shapes[0], key=lambda p: (order.get(p.split("/")[0], 0), p))
         return make_groups(
             paths,
-            structural=family.groups if family else (),
+            structural=self.model.groups,
             sets=family.sets if family else COMMON_SETS,
             extra=[tuple(pair) for pair in self.config.freeze.groups],
         )

@@ -131,7 +131,7 @@ def predict(
     task = trained.task
     rows = eval_batch_size(task.config, trained.parallel)
     shapes = batch_shapes(task, rows)
-    how = (task.image_shape, task.preprocess.interpolation)
+    how = (task.image_shape, task.fit)
 
     def batches() -> Any:
         for start in range(0, len(paths), rows):

@@ -11,6 +11,7 @@ from PIL import Image
 from jft.config import load_config
 from jft.data import canvas_cache
 from jft.data.canvas_cache import CanvasSource, cached_splits
+from jft.data.fit import COVER, Fit
 from jft.data.loader import make_eval_loader, make_train_loader
 from jft.data.protocol import root_of
 from jft.data.sources import ArraySource, make_splits
@@ -47,7 +48,7 @@ def load(photos, **options):
 
 
 def cached(splits, mode="disk"):
-    return cached_splits(splits, CANVAS, "bilinear", mode, quiet=True)
+    return cached_splits(splits, CANVAS, COVER, mode, quiet=True)
 
 
 def batches(source, count=12, **options):
@@ -98,9 +99,11 @@ def test_the_file_is_made_once_and_anew_when_something_changed(photos, cache, mo
     second = batches(cached(load(photos)).train)[0]
     assert len(files(cache)) == 2 and path.exists()
     assert any((a["image"] != b["image"]).any() for a, b in zip(first, second, strict=True))
-    cached_splits(load(photos), CANVAS, "bicubic", "disk", quiet=True)
-    cached_splits(load(photos), (8, 8, 3), "bilinear", "disk", quiet=True)
-    assert len(files(cache)) == 4
+    cached_splits(load(photos), CANVAS, Fit("bicubic"), "disk", quiet=True)
+    cached_splits(load(photos), (8, 8, 3), COVER, "disk", quiet=True)
+    cached_splits(load(photos), CANVAS, Fit(resize="square"), "disk", quiet=True)
+    cached_splits(load(photos), CANVAS, Fit(rounding="down"), "disk", quiet=True)
+    assert len(files(cache)) == 6
 
 
 def test_a_file_that_is_not_as_it_was_written_is_made_anew(photos, cache, caplog):

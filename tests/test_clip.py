@@ -89,9 +89,9 @@ def test_openai_names_give_the_same_leaves_bit_for_bit(tmp_path, pooling):
     """Whatever a pooling has no use for is left unread, as is the text tower."""
     model = tiny(**POOLINGS[pooling])
     source, arrays = whole(tmp_path)
-    wanted, first = load_pretrained(model, source, fresh=["head/.*"])
+    wanted, first = load_pretrained(model, source)
     save_file(as_openai(arrays), tmp_path / "openai.safetensors")
-    found, second = load_pretrained(model, f"file:{tmp_path}/openai.safetensors", fresh=["head/.*"])
+    found, second = load_pretrained(model, f"file:{tmp_path}/openai.safetensors")
     assert_bitwise(found, wanted)
     assert (first.table, second.table) == (0, 2)
     assert ("visual_projection.weight" in first.unread) == (pooling != "projection")
@@ -103,9 +103,9 @@ def test_timm_names_give_the_same_leaves_bit_for_bit(tmp_path, pooling):
     """In files that nobody fine-tuned the head is the projection, and is made anew."""
     model = tiny(**POOLINGS[pooling])
     source, _ = whole(tmp_path)
-    wanted, _ = load_pretrained(model, source, fresh=["head/.*"])
+    wanted, _ = load_pretrained(model, source)
     token = tiny(num_classes=PROJECTED, pooling="cls")
-    leaves, _ = load_pretrained(token, source, fresh=["head/.*"])
+    leaves, _ = load_pretrained(token, source)
     folder = tmp_path / "timm"
     folder.mkdir()
     save_file(written_as(token, leaves, 1), folder / "model.safetensors")
@@ -178,7 +178,7 @@ def test_half_precision_files_are_cast(tmp_path):
     source, arrays = whole(tmp_path)
     half = {k: v.astype(ml_dtypes.bfloat16) for k, v in as_openai(arrays).items() if v.ndim}
     save_file(half, tmp_path / "half.safetensors")
-    found, report = load_pretrained(tiny(), f"file:{tmp_path}/half.safetensors", fresh=["head/.*"])
+    found, report = load_pretrained(tiny(), f"file:{tmp_path}/half.safetensors")
     assert {row.status for row in report.rows} == {"cast", "fresh"}
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(found))
 

@@ -37,9 +37,10 @@ MODELS = {
     # 2 % of EfficientNet-Lite0 but a fifth of a network as small as this one.
     "efficientnet_lite_tiny": {"blocks": [[1, 3, 1, 1, 8], [1, 5, 1, 3, 16]]},
     "efficientnet_tiny": {"blocks": [[1, 3, 1, 1, 64], [1, 5, 1, 3, 96]]},
+    "swin_tiny": {"depths": [2, 1], "window": 2},
 }
-# Siblings of them are in the default suite: a Vision Transformer, and one without excitation.
-SLOW = {"clip_tiny", "siglip_tiny", "efficientnet_tiny"}
+# Siblings are in the default suite: without squeeze-and-excitation, and plain transformers.
+SLOW = {"efficientnet_tiny", "swin_tiny", "clip_tiny", "siglip_tiny"}
 PHASES = {"head": "head", "half": "block[-1:] + final + head", "all": "all"}
 MODES = ("pmap", "auto")
 every_phase = pytest.mark.parametrize("phase", PHASES)

@@ -88,7 +88,8 @@ def test_card_rebuilds_the_model_and_records_where_it_came_from(tmp_path):
     assert config["hidden_size"] == 32 and config["image_size"] == 48
     preprocessor = json.loads((out / "preprocessor_config.json").read_text())
     np.testing.assert_allclose(preprocessor["image_mean"], 0.5)
-    assert preprocessor["size"] == {"height": 48, "width": 48}
+    assert preprocessor["size"] == {"shortest_edge": 48}
+    assert preprocessor["crop_size"] == {"height": 48, "width": 48}
 
 
 def test_replaced_weights_of_an_export_are_refused(tmp_path):

@@ -1,7 +1,9 @@
 """Decoding on the host, and the transforms that run inside the compiled step."""
 
+import functools
 import io
 import random
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +12,18 @@ import pytest
 from PIL import Image
 
 from jft.data import decode
-from jft.data.decode import BadImage, decode_image, fit_image, load_image
+from jft.data.decode import BadImage, decode_image, load_image
+from jft.data.fit import Fit, fit_image
 from jft.data.images import (
+    canvas_fit,
     canvas_shape,
     make_eval_transform,
     make_train_transform,
     random_box,
 )
+from jft.data.resample import scale_and_translate
 from jft.errors import ConfigError, DataError
-from jft.models.family import Preprocess
+from jft.models.family import INTERPOLATIONS, Preprocess
 
 RGB = Preprocess((127.0, 120.0, 110.0), (128.0, 60.0, 70.0), 32, 1.0, "bicubic")
 RAW = Preprocess((0.0,), (1.0,), 32, 1.0, "bilinear")  # leaves 0..255 as it is
@@ -132,7 +137,7 @@ def test_mutated_files_decode_or_are_bad_images():
 def test_fit_gives_the_static_shape_whatever_the_size(size):
     for channels in (1, 3):
         for wanted in ((32, 32, 3), (32, 32, 1), (24, 40, 3)):
-            got = fit_image(photo(*size, channels), wanted, "bicubic")
+            got = fit_image(photo(*size, channels), wanted, Fit("bicubic"))
             assert got.shape == wanted and got.dtype == np.uint8
 
 
@@ -140,8 +145,73 @@ def test_fit_is_resize_of_the_shorter_side_then_centre_crop():
     pixels = photo(80, 120)
     resized = Image.fromarray(pixels).resize((48, 32), Image.Resampling.BICUBIC)
     expected = np.asarray(resized)[:, 8:40]
-    got = fit_image(pixels, (32, 32, 3), "bicubic")
+    got = fit_image(pixels, (32, 32, 3), Fit("bicubic"))
     assert np.abs(got.astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_fit_to_a_square_keeps_all_of_the_picture():
+    pixels = photo(80, 120)
+    for name in INTERPOLATIONS:
+        method = getattr(Image.Resampling, name.upper())
+        expected = np.asarray(Image.fromarray(pixels).resize((32, 32), method))
+        got = fit_image(pixels, (32, 32, 3), Fit(name, "square"))
+        np.testing.assert_array_equal(got, expected)
+        deep = fit_image(pixels.astype(np.uint16) * 257, (32, 32, 3), Fit(name, "square"))
+        assert np.abs(deep / 257 - expected).max() <= 2, name
+
+
+def numbered(height: int, width: int) -> np.ndarray:
+    """A picture whose values tell row, column and nothing else."""
+    rows, columns = np.mgrid[0:height, 0:width]
+    return np.stack([rows, columns, 0 * rows], -1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bicubic"])
+@pytest.mark.parametrize("crop", [20, 21])
+def test_crops_at_whole_pixels_lie_where_each_library_puts_them(interpolation, crop):
+    side = 25
+    for rounding, rule in (("down", lambda x: int(x // 1)), ("nearest", round)):
+        values = dict.fromkeys(("mean", "std"), (1.0,) * 3) | {"mean": (0.0,) * 3}
+        preprocess = Preprocess(
+            **values, image_size=crop, crop_fraction=crop / side, rounding=rounding,
+            interpolation=interpolation,
+        )  # fmt: skip
+        shape = canvas_shape(None, preprocess)
+        assert shape == (side, side, 3)
+        see = make_eval_transform(preprocess)
+        for longer in range(side, side + 6):
+            for size in ((side, longer), (longer, side)):
+                picture = numbered(*size)  # nothing is resized: values stay numbers
+                for seen in (fit_image(picture, shape, canvas_fit(preprocess, shape)), picture):
+                    corner = np.asarray(see(seen[None]))[0, 0, 0]
+                    wanted = [rule((extent - crop) / 2) for extent in size]
+                    assert corner[:2].tolist() == wanted, (rounding, size)
+
+
+def test_whole_pixels_are_those_of_the_whole_picture_resized():
+    for size in ((80, 121), (131, 50), (7, 300)):
+        pixels = photo(*size)
+        long = int(40 * max(size) / min(size))
+        tall, wide = (40, long) if size[0] < size[1] else (long, 40)
+        whole = np.asarray(Image.fromarray(pixels).resize((wide, tall), Image.Resampling.BICUBIC))
+        top, left = (tall - 40) // 2, (wide - 40) // 2
+        fit = Fit("bicubic", rounding="down")
+        got = fit_image(pixels, (40, 40, 3), fit)
+        np.testing.assert_array_equal(got, whole[top : top + 40, left : left + 40])
+    # Where that would be huge, a part of it is resized instead.
+    strip = photo(1, 30000)
+    for name in INTERPOLATIONS:
+        got = fit_image(strip, (40, 40, 3), Fit(name, rounding="down"))
+        assert got.shape == (40, 40, 3) and abs(int(got[0, 0, 0]) - int(strip[0, 15000, 0])) < 40
+
+
+def test_what_decides_a_canvas_is_told_apart_and_the_filter_alone_is_as_it_was():
+    assert Fit("bicubic").facts() == "bicubic" == Fit("bicubic", crop=3).facts()
+    fits = [
+        Fit("bicubic"), Fit("bilinear"), Fit("bicubic", "square"), Fit("bicubic", rounding="down"),
+        Fit("bicubic", rounding="nearest"), Fit("bicubic", rounding="down", crop=3),
+    ]  # fmt: skip
+    assert len({str(fit.facts()) for fit in fits}) == len(fits)
 
 
 def test_fit_leaves_a_picture_of_the_right_shape_alone():
@@ -149,15 +219,18 @@ def test_fit_leaves_a_picture_of_the_right_shape_alone():
     assert fit_image(pixels, (32, 32, 3)) is pixels
 
 
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 @pytest.mark.parametrize("native", [(8, 8), (28, 28), (20, 30), (90, 70)])
-def test_device_resize_is_pillows(interpolation, native):
-    preprocess = Preprocess((0.0,), (1.0,), 48, 1.0, interpolation)
+@pytest.mark.parametrize("resize", ["shortest", "square"])
+def test_device_resize_is_pillows(interpolation, native, resize):
+    preprocess = Preprocess((0.0,), (1.0,), 48, 1.0, interpolation, resize=resize)
     pixels = photo(*native, 1)
     got = np.asarray(jax.jit(make_eval_transform(preprocess))(pixels[None]))[0, ..., 0]
     method = getattr(Image.Resampling, interpolation.upper())
     shorter, picture = min(native), Image.fromarray(pixels[..., 0])
     tall, wide = round(native[0] * 48 / shorter), round(native[1] * 48 / shorter)
+    if resize == "square":
+        tall, wide = 48, 48
     top, left = round((tall - 48) / 2), round((wide - 48) / 2)
     for mode, tolerance, rounded in (("F", 0.01, got), ("L", 1.0, np.rint(got))):
         resized = np.asarray(picture.convert(mode).resize((wide, tall), method), np.float32)
@@ -256,6 +329,23 @@ def test_a_crop_of_everything_is_the_evaluation_picture():
         np.testing.assert_allclose(got, whole, atol=1e-3)
 
 
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_a_filter_at_any_place_is_pillows(interpolation):
+    pixels = photo(41, 29, 1).astype(np.float32)
+    resized = Image.fromarray(pixels[..., 0]).resize(
+        (17, 50), getattr(Image.Resampling, interpolation.upper())
+    )
+    expected = np.asarray(resized)[7:31, 3:15]
+    scale, start = jnp.array([50 / 41, 17 / 29]), jnp.array([-7.0, -3.0])
+    run = jax.jit(
+        functools.partial(
+            scale_and_translate, shape=(24, 12, 1), dims=(0, 1), interpolation=interpolation
+        )
+    )
+    got = np.asarray(run(pixels, scale=scale, translation=start))[..., 0]
+    assert np.abs(got - expected).max() <= 0.02
+
+
 def test_a_crop_is_pillows_resize_of_that_box():
     preprocess = Preprocess((0.0,), (1.0,), 24, 0.75, "bilinear")  # canvas 32
     image, key = photo(32, 32, 1), jax.random.key(5)
@@ -280,5 +370,8 @@ def test_wrong_settings_name_the_key():
         make_train_transform(RGB, crop="random_resize")
     with pytest.raises(ConfigError, match="scale"):
         make_train_transform(RGB, scale=(0.5, 1.5))
+    for wrong in ({"interpolation": "bicubik"}, {"resize": "squares"}, {"rounding": "dwn"}):
+        with pytest.raises(ConfigError, match=f"{next(iter(wrong))}=.*did you mean"):
+            make_eval_transform(replace(RGB, **wrong))
     with pytest.raises(ConfigError, match="crop_fraction"):
         make_eval_transform(RGB, crop_fraction=1.5)

@@ -22,13 +22,16 @@ from jft.models.zoo import FAMILIES, list_models, make_model
 from jft.tree import count_params, flatten, unflatten
 from jft.weights.naming import Naming, exported_table, to_source_arrays
 
-TINY = ("efficientnet_lite_tiny", "efficientnet_tiny", "vit_tiny", "clip_tiny", "siglip_tiny")
+TINY = ("efficientnet_lite_tiny", "efficientnet_tiny", "vit_tiny", "swin_tiny")
+TINY += ("clip_tiny", "siglip_tiny")
 SMALL = {
     "efficientnet_tiny": {"blocks": ((2, 5, 2, 2, 32),)},
     "efficientnet_lite_tiny": {"blocks": ((1, 3, 1, 1, 8), (1, 5, 2, 2, 8)), "final_features": 16},
     "vit_tiny": {"depth": 2},
     "clip_tiny": {"depth": 2},
     "siglip_tiny": {"depth": 2, "pooling": "probe"},
+    # Maps of 4 and 2 tokens: one with shifted windows, one that is a window.
+    "swin_tiny": {"depths": (2, 1), "window": 2},
 }
 SIZE = 16
 BATCH = 16
@@ -123,6 +126,10 @@ PUBLISHED = {
     "clip_vit_b32": 87_456_000 - 2 * 768 + HEAD_768,
     "siglip_so400m14_384": 428_225_600 - 15_238_352 + HEAD_1152,
     "vit_l32": 306_535_400,
+    "convnext_t": 28_589_128,
+    "convnext_b": 88_591_464,
+    "convnextv2_atto": 3_708_400,
+    "convnextv2_t": 28_635_496,
     "efficientnet_lite0": 4_652_008,
     "efficientnet_lite1": 5_416_680,
     "efficientnet_lite2": 6_092_072,
@@ -133,6 +140,12 @@ PUBLISHED = {
     "efficientnet_b2": 9_109_994,
     "efficientnet_b3": 12_233_232,
     "efficientnet_b4": 19_341_616,
+    "swin_t": 28_288_354,
+    "swin_s": 49_606_258,
+    "swin_b": 87_768_224,
+    "swin_l": 196_532_476,
+    "swin_b_384": 87_903_584,
+    "swin_l_384": 196_735_516,
 }
 
 
@@ -361,6 +374,14 @@ def test_mean_pooling_needs_no_class_token():
         ("clip_tiny", {"qkv_bias": False}, ("model.args.qkv_bias", "True")),
         ("siglip_tiny", {"pooling": "cls"}, ("model.args.pooling", "'cls'", "probe")),
         ("siglip_tiny", {"qkv_bias": False}, ("model.args.qkv_bias", "True")),
+        ("swin_tiny", {"heads": [2, 3]}, ("model.args.heads", "3", "32")),
+        ("swin_tiny", {"heads": [2]}, ("model.args.heads", "1 stages", "2")),
+        ("swin_tiny", {"depths": [2, 0]}, ("model.args.depths", "above 0")),
+        ("swin_tiny", {"depths": []}, ("model.args.depths", "above 0")),
+        ("swin_tiny", {"window": 0}, ("model.args.window", "0")),
+        ("swin_tiny", {"padding": "same"}, ("model.args.padding", "'same'", "after")),
+        ("swin_tiny", {"gelu": "erf"}, ("model.args.gelu", "'erf'", "exact")),
+        ("swin_tiny", {"patch": 64}, ("model.args.patch", "64")),
         ("efficientnet_lite_tiny", {"blocks": 3}, ("model.args.blocks", "list")),
         ("efficientnet_lite_tiny", {"blocks": [[1, 2]]}, ("model.args.blocks", "5")),
         ("efficientnet_lite_tiny", {"norm_epsilon": 0.0}, ("model.args.norm_epsilon", "0")),
@@ -422,7 +443,13 @@ def test_preprocess_survives_json():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_are_bitwise_inverse(form):
-    shapes = {"transpose": (3, 5), "token": (5,), "positions": (3, 5), "channels": (1, 1, 1, 5)}
+    shapes = {
+        "transpose": (3, 5),
+        "linear": (3, 5),
+        "token": (5,),
+        "positions": (3, 5),
+        "channels": (1, 1, 1, 5),
+    }
     shape = shapes.get(form, (4, 3, 2, 5))
     value = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     again = to_source(form, to_jft(Origin("x", form), value))
@@ -436,10 +463,16 @@ def test_blocks_are_counted_by_stages_where_a_source_does():
             Entry("blocks_{i}/project", "b.{s=0}.{b}.pw"),
             Entry("blocks_{i}/expand", "b.{s}.{b}.pw"),
             Entry("down_{s}/conv", "layer{s+1}.down"),
+            Entry("blocks_{i}/first", "f.{s+1=1}.{b}"),
+            Entry("blocks_{i}/second", "f.{s+1}.{b}"),
+            Entry("final/conv", "f.{n+1}"),
         )
     )
     depths = (1, 2, 3)
     named = {
+        "blocks_0/first": "f.1.0",
+        "blocks_1/second": "f.2.0",
+        "final/conv": "f.4",
         "blocks_0/project": "b.0.0.pw",
         "blocks_1/expand": "b.1.0.pw",
         "blocks_5/expand": "b.2.2.pw",
@@ -450,9 +483,35 @@ def test_blocks_are_counted_by_stages_where_a_source_does():
         assert [found for found, _ in table.paths_of(name, depths=depths)] == [path]
     assert table.source_of("blocks_6/expand", depths=depths) is None, "there is no such block"
     assert table.source_of("blocks_1/depthwise", depths=depths) is None, "not in this stage"
+    assert table.source_of("blocks_1/first", depths=depths) is None, "not in this stage"
     assert not table.paths_of("b.1.2.pw", depths=depths) and not table.paths_of("layer0.down")
+    assert not table.paths_of("f.3", depths=depths), "that of another number of stages"
     assert table.depths_of(["b.0.0.pw", "b.1.1.pw", "b.2.0.pw", "b.2.2.pw"], "") == depths
     assert table.depths_of(["b.0.0.pw", "b.2.0.pw"], "") == (), "a stage is missing"
+
+
+def test_fields_may_count_every_second_number_and_from_one_on_either_side():
+    table = Table(
+        (
+            Entry("blocks_{i}/kernel", "f.{s*2+1}.{b}.weight"),
+            Entry("down_{s+1}/kernel", "f.{s*2+2}.weight"),
+            Entry("other_{s+1}/kernel", "layers.{s}.weight"),
+        )
+    )
+    named = {
+        "blocks_0/kernel": "f.1.0.weight",
+        "blocks_3/kernel": "f.3.1.weight",
+        "down_1/kernel": "f.2.weight",
+        "down_3/kernel": "f.6.weight",
+        "other_1/kernel": "layers.0.weight",
+    }
+    for path, name in named.items():
+        assert table.source_of(path, depths=(2, 2)).name == name
+        assert [found for found, _ in table.paths_of(name, depths=(2, 2))] == [path]
+    assert table.source_of("down_0/kernel") is None, "there is none before the first stage"
+    for name in ("f.0.weight", "f.3.weight", "f.2.0.weight", "f.5.0.weight"):
+        assert not table.paths_of(name, depths=(2, 2)), name
+    assert table.depths_of(["f.1.0.weight", "f.1.1.weight", "f.3.0.weight"], "") == (2, 1)
 
 
 def test_a_tensor_of_several_leaves_is_taken_apart_and_put_together():

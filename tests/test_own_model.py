@@ -61,6 +61,29 @@ class Bf16(nn.Module):
         return nn.Dense(CLASSES, param_dtype="bfloat16", name="head")(x.reshape(x.shape[0], -1))
 
 
+class InParts(nn.Module):
+    """Runs a part of its stages, and knows nothing of jft's `Training`."""
+
+    stages: tuple[str, ...] = ("stem", "norm", "head")
+
+    @nn.compact
+    def __call__(self, x, start=0, stop=None, train: bool = False):
+        for stage in self.stages[start:stop]:
+            if stage == "stem":
+                x = nn.Conv(4, (3, 3), (2, 2), name="stem")(x)
+            elif stage == "norm":
+                x = nn.BatchNorm(not train, momentum=0.8, name="norm")(x)
+            else:
+                x = nn.Dense(CLASSES, name="head")(x.mean((1, 2)))
+        return x
+
+
+class LeftOut(Switched):
+    """Calls more than it names."""
+
+    stages: tuple[str, ...] = ("first", "head")
+
+
 class Axis(nn.Module):
     """Names the axis of the devices itself."""
 
@@ -237,6 +260,18 @@ def test_parameters_keep_the_dtype_that_a_module_gives_them(images, tmp_path, no
     assert {str(leaf.dtype) for leaf in outcome.params.values()} == {"bfloat16"}
 
 
+def test_stages_of_an_own_module_give_a_cache_and_what_is_below_the_cut_runs_as_in_evaluation(
+    images, tmp_path
+):
+    ends = {}
+    for cache in ("off", "on"):  # "on" refuses a module that cannot run in parts
+        options = (f"freeze.cache={cache}", "freeze.views=1", "freeze.phases=head")
+        config = make_config(images, *options)
+        ends[cache] = jft.fit(jft.setup(config, tmp_path / cache, model=InParts()))
+    for path, leaf in ends["off"].params.items():
+        np.testing.assert_allclose(ends["on"].params[path], leaf, rtol=1e-5, err_msg=path)
+
+
 def test_statistics_of_one_device_alone_are_refused_in_one_line(images, tmp_path):
     config = make_config(images, "parallel.devices=2", "parallel.mode=pmap")
     with pytest.raises(ConfigError, match="parallel.mode") as error:
@@ -273,6 +308,7 @@ def test_stages_of_an_own_module_stand_in_the_order_it_calls_them(images, tmp_pa
         (Switched(num_classes=5), [], r"gives \[1, 5\] for one image, the data needs \[1, 3\]"),
         (Switched(), ["freeze.phases=heda@2 | all"], "no group 'heda'.*did you mean 'head'"),
         (Switched(), ['freeze.phases=head + "hed/.*"'], "matches no leaf"),
+        (LeftOut(), [], r"stages \['first', 'head'\] leave out the part 'first_norm'"),
         (Axis(), [], "model: .*batch.*jft.models.layers.BatchNorm"),
         (Switched(), ["train.batch_size=12", "parallel.devices=8"], "train.batch_size"),
     ],

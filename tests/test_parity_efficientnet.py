@@ -291,7 +291,7 @@ def test_preprocessing_is_that_of_transformers_own_processor(changed):
     pytest.importorskip("transformers")
     from transformers.models.efficientnet import image_processing_pil_efficientnet as theirs
 
-    from jft.weights.preprocessing import _from_hugging_face
+    from jft.weights.processor_file import from_hugging_face
 
     # As google/efficientnet-b0 to b7 have it: the roots of ImageNet's deviations.
     roots = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.47853944, 0.4732864, 0.47434163]}
@@ -300,7 +300,7 @@ def test_preprocessing_is_that_of_transformers_own_processor(changed):
     image = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
     wanted = np.asarray(processor(image, return_tensors="np")["pixel_values"])[0]
     own = make_model(name="efficientnet_b0", num_classes=1).preprocess
-    found, _ = _from_hugging_face(processor.to_dict(), own)
+    found, _ = from_hugging_face(processor.to_dict(), own)
     ours = (image - np.array(found.mean)) / np.array(found.std)
     assert distance(ours.transpose(2, 0, 1), wanted) <= 1e-6
     if not changed:

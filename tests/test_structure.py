@@ -34,6 +34,8 @@ RANKS: dict[str, float] = {
     "jft.models.table": 0,
     "jft.models.family": 0,
     "jft.models": 1,
+    "jft.models.family_files": 0.5,
+    "jft.models.nnx_names": 0,
     "jft.models.zoo": 1.5,
     "jft.losses": 1.5,
     "jft.metrics": 1.5,

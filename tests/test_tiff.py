@@ -11,7 +11,8 @@ from PIL import Image
 
 from jft.config import load_config
 from jft.data import tiff
-from jft.data.decode import BadImage, bits_of, decode_image, fit_image
+from jft.data.decode import BadImage, bits_of, decode_image
+from jft.data.fit import Fit, fit_image
 from jft.data.images import canvas_shape, make_eval_transform, make_train_transform
 from jft.data.loader import make_train_loader
 from jft.data.pixels import Pixels, make_pixels
@@ -262,7 +263,7 @@ def test_wrong_keys_are_config_errors(options, match):
 
 def test_fit_resizes_deep_and_many_bands_as_pillow_does_floats():
     image = bands(40, 60, 5)
-    got = fit_image(image, (32, 32, 5), "bicubic", "x")
+    got = fit_image(image, (32, 32, 5), Fit("bicubic"), "x")
     assert got.shape == (32, 32, 5) and got.dtype == np.uint16
     one = Image.fromarray(np.float32(image[..., 4])).resize(
         (32, 32), Image.Resampling.BICUBIC, box=(10, 0, 50, 40)

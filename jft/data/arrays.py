@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jft.data.decode import Shape
+from jft.data.fit import Shape
 from jft.data.pixels import Pixels
 from jft.data.protocol import Kind, check_labels, check_targets
 from jft.errors import ConfigError, DataError, nearest

@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 import PIL
 
-from jft.data.decode import BadImage, Shape, fit_image
+from jft.data.decode import BadImage
 from jft.data.encoded import EncodedSource
+from jft.data.fit import Fit, Shape, fit_image
 from jft.data.kept import kept_folder, key_of, whole_file
 from jft.data.progress_line import told
 from jft.data.protocol import Kind, Source, Subset
@@ -74,11 +75,11 @@ class CanvasSource:
     Args:
       source: what they were decoded from; asked again where a row of the file is damaged.
       canvases: of it.
-      interpolation: they were resized by.
+      fit: how they were made.
     """
 
-    def __init__(self, source: Source, canvases: Canvases, interpolation: str) -> None:
-        self.source, self.canvases, self.interpolation = source, canvases, interpolation
+    def __init__(self, source: Source, canvases: Canvases, fit: Fit) -> None:
+        self.source, self.canvases, self.fit = source, canvases, fit
         self.kind: Kind = source.kind
         self.label_names = source.label_names
         self.pixels = source.pixels
@@ -137,7 +138,7 @@ class CanvasSource:
                 LOG.warning("%s: row %d is damaged: decoded again", self.canvases.path, index)
                 image = self.source[index]["image"]
                 name = self.source.id(index)
-                found[row] = fit_image(image, self.shape, self.interpolation, name)
+                found[row] = fit_image(image, self.shape, self.fit, name)
         return found
 
     def _read(self, index: int, row: np.ndarray) -> bool:
@@ -163,7 +164,7 @@ class CanvasSource:
 
 
 def cached_splits(
-    splits: Splits, image_shape: Shape, interpolation: str, mode: str, quiet: bool = False
+    splits: Splits, image_shape: Shape, fit: Fit, mode: str, quiet: bool = False
 ) -> Splits:
     """The splits with their canvases decoded, once for all splits of one source.
 
@@ -173,7 +174,7 @@ def cached_splits(
     Args:
       splits: from `make_splits`; images in memory stay as they are.
       image_shape: (H, W, C) of a canvas.
-      interpolation: of the host's resize.
+      fit: how the host makes one.
       mode: "disk" or "memory".
       quiet: say nothing while it lasts.
     """
@@ -187,8 +188,8 @@ def cached_splits(
         if id(root) not in made:
             used = _used(splits, root)
             whole = root if len(used) == len(root) else Subset(root, used)
-            canvases = _canvases(whole, root, used, image_shape, interpolation, mode, quiet)
-            cached = canvases and (CanvasSource(whole, canvases, interpolation), used)
+            canvases = _canvases(whole, root, used, image_shape, fit, mode, quiet)
+            cached = canvases and (CanvasSource(whole, canvases, fit), used)
             made[id(root)] = cached
         found[name] = _replaced(source, made[id(root)])
     assert found["train"] is not None
@@ -219,7 +220,7 @@ def _canvases(
     root: EncodedSource,
     used: np.ndarray,
     image_shape: Shape,
-    interpolation: str,
+    fit: Fit,
     mode: str,
     quiet: bool,
 ) -> Canvases | None:
@@ -228,13 +229,13 @@ def _canvases(
     size = int(np.prod(shape, dtype=np.int64)) * root.dtype.itemsize
     key = key_of(
         _FORMAT, root.identity(), hashlib.sha256(used.astype(np.int64).tobytes()).hexdigest(),
-        shape, root.dtype.name, interpolation, root.pixels.to_dict(), PIL.__version__,
+        shape, root.dtype.name, fit.facts(), root.pixels.to_dict(), PIL.__version__,
     )  # fmt: skip
     if mode == "memory":
         if size > host_free_bytes() // 2:
             return _without(f"{size >> 20:,} MiB are more than half of the free memory")
         rows = np.zeros(shape, root.dtype)
-        bad = _fill(rows, _decode_all(whole, image_shape, interpolation, quiet))
+        bad = _fill(rows, _decode_all(whole, image_shape, fit, quiet))
         return Canvases(key, shape, root.dtype, bad, rows)
     path = canvases_path(key)
     kept = open_canvases(path, key, shape, root.dtype)
@@ -245,7 +246,7 @@ def _canvases(
         free = shutil.disk_usage(path.parent).free
         if 1.02 * size > free:
             return _without(f"{path.parent} has {free >> 20:,} MiB left, {size >> 20:,} are needed")
-        decoded = _decode_all(whole, image_shape, interpolation, quiet)
+        decoded = _decode_all(whole, image_shape, fit, quiet)
         _write(path, key, shape, root.dtype, decoded)
     except OSError as error:
         return _without(f"{path}: {error.strerror or error}")
@@ -273,13 +274,13 @@ def canvases_path(key: str) -> Path:
 
 
 def _decode_all(
-    source: Source, image_shape: Shape, interpolation: str, quiet: bool
+    source: Source, image_shape: Shape, fit: Fit, quiet: bool
 ) -> Iterator[np.ndarray | str]:
     """Each canvas in order, or what is wrong with the image."""
 
     def decode(i: int) -> np.ndarray | str:
         try:
-            return fit_image(source[i]["image"], image_shape, interpolation, source.id(i))
+            return fit_image(source[i]["image"], image_shape, fit, source.id(i))
         except BadImage as error:
             return str(error)
 

@@ -11,9 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from PIL import Image
 
 from jft.data.canvas_cache import CanvasSource
-from jft.data.decode import FORMATS, BadImage, Shape, bits_of, fit_image
+from jft.data.decode import FORMATS, BadImage, bits_of
 from jft.data.encoded import FileSource
 from jft.data.extents import ExtentSource
+from jft.data.fit import Shape, fit_image
 from jft.data.protocol import Source, Subset, root_of
 from jft.errors import DataError
 

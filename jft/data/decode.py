@@ -1,4 +1,4 @@
-"""Pictures on the host: bytes to arrays, and arrays to a static shape."""
+"""Pictures on the host: from bytes to arrays."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from jft.data.fit import COVER, Fit, Shape, fit_image
 from jft.data.pixels import BadImage as BadImage
 from jft.data.pixels import Pixels
 from jft.data.png_wide import png_layout, read_wide_png
@@ -25,12 +26,8 @@ from jft.errors import DataError
 FORMATS = ("JPEG", "PNG", "WEBP")  # others have decoders with a record of memory errors
 MAX_PIXELS = 64_000_000  # checked on the header, before any pixel is decoded
 
-Shape = tuple[int, int, int]
-
 _HEAD_BYTES = 26  # up to the colour type of a PNG
 _EIGHT_BITS = Pixels(depth=8)
-# ITU-R BT.601, as Pillow weighs them.
-_LUMINANCE = np.asarray([0.299, 0.587, 0.114], np.float32)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -170,74 +167,10 @@ def bits_of(source: str | Path | bytes) -> int | None:
         return None
 
 
-def fit_image(
-    image: np.ndarray,
-    image_shape: Shape,
-    interpolation: str = "bilinear",
-    name: str = "image",
-) -> np.ndarray:
-    """Resizes to cover `image_shape` and crops the centre, in one antialiased step of Pillow.
-
-    The crop box is given to the resize, so a 30,000 x 1 strip never becomes a huge intermediate.
-    Grey repeats to three channels; colour becomes luminance where one channel is wanted.
-
-    Args:
-      image: uint8 or uint16 [H, W, C].
-      image_shape: (h, w, channels) wanted.
-      interpolation: "bilinear" or "bicubic".
-      name: how errors name it.
-
-    Returns:
-      [h, w, channels] of the same type.
-
-    Raises:
-      BadImage: channels that do not fit.
-    """
-    height, width, channels = image_shape
-    have = image.shape[2]
-    if have != channels and (have, channels) not in ((1, 3), (3, 1)):
-        raise BadImage(
-            f"{name}: has {have} channels, the model takes {channels}: set data.channels={have},"
-            f" or choose with data.bands"
-        )
-    if image.shape[:2] != (height, width) or have > channels:
-        image = _resized(image, image_shape, interpolation)
-    if image.shape[2] < channels:
-        image = np.repeat(image, channels, axis=2)
-    return image
-
-
-def _resized(image: np.ndarray, image_shape: Shape, interpolation: str) -> np.ndarray:
-    height, width, channels = image_shape
-    factor = max(height / image.shape[0], width / image.shape[1])
-    box_width, box_height = width / factor, height / factor
-    left, top = (image.shape[1] - box_width) / 2, (image.shape[0] - box_height) / 2
-    # Rounding may put the far edge 1e-13 outside, which Pillow refuses.
-    right = min(left + box_width, image.shape[1])
-    bottom = min(top + box_height, image.shape[0])
-    box = (max(left, 0.0), max(top, 0.0), right, bottom)
-    method = getattr(Image.Resampling, interpolation.upper())
-
-    def resize(picture: Image.Image) -> np.ndarray:
-        return np.asarray(picture.resize((width, height), method, box=box))
-
-    if image.dtype == np.uint8 and image.shape[2] in (1, 3):
-        picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-        found = resize(picture.convert("L") if channels == 1 else picture)
-        return found[..., None] if found.ndim == 2 else found
-    if image.shape[2] > channels:
-        image = np.rint(image @ _LUMINANCE).astype(image.dtype)[..., None]
-    # Band by band in float32: Pillow has no picture of more than four, or of wide colour.
-    floats = image.astype(np.float32)
-    bands = [resize(Image.fromarray(band)) for band in np.moveaxis(floats, -1, 0)]
-    top_value = np.iinfo(image.dtype).max
-    return np.rint(np.clip(np.stack(bands, axis=-1), 0, top_value)).astype(image.dtype)
-
-
 def load_image(
     source: str | Path | bytes,
     image_shape: Shape,
-    interpolation: str = "bilinear",
+    fit: Fit = COVER,
     name: str | None = None,
     pixels: Pixels = _EIGHT_BITS,
 ) -> np.ndarray:
@@ -247,4 +180,4 @@ def load_image(
       BadImage: see `decode_image` and `fit_image`.
     """
     image = decode_image(source, name, pixels)
-    return fit_image(image, image_shape, interpolation, name or str(source)[:200])
+    return fit_image(image, image_shape, fit, name or str(source)[:200])

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from jft.data.decode import Shape, bits_of, decode_image
+from jft.data.decode import bits_of, decode_image
+from jft.data.fit import Shape
 from jft.data.kept import file_facts
 from jft.data.pixels import BadImage, Pixels
 from jft.data.protocol import Kind

@@ -4,8 +4,8 @@ The host decodes, turns the picture upright and, for files, makes a square canva
 `canvas_side` = image_size / crop_fraction. The device does the rest, so that only uint8 crosses to
 it: resize (where the canvas has another size, as 28 x 28 arrays do: upsampling on the device moves
 1/50 of the bytes), crop, flip, the ops of `augment.ops`, normalise. One geometry holds for both:
-"the picture with its shorter side at canvas_side, of which evaluation sees the centre and training
-random crops".
+"the picture with its shorter side at canvas_side (or, by `Preprocess.resize`, both sides), of which
+evaluation sees the centre and training random crops".
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ import numpy as np
 
 from jft.data.augment import make_ops, read_ops
 from jft.data.boxes import random_box
-from jft.data.decode import Shape
+from jft.data.fit import Fit, Shape, crop_start, resized_shape
+from jft.data.resample import ON_DEVICE, resize_as_pillow, scale_and_translate
 from jft.errors import ConfigError, nearest
-from jft.models.family import Preprocess
+from jft.models.family import CHOICES, Preprocess
 
 CROPS = ("none", "random_resized")
 # Folded into the run's seed for views; steps and initial weights fold in other numbers.
 VIEW_FOLD = 0x71E3
-_METHODS = {"bilinear": "linear", "bicubic": "cubic"}
+_OVERSHOOTS = ("bicubic", "lanczos")
 
 
 def canvas_side(image_size: int, crop_fraction: float) -> int:
@@ -65,10 +66,22 @@ def canvas_shape(
     return (side, side, channels)
 
 
-def _virtual_size(height: int, width: int, side: int) -> tuple[int, int]:
-    """(height, width) once the shorter side is `side`."""
-    shorter = min(height, width)
-    return round(height * side / shorter), round(width * side / shorter)
+def canvas_fit(preprocess: Preprocess, image_shape: Shape) -> Fit:
+    """How the host makes pictures into canvases of `image_shape`, see `canvas_shape`.
+
+    Those of another size than `canvas_side` the device takes for pictures, and counts whole pixels
+    itself.
+    """
+    side = canvas_side(preprocess.image_size, preprocess.crop_fraction)
+    crop = preprocess.image_size if image_shape[:2] == (side, side) else None
+    return Fit(preprocess.interpolation, preprocess.resize, preprocess.rounding, crop)
+
+
+def _virtual_size(height: int, width: int, side: int, preprocess: Preprocess) -> tuple[int, int]:
+    """(height, width) once the shorter side, or both, are `side`."""
+    if preprocess.resize == "square":
+        return side, side
+    return resized_shape(height, width, side, side, preprocess.rounding)
 
 
 def _levels(images: jax.Array) -> jax.Array:
@@ -83,7 +96,7 @@ def _make_finish(preprocess: Preprocess) -> Callable[[jax.Array], jax.Array]:
     shape = (1, 1, 1, len(mean))
 
     def finish(images: jax.Array) -> jax.Array:
-        if preprocess.interpolation == "bicubic":
+        if preprocess.interpolation in _OVERSHOOTS:
             images = jnp.clip(images, 0.0, 255.0)
         if images.shape[-1] not in (1, len(mean)):
             raise ConfigError(f"images have {images.shape[-1]} channels, the model {len(mean)}")
@@ -108,18 +121,24 @@ def _make_centre(
 
     def centre(images: jax.Array) -> jax.Array:
         batch, height, width, channels = images.shape
-        tall, wide = _virtual_size(height, width, side)
-        top, left = round((tall - seen) * at[0]), round((wide - seen) * at[1])
+        tall, wide = _virtual_size(height, width, side, preprocess)
+        top, left = (
+            crop_start(extent, seen, preprocess.rounding, place)
+            for extent, place in zip((tall, wide), at, strict=True)
+        )
         if (tall, wide) == (height, width) and zoom == 1:
             images = images[:, top : top + image_size, left : left + image_size]
             return images.astype(jnp.float32)
-        return jax.image.scale_and_translate(
+        if preprocess.interpolation not in ON_DEVICE and preprocess.antialias and zoom == 1:
+            floats, name = images.astype(jnp.float32), preprocess.interpolation
+            return resize_as_pillow(floats, (tall, wide), (top, left), image_size, name)
+        return scale_and_translate(
             images.astype(jnp.float32),
             (batch, image_size, image_size, channels),
             (1, 2),
             jnp.array([tall / height * zoom, wide / width * zoom], jnp.float32),
             jnp.array([-top * zoom, -left * zoom], jnp.float32),
-            _METHODS[preprocess.interpolation],
+            preprocess.interpolation,
             antialias=preprocess.antialias,
         )
 
@@ -142,17 +161,17 @@ def _make_random_crop(
 
     def one(image: jax.Array, key: jax.Array) -> jax.Array:
         height, width, channels = image.shape
-        tall, wide = _virtual_size(height, width, side)
+        tall, wide = _virtual_size(height, width, side, preprocess)
         box = random_box(key, tall, wide, scale, ratio).astype(jnp.float32)
         zoom = image_size / box[2:]
         native = jnp.array([tall / height, wide / width], jnp.float32)
-        return jax.image.scale_and_translate(
+        return scale_and_translate(
             image.astype(jnp.float32),
             (image_size, image_size, channels),
             (0, 1),
             zoom * native,
             -box[:2] * zoom,
-            _METHODS[preprocess.interpolation],
+            preprocess.interpolation,
             antialias=preprocess.antialias,
         )
 
@@ -167,9 +186,10 @@ def _check_range(name: str, pair: tuple[float, float], most: float) -> tuple[flo
 
 
 def _check_preprocess(preprocess: Preprocess, crop_fraction: float) -> None:
-    if preprocess.interpolation not in _METHODS:
-        near = nearest(preprocess.interpolation, _METHODS)
-        raise ConfigError(f"interpolation={preprocess.interpolation!r} is not known{near}")
+    for name, known in CHOICES.items():
+        value = getattr(preprocess, name)
+        if value not in known:
+            raise ConfigError(f"{name}={value!r} is not known{nearest(value, known)}")
     if not 0 < crop_fraction <= 1:
         raise ConfigError(f"crop_fraction={crop_fraction}: give 0 < crop_fraction <= 1")
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from jft.data.decode import BadImage, Shape, bits_of, decode_raw, fit_image
+from jft.data.decode import BadImage, bits_of, decode_raw
 from jft.data.encoded import EncodedSource
+from jft.data.fit import COVER, Fit, Shape, fit_image
 from jft.data.progress_line import told
 from jft.data.protocol import Kind, Source, Subset, root_of
 from jft.data.sources import Splits
@@ -100,19 +101,19 @@ class Inspection:
 
 
 def inspect_splits(
-    splits: Splits, image_shape: Shape, interpolation: str = "bilinear", quiet: bool = False
+    splits: Splits, image_shape: Shape, fit: Fit = COVER, quiet: bool = False
 ) -> Inspection:
     """Decodes every image once.
 
     Args:
       splits: the data.
       image_shape: (H, W, C) of a canvas, on which means are taken.
-      interpolation: of the host's resize.
+      fit: how the host makes one.
       quiet: say nothing while it lasts.
     """
     facts = {}
     for name, source in splits.items():
-        facts[name] = _split_facts(source, image_shape, interpolation, "" if quiet else name)
+        facts[name] = _split_facts(source, image_shape, fit, "" if quiet else name)
     return Inspection(
         kind=splits.kind,
         label_names=splits.label_names,
@@ -137,11 +138,9 @@ def _class_counts(splits: Splits) -> dict[str, np.ndarray]:
     }
 
 
-def _split_facts(
-    source: Source, image_shape: Shape, interpolation: str, told_as: str
-) -> SplitFacts:
+def _split_facts(source: Source, image_shape: Shape, fit: Fit, told_as: str) -> SplitFacts:
     facts = SplitFacts(len(source))
-    looks = _looks(source, image_shape, interpolation)
+    looks = _looks(source, image_shape, fit)
     if told_as:
         looks = told(looks, len(source), f"{told_as}: decoded")
     for i, look in enumerate(looks):
@@ -158,18 +157,18 @@ def _split_facts(
     return facts
 
 
-def _looks(source: Source, image_shape: Shape, interpolation: str) -> Iterator[dict[str, Any]]:
+def _looks(source: Source, image_shape: Shape, fit: Fit) -> Iterator[dict[str, Any]]:
     """What one image shows, in order; a window of them is decoded ahead."""
 
     def look(i: int) -> dict[str, Any]:
-        return _look(source, i, image_shape, interpolation)
+        return _look(source, i, image_shape, fit)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for start in range(0, len(source), _WINDOW):
             yield from pool.map(look, range(start, min(start + _WINDOW, len(source))))
 
 
-def _look(source: Source, i: int, image_shape: Shape, interpolation: str) -> dict[str, Any]:
+def _look(source: Source, i: int, image_shape: Shape, fit: Fit) -> dict[str, Any]:
     found: dict[str, Any] = {"error": ""}
     name = source.id(i)
     try:
@@ -180,7 +179,7 @@ def _look(source: Source, i: int, image_shape: Shape, interpolation: str) -> dic
         found |= {"shape": raw.shape, "bits": bits, "hash": digest.digest()}
         found["low"] = float(finite.min()) if finite.size else np.inf
         found["high"] = float(finite.max()) if finite.size else -np.inf
-        canvas = fit_image(source.pixels.convert(raw, name), image_shape, interpolation, name)
+        canvas = fit_image(source.pixels.convert(raw, name), image_shape, fit, name)
         levels = canvas.astype(np.float64) / (257 if canvas.dtype == np.uint16 else 1)
         found["sums"], found["squares"] = levels.sum((0, 1)), (levels**2).sum((0, 1))
         found["pixels"] = levels.shape[0] * levels.shape[1]

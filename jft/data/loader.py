@@ -19,7 +19,8 @@ import numpy as np
 from absl import flags
 
 from jft.data.check import allowed_bad
-from jft.data.decode import BadImage, Shape, fit_image
+from jft.data.decode import BadImage
+from jft.data.fit import COVER, Fit, Shape, fit_image
 from jft.data.order import Batch, Views, check_sizes, make_order
 from jft.data.protocol import Source, label_layout, root_of
 from jft.errors import ConfigError, DataError
@@ -37,7 +38,7 @@ class _Fetch:
 
     source: Source
     image_shape: Shape
-    interpolation: str
+    fit: Fit
     start: int
     stop: int
     training: bool
@@ -93,7 +94,7 @@ class _Fetch:
             try:
                 example = self.source[candidate]
                 name = self.source.id(candidate)
-                image = fit_image(example["image"], self.image_shape, self.interpolation, name)
+                image = fit_image(example["image"], self.image_shape, self.fit, name)
                 return candidate, {**example, "image": image}
             except BadImage as error:
                 bad.append((candidate, str(error)))
@@ -202,7 +203,7 @@ def make_train_loader(
     rank: int = 0,
     ranks: int = 1,
     bad_image_quota: float = 0.0,
-    interpolation: str = "bilinear",
+    fit: Fit = COVER,
     views: int | None = None,
     sampling: str = "shuffle",
 ) -> TrainLoader:
@@ -227,7 +228,7 @@ def make_train_loader(
       rank: this process.
       ranks: number of processes.
       bad_image_quota: share of the split's images that may be unreadable; 0 stops at the first.
-      interpolation: of the host's resize.
+      fit: how the host makes a canvas; see jft.data.images.canvas_fit.
       views: K adds "view": int32 [b], how often the example was seen before modulo K.
       sampling: "shuffle", or "balanced" and "sqrt", which draw rare classes more often.
 
@@ -243,7 +244,7 @@ def make_train_loader(
     image_shape = (image_shape[0], image_shape[1], image_shape[2])  # configs give lists
     start, stop = check_sizes(source, batch_size, rank, ranks)
     quota = _Quota(source, bad_image_quota)
-    fetch = _Fetch(source, image_shape, interpolation, start, stop, training=True)
+    fetch = _Fetch(source, image_shape, fit, start, stop, training=True)
     visits = make_order(source, batch_size, seed, sampling)
     order = grain.MapDataset.source(visits if views is None else Views(visits, views))
     stream = _stream(order[start_batch:].map(fetch), _place(fetch), threads, workers)
@@ -297,7 +298,7 @@ def make_eval_loader(
     rank: int = 0,
     ranks: int = 1,
     bad_image_quota: float = 0.0,
-    interpolation: str = "bilinear",
+    fit: Fit = COVER,
     replace_bad: bool = False,
 ) -> EvalLoader:
     """Makes one pass over a split in order, each example once, iterable again and again.
@@ -310,6 +311,6 @@ def make_eval_loader(
     image_shape = (image_shape[0], image_shape[1], image_shape[2])  # configs give lists
     start, stop = check_sizes(source, batch_size, rank, ranks)
     quota = _Quota(source, bad_image_quota)
-    fetch = _Fetch(source, image_shape, interpolation, start, stop, training=replace_bad)
+    fetch = _Fetch(source, image_shape, fit, start, stop, training=replace_bad)
     order = grain.MapDataset.range(len(source)).batch(batch_size, drop_remainder=False)
     return EvalLoader(order.map(fetch), quota, (_place(fetch), threads, workers))

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from jft.data.decode import Shape
+from jft.data.fit import Shape
 from jft.data.pixels import Pixels
 from jft.errors import DataError
 

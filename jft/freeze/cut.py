@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jft.data.fit import COVER, Fit
 from jft.data.loader import EvalLoader, make_eval_loader
 from jft.data.protocol import Source
 from jft.freeze.entry_store import (
@@ -128,7 +129,7 @@ def fill_cache(
     entry: jax.ShapeDtypeStruct | None = None,
     workers: int = 0,
     bad_image_quota: float = 0.0,
-    interpolation: str = "bilinear",
+    fit: Fit = COVER,
 ) -> PrefixCache:
     """Computes every entry, or finds them: in the run directory, or those of a shallower cut.
 
@@ -141,7 +142,7 @@ def fill_cache(
       workdir: the run directory, for the tier "disk".
       shallower: caches made before; the deepest with the right key is the input.
       entry: `prefix.entry`, where it is known already: finding it traces the model.
-      workers, bad_image_quota, interpolation: as in `make_train_loader`.
+      workers, bad_image_quota, fit: as in `make_train_loader`.
 
     Raises:
       DataError: an image that cannot be read, beyond the quota; a file that cannot be written.
@@ -162,7 +163,7 @@ def fill_cache(
         rank=jax.process_index(),
         ranks=jax.process_count(),
         bad_image_quota=bad_image_quota,
-        interpolation=interpolation,
+        fit=fit,
         replace_bad=True,
     )
     blocks = chunks.blocks(len(source), images, shallower)

@@ -30,6 +30,26 @@ def pointwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return y.reshape(*x.shape[:-1], -1)
 
 
+def patch_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Convolution whose stride is its kernel's size, as one product over patches.
+
+    Pixels beyond the last whole patch are dropped, as a strided convolution drops them.
+
+    Args:
+      x: [B, H, W, I].
+      kernel: [h, w, I, O].
+
+    Returns:
+      [B, H // h, W // w, O].
+    """
+    high, wide, channels, features = kernel.shape
+    rows, columns = x.shape[1] // high, x.shape[2] // wide
+    x = x[:, : rows * high, : columns * wide]
+    x = x.reshape(-1, rows, high, columns, wide, channels).swapaxes(2, 3)
+    y = x.reshape(-1, high * wide * channels) @ kernel.reshape(-1, features)
+    return y.reshape(-1, rows, columns, features)
+
+
 def depthwise_conv(
     x: jax.Array, kernel: jax.Array, strides: Strides, padding: str | Pads = "SAME"
 ) -> jax.Array:

@@ -10,6 +10,15 @@ from flax import linen as nn
 
 from jft.models.table import Table
 
+# The filters of Pillow, in the order of its codes.
+INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+# What the fields of `Preprocess` that are words may be.
+CHOICES = {
+    "interpolation": INTERPOLATIONS,
+    "resize": ("shortest", "square"),
+    "rounding": ("none", "down", "nearest"),
+}
+
 
 @dataclass(frozen=True)
 class Preprocess:
@@ -20,8 +29,14 @@ class Preprocess:
       std: per channel, on the 0..255 scale.
       image_size: side of the square input, in pixels.
       crop_fraction: side of the centre crop over the shorter side of the resized image.
-      interpolation: "bilinear" or "bicubic".
-      antialias: whether the filter widens when the image shrinks.
+      interpolation: the filter, one of INTERPOLATIONS.
+      antialias: whether the filter widens when the image shrinks; "nearest" never does.
+      resize: "shortest" scales both sides alike until the shorter one has its size; "square" gives
+        both sides that size, whatever the aspect.
+      rounding: what becomes of half pixels. "none" keeps them: the crop is the exact centre, at one
+        scale for both sides. "down" resizes to whole pixels, the longer side rounded down, and
+        rounds the place of the crop down, as Hugging Face does; "nearest" rounds that place to the
+        nearest pixel, halves to the even one, as torchvision and timm do.
     """
 
     mean: tuple[float, ...]
@@ -30,6 +45,8 @@ class Preprocess:
     crop_fraction: float = 1.0
     interpolation: str = "bilinear"
     antialias: bool = True
+    resize: str = "shortest"
+    rounding: str = "none"
 
     def to_dict(self) -> dict[str, Any]:
         """A dict that JSON can hold."""

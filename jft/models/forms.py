@@ -20,6 +20,12 @@ def _transpose(value: Array) -> Array:
     return value.T
 
 
+def _linear(value: Array) -> Array:
+    if value.ndim == 4 and value.shape[2:] == (1, 1):
+        value = value.reshape(value.shape[:2])
+    return _transpose(value)
+
+
 def _reshaped(dims: int, shape: Callable[[Array], tuple[int, ...]]) -> Callable[[Array], Array]:
     def change(value: Array) -> Array:
         if value.ndim != dims:
@@ -44,6 +50,8 @@ FORMS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
     "transpose": (_transpose, _transpose),  # [out, in] <-> [in, out]
     "conv": (_conv_to_jft, _conv_to_source),  # [out, in, h, w] <-> [h, w, in, out]
     "depthwise": (_conv_to_jft, _conv_to_source),  # [C, 1, h, w] <-> [h, w, 1, C]
+    # [out, in], or [out, in, 1, 1] where the same layer was saved as a convolution, -> [in, out]
+    "linear": (_linear, _transpose),
     # [D] <-> [1, 1, D]; [N, D] <-> [1, N, D]; [1, 1, 1, C] <-> [C]
     "token": (_reshaped(1, lambda v: (1, 1, v.size)), _reshaped(3, lambda v: (v.size,))),
     "positions": (_reshaped(2, lambda v: (1, *v.shape)), _reshaped(3, lambda v: v.shape[1:])),

@@ -244,11 +244,25 @@ def _gelu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[ja
     return _gelu(x), (below + x * density) * dx
 
 
-def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """softmax(query key^T / sqrt(D)) value: [B, N, heads, D] each, softmax in float32."""
+def attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None = None
+) -> jax.Array:
+    """softmax(query key^T / sqrt(D) + bias) value, softmax in float32.
+
+    Args:
+      query: [B, N, heads, D].
+      key: the same.
+      value: the same.
+      bias: [n, heads, N, N] float32, where n divides B; row i of the batch has that of i modulo n.
+
+    Returns:
+      [B, N, heads, D].
+    """
     query = query * (1.0 / math.sqrt(query.shape[-1]))
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
     scores = jnp.einsum("bhnd,bhmd->bhnm", query, key, preferred_element_type=jnp.float32)
+    if bias is not None:
+        scores = (scores.reshape(-1, *bias.shape) + bias[None]).reshape(scores.shape)
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - top)
     # Divided after the product with value: N x D quotients and gradients for N x N.

@@ -32,7 +32,8 @@ B0_BLOCKS: tuple[BlockSpec, ...] = (
     (1, 3, 1, 6, 320),
 )
 # "same" pads as TensorFlow does, by each input's size; the other two as it pads a size that the
-# stride divides ("even"), and one that it leaves one pixel of ("odd"), whatever the size.
+# stride divides ("even"), and one that it leaves one pixel of ("odd"), whatever the size. Symmetric
+# padding, as is usual in torch, is "odd" for the strides of 1 and 2 that there are.
 PADDINGS = ("same", "even", "odd")
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -278,6 +279,18 @@ def norm_entries(path: str, source: str) -> tuple[Entry, ...]:
     """The four arrays of a BatchNorm, in torch's names."""
     names = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
     return tuple(Entry(f"{path}/{ours}", f"{source}.{theirs}") for ours, theirs in names.items())
+
+
+def squeeze_entries(reduce: str, expand: str) -> tuple[Entry, ...]:
+    """The two 1 x 1 convolutions of a block's squeeze-and-excitation, in torch's names."""
+    return tuple(
+        entry
+        for ours, theirs in (("reduce", reduce), ("expand", expand))
+        for entry in (
+            Entry(f"blocks_{{i}}/se/{ours}/kernel", f"{theirs}.weight", "conv"),
+            Entry(f"blocks_{{i}}/se/{ours}/bias", f"{theirs}.bias"),
+        )
+    )
 
 
 # Names of EfficientNet-PyTorch (PyPI efficientnet-pytorch), which efficientnet-lite-pytorch keeps.

@@ -85,6 +85,7 @@ HF_TABLE = Table(
     prefixes=("vision_model.", ""),
     title="Hugging Face",
     head_fields=("pooling",),
+    headless=(r"text_model\..*",),
     exported=lambda model: model.module.pooling == "mean" or not _in_timm(model),
 )
 
@@ -148,6 +149,8 @@ TIMM_TABLE = Table(
     config=_timm_config,
     fields=_timm_fields,
     head_fields=("pooling",),
+    headless=(r"text\..*",),
+    antialias=True,
     exported=_in_timm,
 )
 
@@ -171,6 +174,7 @@ BIG_VISION_TABLE = flax_table(
         r"(params/)?(img/)?MAPHead_0/.*",
     ),
     prefixes=("params/img/", "params/", "img/", ""),
+    headless=(r"(params/)?(txt/.*|t|b)",),
     title="big_vision",
 )
 TABLES = (HF_TABLE, TIMM_TABLE, BIG_VISION_TABLE)

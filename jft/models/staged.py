@@ -18,10 +18,12 @@ class Staged(nn.Module):
 
     Where `scanned` is "blocks", stages "blocks_0", "blocks_1", ... may be given as stacks, see
     `jft.stack_names`, and run as a loop; `start`, `stop` and `training.cut` must not fall within
-    one. Such a subclass also has `scan_block`.
+    one. Such a subclass also has `scan_block`. Where not all blocks of a stack compute alike, but
+    each the same as the one `scan_period` before it, a pass of the loop runs so many.
     """
 
     scanned: ClassVar[str | None] = None
+    scan_period: ClassVar[int] = 1
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -77,8 +79,11 @@ class Staged(nn.Module):
         if training:
             rates = [self.block_drop_path_rate(at) for at in range(held.first, held.last + 1)]
             draws = draws_of(self.scope, held.stages, self.draw_sites(), rates)
-        block = self.scan_block(held.last)
-        return scan_blocks(block, self.variables["params"][held.name], x, training, draws)
+        # The last of those that take turns: a rate of 0, as of the first block, draws nothing.
+        last = range(held.first, held.last + 1)[-self.scan_period :]
+        turns = sorted(last, key=lambda block: (block - held.first) % self.scan_period)
+        blocks = [self.scan_block(block) for block in turns]
+        return scan_blocks(blocks, self.variables["params"][held.name], x, training, draws)
 
 
 def _stacks(params: Mapping[str, Any]) -> dict[str, Range]:

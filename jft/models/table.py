@@ -6,40 +6,91 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jft.models.forms import FORMS, HEAD_FORMS, Origin
 
-# "{i}" any number, "{s+1}" a number above that of s by 1, "{s=0}" the number 0.
-_FIELD = re.compile(r"\{(\w+)([+=]\d+)?\}")
+# "{i}" any number i, "{i*2+1}" the number 2 i + 1, "{s=0}" the number 0, "{s+1=1}" the number 1
+# where s is 0.
+_FIELD = re.compile(r"\{(\w+)((?:\*[1-9]\d*)?(?:\+\d+)?(?:=\d+)?)\}")
+_FORM = re.compile(r"(?:\*(\d+))?(?:\+(\d+))?(?:=(\d+))?")
+_DIGITS = 6  # of a number in a name
+_COUNT = "n"  # the field that is the number of stages
+
+
+class _Change(NamedTuple):
+    """How a template writes a field: value * times + plus; `fixed` is all that may stand there."""
+
+    times: int = 1
+    plus: int = 0
+    fixed: int | None = None
+
+    def write(self, value: int) -> str | None:
+        number = value * self.times + self.plus
+        return str(number) if self.fixed in (None, number) else None
+
+    def read(self, text: str) -> int | None:
+        number = int(text)
+        value, rest = divmod(number - self.plus, self.times)
+        return None if rest or value < 0 or self.fixed not in (None, number) else value
+
+
+def _change(text: str) -> _Change:
+    found = _FORM.fullmatch(text)
+    assert found is not None
+    fixed = None if found[3] is None else int(found[3])
+    return _Change(int(found[1] or 1), int(found[2] or 0), fixed)
+
+
+class _Template:
+    """A name with numbered fields, and "{p}" for the prefix."""
+
+    def __init__(self, text: str) -> None:
+        parts = _FIELD.split(text)  # literal, field, change, literal, ..., literal
+        self.literals = parts[::3]
+        self.fields = list(zip(parts[1::3], map(_change, parts[2::3]), strict=True))
+        self.names = {name for name, _ in self.fields} - {"p"}
+        self.compiled: dict[str, re.Pattern[str]] = {}  # by prefix
+
+    def _regex(self, prefix: str) -> re.Pattern[str]:
+        if prefix in self.compiled:
+            return self.compiled[prefix]
+        out = [re.escape(self.literals[0])]
+        for (name, _), literal in zip(self.fields, self.literals[1:], strict=True):
+            number = rf"(?P<{name}>0|[1-9]\d{{,{_DIGITS - 1}}})"
+            out.append(re.escape(prefix) if name == "p" else number)
+            out.append(re.escape(literal))
+        return self.compiled.setdefault(prefix, re.compile("".join(out)))
+
+    def read(self, name: str, prefix: str = "") -> dict[str, int] | None:
+        """The fields of a name, or None when it is none of this form."""
+        found = self._regex(prefix).fullmatch(name)
+        if found is None:
+            return None
+        values = {n: change.read(found[n]) for n, change in self.fields if n != "p"}
+        known = {n: value for n, value in values.items() if value is not None}
+        return known if len(known) == len(values) else None
+
+    def write(self, values: Mapping[str, int], prefix: str = "") -> str | None:
+        """The name with these fields, or None where one of them is not of this form."""
+        out = [self.literals[0]]
+        for (name, change), literal in zip(self.fields, self.literals[1:], strict=True):
+            written = prefix if name == "p" else change.write(values[name])
+            if written is None:
+                return None
+            out += [written, literal]
+        return "".join(out)
 
 
 @functools.lru_cache(maxsize=4096)
-def _regex(template: str, prefix: str) -> re.Pattern[str]:
-    """Compiles a template to a regex whose int fields are named groups; "{p}" is the prefix."""
-    parts = _FIELD.split(template)  # literal, field, change, literal, ..., literal
-    out = [re.escape(parts[0])]
-    for name, change, literal in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
-        if name == "p":
-            out.append(re.escape(prefix))
-        else:
-            number = change[1:] if change and change[0] == "=" else r"0|[1-9]\d*"
-            out.append(f"(?P<{name}>{number})")
-        out.append(re.escape(literal))
-    return re.compile("".join(out))
+def _template(text: str) -> _Template:
+    return _Template(text)
 
 
-@functools.lru_cache(maxsize=4096)
-def _changes(template: str) -> dict[str, tuple[str, int]]:
-    """{field: (operation, number)} of the fields of a template, ("+", 0) where none is written."""
-    fields = {name: change or "+0" for name, change in _FIELD.findall(template) if name != "p"}
-    return {name: (change[0], int(change[1:])) for name, change in fields.items()}
-
-
-def _place(block: int, depths: Sequence[int]) -> tuple[int, int] | None:
-    """(stage, block of the stage) of a block counted over all stages."""
+def place_of(block: int, depths: Sequence[int]) -> tuple[int, int] | None:
+    """(stage, block of the stage) of a block counted over all stages; None of one too many."""
     for stage, depth in enumerate(depths):
         if block < depth:
             return stage, block
@@ -54,8 +105,9 @@ class Entry:
     `path` and `source` are literals or templates with the same named integer fields, as in
     "blocks_{i}/mlp/fc1/kernel" <-> "{p}encoder.layer.{i}.intermediate.dense.weight"; "{p}" stands
     for the table's prefix and may occur in `source` only. A source that counts blocks anew in each
-    stage has "{s}" and "{b}" for the path's "{i}"; "{s+1}" counts stages from 1, and "{s=0}" holds
-    for the first stage alone.
+    stage has "{s}" and "{b}" for the path's "{i}". On either side "{s+1}" stands for a number above
+    that of s by 1, so counts from 1, "{s*2+1}" for every second number from 1, and "{s=0}" or
+    "{s+1=1}" holds for the first stage alone. "{n}" in `source` is the number of stages.
 
     Attributes:
       path: in the model.
@@ -73,63 +125,43 @@ class Entry:
     def __post_init__(self) -> None:
         if self.form not in FORMS and self.form not in HEAD_FORMS:
             raise ValueError(f"entry {self.path}: unknown form {self.form!r}")
-        ours, theirs = set(_changes(self.path)), set(_changes(self.source))
+        ours, theirs = _template(self.path).names, _template(self.source).names - {_COUNT}
         if ours != theirs and (ours - theirs, theirs - ours) != ({"i"}, {"s", "b"}):
             raise ValueError(f"entry {self.path}: its fields differ from those of {self.source}")
 
     @property
     def by_stage(self) -> bool:
         """Whether the source counts blocks anew in each stage."""
-        return "i" in _changes(self.path) and "b" in _changes(self.source)
+        return "i" in _template(self.path).names and "b" in _template(self.source).names
 
     def source_name(self, path: str, prefix: str, depths: Sequence[int] = ()) -> str | None:
         """The source name of a jft path, or None when the entry is not about it."""
-        found = _regex(self.path, "").fullmatch(path)
-        if found is None:
+        values = _template(self.path).read(path)
+        if values is None:
             return None
-        values = {name: int(value) for name, value in found.groupdict().items()}
         if self.by_stage:
-            place = _place(values.pop("i"), depths)
+            place = place_of(values.pop("i"), depths)
             if place is None:
                 return None
             values |= zip("sb", place, strict=True)
-        changes = _changes(self.source)
-        if any(op == "=" and values[name] != n for name, (op, n) in changes.items()):
-            return None
-
-        def written(field: re.Match[str]) -> str:
-            name = field[1]
-            return prefix if name == "p" else str(values[name] + _offset(changes[name]))
-
-        return _FIELD.sub(written, self.source)
+        values[_COUNT] = len(depths)
+        return _template(self.source).write(values, prefix)
 
     def fields(self, source: str, prefix: str) -> dict[str, int] | None:
         """The integers of a source name, or None when the entry is not about it."""
-        found = _regex(self.source, prefix).fullmatch(source)
-        if found is None or any(len(value) > _DIGITS for value in found.groupdict().values()):
-            return None
-        changes = _changes(self.source)
-        values = {n: int(value) - _offset(changes[n]) for n, value in found.groupdict().items()}
-        return None if min(values.values(), default=0) < 0 else values
+        return _template(self.source).read(source, prefix)
 
     def path_name(self, source: str, prefix: str, depths: Sequence[int] = ()) -> str | None:
         """The jft path of a source name, or None when the entry is not about it."""
         values = self.fields(source, prefix)
-        if values is None:
+        if values is None or values.pop(_COUNT, len(depths)) != len(depths):
             return None
         if self.by_stage:
             stage, block = values.pop("s"), values.pop("b")
             if stage >= len(depths) or block >= depths[stage]:
                 return None
             values["i"] = sum(depths[:stage]) + block
-        return self.path.format(**values)
-
-
-_DIGITS = 6  # of a block's number
-
-
-def _offset(change: tuple[str, int]) -> int:
-    return change[1] if change[0] == "+" else 0
+        return _template(self.path).write(values)
 
 
 @dataclass(frozen=True)
@@ -148,6 +180,8 @@ class Table:
         when the head is made anew, and belong to no leaf otherwise.
       implies: (module field, value) pairs that hold for whatever is saved under such names, where
         no config.json says so.
+      unsaid: (module field, what it may be) where neither names nor shapes say what is computed: a
+        config.json has to, or the model's own is taken and the report says so.
       exported: whether weights that were read under these names are exported under them, or a
         function of the model that says so; otherwise they get the family's first that is.
       title: whose names they are, for people.
@@ -156,6 +190,10 @@ class Table:
       fields: content of a config.json beside such names -> the module fields that it fixes; without
         it the family's `variant_from_config`.
       constants: model -> arrays that no leaf stands for but a strict load asks for, by name.
+      headless: regexes of source names that only a source without a head has; where one occurs and
+        no head does, the head is made anew.
+      antialias: whether the code that reads these names antialiases position embeddings when it
+        resizes them.
       head_fields: those of `fields` that tell only what stands right before the head; with a head
         made anew the model may have others.
     """
@@ -166,11 +204,14 @@ class Table:
     head: str = r"head/.*"
     before_head: tuple[str, ...] = ()
     implies: tuple[tuple[str, object], ...] = ()
+    unsaid: tuple[tuple[str, str], ...] = ()
     exported: bool | Callable[[Any], bool] = True
     title: str = ""
     config: Callable[[Any], dict[str, Any]] | None = None
     fields: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     constants: Callable[[Any], dict[str, np.ndarray]] | None = None
+    headless: tuple[str, ...] = ()
+    antialias: bool = False
     head_fields: tuple[str, ...] = ()
 
     def writes(self, model: Any) -> bool:
@@ -230,6 +271,10 @@ class Table:
     def ignored(self, source: str) -> bool:
         """Whether a source name is deliberately unread."""
         return any(re.fullmatch(rule, source) for rule in self.ignore)
+
+    def tells_no_head(self, source: str) -> bool:
+        """Whether only a source without a head has a source name."""
+        return any(re.fullmatch(rule, source) for rule in self.headless)
 
     def only_before_head(self, source: str) -> bool:
         """Whether only the source's own head reads a source name."""

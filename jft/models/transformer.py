@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jft.models.conv import patch_conv
 from jft.models.family import range_faults
 from jft.models.layers import (
     GELUS,
@@ -25,17 +26,13 @@ from jft.models.layers import (
     Training,
     attention,
     gelu,
-    matmul,
 )
 from jft.models.staged import Staged, block_index, growing
 from jft.models.table import Entry
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches times a matrix: the strided convolution without a convolution.
-
-    Pixels beyond the last whole patch are dropped, as a strided convolution drops them.
-    """
+    """Non-overlapping patches times a matrix, in rows from the upper left."""
 
     features: int
     patch: int
@@ -45,13 +42,10 @@ class PatchEmbed(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps images [B, H, W, C] to patches [B, (H // patch) * (W // patch), features]."""
-        batch, height, width, channels = x.shape
-        rows, columns, p = height // self.patch, width // self.patch, self.patch
-        x = x[:, : rows * p, : columns * p].astype(self.dtype)
-        x = x.reshape(batch, rows, p, columns, p, channels).swapaxes(2, 3)
-        x = x.reshape(batch, rows * columns, p * p * channels)
-        kernel = self.param("kernel", INIT, (p, p, channels, self.features), jnp.float32)
-        y = matmul(x, kernel.reshape(-1, self.features).astype(self.dtype))
+        shape = (self.patch, self.patch, x.shape[-1], self.features)
+        kernel = self.param("kernel", INIT, shape, jnp.float32)
+        y = patch_conv(x.astype(self.dtype), kernel.astype(self.dtype))
+        y = y.reshape(x.shape[0], -1, self.features)
         if not self.use_bias:
             return y
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)

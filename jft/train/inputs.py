@@ -68,7 +68,7 @@ class Inputs:
       step_flops: phase -> FLOPs of a step an example, prefix included.
       prefix_flops: cut -> FLOPs of the stages below it, forward, an example.
       step_bytes: phase -> what a step takes of a device: leaves, batch, activations.
-      loader: options of the image loader: workers, bad_image_quota, interpolation.
+      loader: options of the image loader: workers, bad_image_quota, fit.
       mixed: whether steps mix the pixels of pairs of images.
     """
 

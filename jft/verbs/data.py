@@ -78,7 +78,7 @@ def inspect_data(args: argparse.Namespace, words: list[str]) -> None:
     splits = make_data(config)
     native, kind = splits.train.image_shape, splits.kind
     task = make_task(config, splits.label_names, native, kind=kind, pixels=splits.pixels)
-    found = inspect_splits(splits, task.image_shape, task.preprocess.interpolation)
+    found = inspect_splits(splits, task.image_shape, task.fit)
     print(inspection_text(found, task.preprocess))
     if args.out:
         out = Path(args.out)
@@ -117,7 +117,7 @@ def _prepare_canvases(args: argparse.Namespace) -> None:
     splits = make_data(config)
     native, kind = splits.train.image_shape, splits.kind
     task = make_task(config, splits.label_names, native, kind=kind, pixels=splits.pixels)
-    how = (task.image_shape, task.preprocess.interpolation, "disk")
+    how = (task.image_shape, task.fit, "disk")
     roots = {id(root): root for s in cached_splits(splits, *how).values() if (root := root_of(s))}
     files = [root.canvases for root in roots.values() if isinstance(root, CanvasSource)]
     if not files:

@@ -202,9 +202,14 @@ def _match_line(match: Match, names: int, text: str) -> str:
         return f"{line}; no model has these shapes"
     args = "".join(f" {_override(name, value)}" for name, value in match.args.items())
     classes = f", {match.num_classes:,} classes" if match.num_classes else ", without a head"
+    unsaid = "".join(
+        f"\n  which model.args.{name} it has, nothing here says: {choices}"
+        for name, choices in match.table.unsaid
+        if name not in match.fields
+    )
     return (
         f"{line}{classes}, {match.channels} channels\n"
-        f"  --config.model.name={match.variant}{args} --config.init.source={text}"
+        f"  --config.model.name={match.variant}{args} --config.init.source={text}{unsaid}"
     )
 
 

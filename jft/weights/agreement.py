@@ -9,6 +9,8 @@ from jft.weights.source import Source
 
 # Fields of a source's config that shape training, not the function that the weights compute.
 _FREE_FIELDS = re.compile(r".*(_rate|momentum)")
+# Those in which a model may differ from its source: what depends on them is resized.
+_ADAPTED_FIELDS = ("window",)
 
 
 def check_card(source: Source, sha256: str) -> None:
@@ -39,7 +41,7 @@ def stated_fields(family: Any, source: Source, table: Table) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if not _FREE_FIELDS.fullmatch(name)}
 
 
-def check_fields(model: Any, source: Source, table: Table, headless: bool = False) -> None:
+def check_fields(model: Any, source: Source, table: Table, headless: bool = False) -> list[str]:
     """Refuses a source that tells of another architecture, epsilon or activation than the model's.
 
     Args:
@@ -48,20 +50,30 @@ def check_fields(model: Any, source: Source, table: Table, headless: bool = Fals
       table: the style of its names.
       headless: whether the model's head is made anew.
 
+    Returns:
+      What nothing says that the source holds, and what is taken for it; for the report.
+
     Raises:
       WeightsError: naming the arguments of the model to change.
     """
     family = getattr(model, "family", None)
     if family is None:
-        return
+        return []
+    fields = stated_fields(family, source, table)
     wrong = {
         name: (value, getattr(model.module, name))
-        for name, value in stated_fields(family, source, table).items()
-        if getattr(model.module, name, value) != value
+        for name, value in fields.items()
+        if name not in _ADAPTED_FIELDS
+        and getattr(model.module, name, value) != value
         and not (headless and name in table.head_fields)
     }
     if not wrong:
-        return
+        return [
+            f"names of {table.title} do not say {name}: taken to be "
+            f"{getattr(model.module, name)!r}, as model.args.{name} has it ({choices})"
+            for name, choices in table.unsaid
+            if name not in fields
+        ]
     where = "its config.json has" if source.config is not None else "weights so named have"
     theirs = " and ".join(f"{name} = {value!r}" for name, (value, _) in wrong.items())
     ours = " and ".join(repr(own) for _, own in wrong.values())

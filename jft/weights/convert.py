@@ -27,6 +27,7 @@ from jft.weights.naming import Leaves, Naming
 from jft.weights.preprocessing import source_preprocess
 from jft.weights.random_weights import write_random
 from jft.weights.readers import read
+from jft.weights.relative_positions import resize_table
 from jft.weights.report import Report as Report
 from jft.weights.report import Row
 from jft.weights.resize import Grids
@@ -76,9 +77,10 @@ def load_pretrained(
     naming = namings.choose_naming(model, leaves, arrays, source)
     reasons = {path: f"by {rule!r}" for rule in fresh for path in select(leaves, rule, "fresh")}
     reasons |= _replaced_head(naming, leaves, arrays, reasons)
-    check_fields(model, found, naming.table, headless=_headless(naming, reasons))
+    notes += check_fields(model, found, naming.table, headless=_headless(naming, reasons))
     shape = namings.image_shape_of(model, image_shape)
-    fit = _make_fit(model, leaves, naming, Grids(leaves, found.config or {}, shape))
+    grids = Grids(leaves, found.config or {}, shape, antialias=naming.table.antialias)
+    fit = _make_fit(model, leaves, naming, grids)
     rows, flat = _assign(fit, arrays, reasons, source)
     flat |= _fresh_leaves(model, reasons, key, shape)
     own = getattr(model, "preprocess", None)
@@ -127,8 +129,11 @@ def _open(
 def _replaced_head(
     naming: Naming, leaves: Leaves, arrays: dict[str, np.ndarray], reasons: Mapping[str, str]
 ) -> dict[str, str]:
-    """path -> reason of the head's leaves, where the source has another number of classes."""
+    """path -> reason of the head's leaves, where the source has other classes, or none ever."""
     head = [path for path in naming.head() if path not in reasons]
+    sign = next((name for name in arrays if naming.table.tells_no_head(name)), None)
+    if sign and not any(naming.names[path].name in arrays for path in head):
+        return {path: f"no head in the source, as {sign!r} shows" for path in head}
     counts = set()
     for path in head:
         origin = naming.names[path]
@@ -166,7 +171,7 @@ class _Fit:
             if have and (*value.shape[:2], channels, value.shape[3]) == wanted:
                 note = adaptation_note(have, channels)
                 return adapt_channels(value, channels), "adapted", note
-        resized = self.grids.resize(path, value)
+        resized = self.grids.resize(path, value) or resize_table(path, value, wanted)
         return resized and (resized[0], "resized", resized[1])
 
 

@@ -97,7 +97,10 @@ def _write_folder(
     card = card | {"weights_sha256": file_sha256(weights)}
     _write_json(folder / "config.json", config)
     if preprocess is not None:
-        _write_json(folder / "preprocessor_config.json", to_hugging_face(preprocess))
+        _write_json(
+            folder / "preprocessor_config.json",
+            to_hugging_face(preprocess, config.get("model_type")),
+        )
     _write_json(folder / "jft.json", card)
     for file in folder.iterdir():
         file.chmod(0o644)

@@ -2,7 +2,8 @@
 
 The revision is a branch, a tag or a commit, `main` by default; one that holds a slash is written
 with %2F, but for `refs/pr/3`. The path is a file, or a folder of the repository. Of a folder come
-config.json, preprocessor_config.json, jft.json and the weights, and nothing that could be executed.
+config.json, the files of the image processor, jft.json and the weights, and nothing that could be
+executed.
 """
 
 import logging
@@ -26,7 +27,7 @@ _SOURCE = re.compile(
 )
 _REVISION = re.compile(r"\w[\w./+-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_BESIDE = ("config.json", "preprocessor_config.json", "jft.json")
+_BESIDE = ("config.json", "preprocessor_config.json", "processor_config.json", "jft.json")
 _WEIGHTS = ("model.safetensors", INDEX, "pytorch_model.bin")
 _READ = (".safetensors", ".npz", ".bin", ".pth", ".pt")
 

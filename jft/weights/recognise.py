@@ -20,6 +20,7 @@ from jft.weights.source import Source
 
 CLASSES = 1000  # where no head says how many there are
 _CHANNELS = 3
+_PREFIX = ("cls_token", "dist_token", "registers")  # [1, count, D], beside the position embeddings
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -69,10 +70,17 @@ class Match:
         for path, shape in self.shapes.items():
             folder, _, name = path.rpartition("/")
             if name == "pos_embedding" and len(shape) == 3 and patch:
-                tokens = shape[1] - int(f"{folder}/cls_token" in self.shapes)
-                side = math.isqrt(max(tokens, 0))
-                return side * patch if side and side * side == tokens else None
+                for extra in self._prefix_tokens(folder):
+                    side = math.isqrt(max(shape[1] - extra, 0))
+                    if side and side * side == shape[1] - extra:
+                        return side * patch
         return None
+
+    def _prefix_tokens(self, folder: str) -> tuple[int, int, int]:
+        """How many tokens before the patches may have a position: the class token, all, none."""
+        shapes = [self.shapes.get(f"{folder}/{name}", ()) for name in _PREFIX]
+        counts = [shape[1] if len(shape) == 3 else 0 for shape in shapes]
+        return counts[0], sum(counts), 0
 
 
 def recognise(source: Source, arrays: Mapping[str, np.ndarray]) -> list[Match]:

@@ -21,6 +21,9 @@ from jft.weights.shards import INDEX, read_index, read_json
 # Of a folder, the first of these that has a file is read; several of one kind are ambiguous.
 _PATTERNS = ("*.safetensors", "*.npz", "*.bin", "*.pth", "*.pt")
 _WEIGHTS = "model.safetensors"
+PROCESSOR = "preprocessor_config.json"
+# Of text and images together, in which newer files keep the image processor's.
+JOINT_PROCESSOR = "processor_config.json"
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Source:
       path: the file or folder.
       files: the weight files in reading order.
       config: content of config.json beside them, or None.
-      preprocess: content of preprocessor_config.json beside them, or None.
+      preprocess: content of the image processor's file beside them, or None.
+      preprocess_file: the name of that file.
       card: content of jft.json beside them (written by `export_weights`), or None.
       weight_map: tensor name -> file name, of a sharded safetensors folder.
       revision: the commit that a source on a hub was resolved to, else None.
@@ -46,6 +50,7 @@ class Source:
     card: dict[str, Any] | None = None
     weight_map: Mapping[str, str] | None = field(default=None, repr=False)
     revision: str | None = None
+    preprocess_file: str = PROCESSOR
 
     def sha256(self) -> str:
         """SHA-256 of the file; of several, of their (name, SHA-256) lines in reading order."""
@@ -75,16 +80,28 @@ def resolve(source: str) -> Source:
     else:
         folder = path
         files, weight_map = _folder_files(source, path)
+    preprocess, preprocess_file = _processor(folder)
     return Source(
         text=source,
         path=path,
         files=files,
         config=read_json(folder / "config.json"),
-        preprocess=read_json(folder / "preprocessor_config.json"),
+        preprocess=preprocess,
+        preprocess_file=preprocess_file,
         card=read_json(folder / "jft.json"),
         weight_map=weight_map,
         revision=revision,
     )
+
+
+def _processor(folder: Path) -> tuple[dict[str, Any] | None, str]:
+    """Content and name of the image processor's file, in transformers' own order."""
+    joint = (read_json(folder / JOINT_PROCESSOR) or {}).get("image_processor")
+    if joint is None:
+        return read_json(folder / PROCESSOR), PROCESSOR
+    if not isinstance(joint, dict):
+        raise WeightsError(f"{folder / JOINT_PROCESSOR}: image_processor is no JSON object")
+    return joint, JOINT_PROCESSOR
 
 
 def locate(source: str) -> Path:

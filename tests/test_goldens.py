@@ -1,0 +1,227 @@
+"""What `make_goldens.py` recorded of small models of timm and torchvision, replayed in jft."""
+
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import golden_files
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from parity import GRADIENTS, HIDDEN, LOGITS
+from safetensors.numpy import save_file
+
+from jft.models.mbconv import B0_BLOCKS, scale
+from jft.models.zoo import make_model
+from jft.weights.convert import load_pretrained
+from jft.weights.recognise import recognise
+from jft.weights.source import Source
+
+
+@dataclass(frozen=True)
+class Twin:
+    """The model of jft that a golden is about.
+
+    Attributes:
+      variant: of jft.
+      args: of the variant.
+      loaded: arguments that the file asks for and that are changed back after it is read: what its
+        reference computes otherwise than its authors did.
+    """
+
+    variant: str
+    args: dict = field(default_factory=dict)
+    loaded: dict = field(default_factory=dict)
+
+    def model(self, golden, **changed):
+        args = self.args | {"image_size": golden["image_shape"][1]} | changed
+        return make_model(name=self.variant, args=args, num_classes=golden["logits"]["shape"][1])
+
+
+def _lite(width, depth):
+    """Blocks of a Lite network: the first and the last group do not repeat more often."""
+    scaled = scale(B0_BLOCKS, width, depth)
+    return tuple((1, *scaled[at][1:]) if at in (0, 6) else scaled[at] for at in range(7))
+
+
+_SYMMETRIC = {"padding": "symmetric", "norm_epsilon": 1e-5}
+_VIT_45 = {"patch": 9, "features": 60, "depth": 3, "heads": 5, "mlp_features": 90}
+_VIT_32 = {"patch": 8, "features": 48, "depth": 2, "heads": 3, "mlp_features": 96}
+TWINS = {
+    "timm-efficientnet-symmetric": Twin(
+        "efficientnet_b0", {"width": 0.3, "depth": 0.6, "divisor": 4} | _SYMMETRIC
+    ),
+    "timm-efficientnet-same": Twin("efficientnet_b0", {"width": 0.4, "depth": 0.3}),
+    "timm-efficientnet-lite-symmetric": Twin(
+        "efficientnet_lite0", {"blocks": _lite(0.3, 0.3)} | _SYMMETRIC
+    ),
+    "timm-efficientnet-lite-same": Twin("efficientnet_lite0", {"blocks": _lite(0.2, 0.6)}),
+    "torchvision-efficientnet-7": Twin(
+        "efficientnet_b0", {"width": 0.4, "depth": 0.4} | _SYMMETRIC
+    ),
+    "torchvision-efficientnet-3": Twin(
+        "efficientnet_tiny",
+        {"width": 0.5, "blocks": ((1, 5, 1, 1, 40), (3, 3, 2, 4, 48), (2, 5, 2, 3, 64))}
+        | _SYMMETRIC,
+    ),
+    # timm reads AugReg's files with the exact GELU, which is not what they were trained with.
+    "timm-vit-augreg-exact": Twin(
+        "vit_tiny", _VIT_45 | {"epsilon": 1e-6, "gelu": "exact"}, {"gelu": "tanh"}
+    ),
+    "timm-vit-augreg-tanh": Twin("vit_tiny", _VIT_32 | {"epsilon": 1e-6, "gelu": "tanh"}),
+}
+
+
+@functools.cache
+def golden_of(name):
+    return golden_files.load(name)
+
+
+def write(folder, arrays):
+    """`source` of a file with the arrays: npz for names of Flax, safetensors for those of torch."""
+    if any("/" in name for name in arrays):
+        np.savez(folder / "weights.npz", **arrays)
+        return f"file:{folder / 'weights.npz'}"
+    save_file(arrays, folder / "model.safetensors")
+    return f"file:{folder / 'model.safetensors'}"
+
+
+def load(name, folder, change=None):
+    """(golden, model, variables, report) through the real loader; `change` makes a mutant."""
+    golden, twin = golden_of(name), TWINS[name]
+    arrays = golden_files.make_arrays(golden)
+    source = write(folder, change(arrays) if change else arrays)
+    variables, report = load_pretrained(twin.model(golden, **twin.loaded), source)
+    return golden, twin.model(golden), variables, report
+
+
+def distances(golden, model, variables, gradient=True):
+    """{what: distance from the golden}, of the outputs of stages, logits and input gradient."""
+
+    def outputs(variables, x):
+        states = {}
+        for index, stage in enumerate(model.stages):
+            x = states[stage] = model.apply(variables, x, start=index, stop=index + 1)
+        return jax.nn.logsumexp(x, axis=1).sum(), states
+
+    x = jnp.asarray(golden_files.pictures(golden["image_shape"]))
+    if gradient:
+        outputs = jax.value_and_grad(outputs, argnums=1, has_aux=True)
+    else:
+        outputs = functools.partial(lambda of, *given: (of(*given), None), outputs)
+    (_, states), found = jax.jit(outputs)(variables, x)
+    assert golden["states"].keys() < states.keys()
+    wanted = golden["states"] | {"logits": golden["logits"]}
+    states["logits"] = states[model.stages[-1]]
+    if gradient:
+        wanted, states["gradient"] = wanted | {"gradient": golden["gradient"]}, found
+    return {what: float(golden_files.distance(states[what], it)) for what, it in wanted.items()}
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_outputs_of_stages_logits_and_input_gradients_are_the_originals(name, tmp_path):
+    golden, model, variables, report = load(name, tmp_path)
+    assert report.coverage == 1.0 and report.paths("loaded") == [row.path for row in report.rows]
+    far = distances(golden, model, variables)
+    for what, distance in far.items():
+        bar = {"logits": LOGITS, "gradient": GRADIENTS}.get(what, HIDDEN)
+        assert distance <= bar, what
+
+
+def swap(arrays, parts):
+    """The arrays with `parts` of their names in each other's place."""
+    one, other = parts
+    found = dict(arrays)
+    for name in arrays:
+        if one in name:
+            twin = name.replace(one, other)
+            found[name], found[twin] = arrays[twin], arrays[name]
+    assert any(found[name] is not arrays[name] for name in arrays)
+    return found
+
+
+# golden -> {what is wrong: arguments, or a change of the arrays, that must show}
+WRONG = {
+    "timm-vit-augreg-exact": {
+        "epsilon": {"epsilon": 1e-12},
+        "gelu": {"gelu": "tanh"},
+        "query and key": functools.partial(swap, parts=("query", "key")),
+        "layers": functools.partial(swap, parts=("encoderblock_0", "encoderblock_1")),
+    },
+    "timm-efficientnet-symmetric": {
+        "epsilon": {"norm_epsilon": 1e-3},
+        "layers": functools.partial(swap, parts=("blocks.3.0.bn3", "blocks.3.1.bn3")),
+    },
+    "timm-efficientnet-same": {"padding": {"padding": "symmetric"}},
+    "timm-efficientnet-lite-same": {
+        "padding": {"padding": "symmetric"},
+        "statistics": functools.partial(swap, parts=("running_mean", "bias")),
+    },
+    "torchvision-efficientnet-7": {
+        "squeeze": functools.partial(swap, parts=("7.0.block.0.1.weight", "7.0.block.1.1.weight"))
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [(name, what) for name, wrong in WRONG.items() for what in wrong]
+)
+def test_what_is_wrong_shows(name, what, tmp_path):
+    wrong = WRONG[name][what]
+    mutant = {"change": wrong} if callable(wrong) else {}
+    golden, model, variables, _ = load(name, tmp_path, **mutant)
+    if not callable(wrong):
+        model = TWINS[name].model(golden, **wrong)
+    far = distances(golden, model, variables, gradient=False)
+    assert max(far[stage] for stage in golden["states"]) > 2 * HIDDEN
+
+
+# --- published sizes --------------------------------------------------------------------------
+
+_SIZES = [*(f"b{number}" for number in range(5)), *(f"lite{number}" for number in range(5))]
+# file of shapes -> {name in its library: (variant of jft, its arguments)}
+PUBLISHED = {
+    "efficientnet": {
+        **{f"timm/efficientnet_{of}": (f"efficientnet_{of}", _SYMMETRIC) for of in _SIZES},
+        **{f"timm/tf_efficientnet_{of}": (f"efficientnet_{of}", {}) for of in _SIZES},
+        **{
+            f"torchvision/efficientnet_{of}": (f"efficientnet_{of}", _SYMMETRIC)
+            for of in _SIZES[:5]
+        },
+    }
+}
+_LONG = [f"{library}/{tf}efficientnet_{of}" for library in ("timm", "torchvision")
+         for tf in ("", "tf_") for of in _SIZES if of not in ("b0", "b4", "lite4")]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        pytest.param(family, name, marks=[pytest.mark.slow] if name in _LONG else [])
+        for family, names in PUBLISHED.items()
+        for name in names
+    ],
+)
+def test_files_of_published_sizes_are_recognised_whole(family, name):
+    """Every name is read or ignored, every leaf is filled: what a strict load asks for."""
+    models = golden_of(f"shapes-{family}")["models"]
+    config, tensors = models[name].get("config"), models[name]["tensors"]
+    if isinstance(tensors, str):  # those of another model
+        tensors = models[tensors]["tensors"]
+    arrays = golden_files.empty_arrays(tensors)
+    source = Source(name, Path(name), (), config)
+    (match,) = recognise(source, arrays)
+    assert (match.variant, dict(match.args)) == PUBLISHED[family][name]
+    assert match.known + match.ignored == len(arrays)
+    assert match.table.title.lower().startswith(name.partition("/")[0])
+    if config is None:
+        return
+    model = make_model(
+        name=match.variant, args=match.args, num_classes=match.num_classes or config["num_classes"]
+    )
+    written = match.table.config(model)
+    for key in ("architecture", "num_classes"):
+        assert written[key] == config[key]
+    for key in ("first_conv", "classifier"):
+        assert written["pretrained_cfg"][key] == config["pretrained_cfg"][key]
