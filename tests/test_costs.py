@@ -30,13 +30,15 @@ SUMS_BYTES = 3 * 4  # loss, correct answers and weights, float32
 FLOPS_BAR, TEMP_BAR = 0.05, 1.05
 MODELS = {
     "vit_tiny": {"depth": 2},
+    "clip_tiny": {"depth": 2, "pooling": "cls", "projection": 24},
+    "siglip_tiny": {"depth": 2, "pooling": "probe"},
     # Two blocks, so that the file compiles in seconds: with and without an expansion.
     "efficientnet_lite_tiny": {"blocks": [[1, 3, 1, 1, 8], [1, 5, 2, 3, 16]]},
     "efficientnet_tiny": {"blocks": [[1, 3, 1, 1, 64], [1, 5, 2, 3, 96]]},
     "swin_tiny": {"depths": [2, 1], "window": 2},
 }
-# Siblings are in the default suite: without squeeze-and-excitation, and with attention to all.
-SLOW = {"efficientnet_tiny", "swin_tiny"}
+# Siblings are in the default suite: without squeeze-and-excitation, and plain transformers.
+SLOW = {"efficientnet_tiny", "swin_tiny", "clip_tiny", "siglip_tiny"}
 PHASES = {"head": "head", "half": "block[-1:] + final + head", "all": "all"}
 MODES = ("pmap", "auto")
 every_phase = pytest.mark.parametrize("phase", PHASES)
@@ -98,7 +100,7 @@ def cost(model: str, mode: str, phase: str, make=None) -> hlo.Cost:
 
 def config(model: str, mode: str) -> ConfigDict:
     path = built.folder / f"{model}.npz"
-    side = 32 if model == "vit_tiny" else canvas_side(16, 0.875)
+    side = 32 if MODELS[model].get("depth") else canvas_side(16, 0.875)
     if not path.exists():
         label = np.arange(BATCH) % 10
         np.savez(path, image=np.zeros((BATCH, side, side, 3), np.uint8), label=label)

@@ -109,8 +109,8 @@ def make_groups(
     Args:
       paths: every leaf, in network order of stages.
       structural: ordered (name, pattern), covering every leaf; a capture in the pattern numbers
-        the group: ("block", r"blocks_(\\d+)/.*") makes block[0], block[1], ... Without any, each
-        top-level module is a group.
+        the group: ("block", r"blocks_(\\d+)/.*") makes block[0], block[1], ... One that matches
+        nothing in this model is left out. Without any, each top-level module is a group.
       sets: cross-cutting (name, pattern); one that matches nothing in this model is left out.
       extra: the user's own (name, pattern); one that matches nothing is an error.
     """
@@ -118,6 +118,7 @@ def make_groups(
     if not structural:
         tops = dict.fromkeys(path.split("/")[0] for path in paths)
         structural = [(top, re.escape(top) + "(?:/.*)?") for top in tops]
+    structural = [one for one in structural if any(re.fullmatch(one[1], path) for path in paths)]
     matched = match(paths, [(pattern, name) for name, pattern in structural], "model groups")
     order: dict[str, None] = {}
     counts: dict[str, int] = {}

@@ -42,9 +42,8 @@ class Clip(Tower):
         """Runs a stage; "pool" and "norm" map [B, N, D] to [B, D]."""
         rate, dtype = self.dropout_rate, self.dtype
         if name == "embed":
-            return Embed(self.features, self.patch, True, rate, dtype, patch_bias=False, name=name)(
-                x, training
-            )
+            form = (self.features, self.patch, True, rate, dtype)
+            return Embed(*form, patch_bias=False, name=name)(x, training)
         if name == "pre_norm":
             return LayerNorm(self.epsilon, dtype, name=name)(x)
         if name == "pool":
@@ -77,9 +76,10 @@ _STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def _preprocess(variant: str) -> Preprocess:
-    """The shorter side to the image size by a bicubic filter, and the centre."""
-    mean, std = (tuple(255 * value for value in values) for values in (_MEAN, _STD))
-    return Preprocess(mean, std, _PIXELS.get(variant, 224), interpolation="bicubic")
+    """The shorter side to the image size by a bicubic filter, and the centre of whole pixels."""
+    mean, std = (tuple(round(255 * x, 6) for x in values) for values in (_MEAN, _STD))
+    size = _PIXELS.get(variant, 224)
+    return Preprocess(mean, std, size, interpolation="bicubic", rounding="down")
 
 
 def _faults(module: Clip, image_size: int) -> dict[str, str]:
@@ -108,9 +108,9 @@ FAMILY = Family(
     },
     tables=TABLES,
     groups=(
-        ("embed", r"(embed|pre_norm)/.*"),
+        ("embed", r"(?:embed|pre_norm)/.*"),
         ("block", r"blocks_(\d+)/.*"),
-        ("final", r"(norm|projection)/.*"),
+        ("final", r"(?:norm|projection)/.*"),
         ("head", r"head/.*"),
     ),
     sets=(("norm", r"(.*/)?(pre_)?norm\d?/.*"), *(one for one in SETS if one[0] != "norm")),

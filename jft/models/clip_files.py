@@ -161,6 +161,7 @@ HF_TABLE = Table(
     prefixes=("vision_model.", ""),
     title="Hugging Face",
     head_fields=("pooling", "projection"),
+    headless=(r"text_model\..*", r"visual_projection\.weight"),
     constants=_constants,
     exported=lambda model: _in_transformers(model) or not _in_timm(model),
 )
@@ -214,13 +215,14 @@ TIMM_TABLE = Table(
     title="timm",
     config=_timm_config,
     fields=_timm_fields,
+    antialias=True,
     head_fields=("pooling", "projection"),
     exported=_in_timm,
 )
 
 _BLOCK = "{p}transformer.resblocks.{i}"
 # Names of https://github.com/openai/CLIP and https://github.com/mlfoundations/open_clip. Neither
-# has a classifier, and no name tells which form of GELU was trained.
+# has a classifier.
 OPENAI_TABLE = Table(
     entries=(
         Entry("embed/cls_token", "{p}class_embedding", "token"),
@@ -248,6 +250,9 @@ OPENAI_TABLE = Table(
         r"visual\.(proj|ln_post\..*)",
     ),
     prefixes=("visual.",),
+    headless=(r"visual\.proj",),
+    unsaid=(("gelu", "'quick' of OpenAI, 'exact' of most others"),),
+    antialias=True,  # in OpenCLIP
     title="OpenAI and OpenCLIP",
     exported=False,
 )

@@ -144,7 +144,8 @@ def _variant(size: str, patch: int) -> dict[str, int]:
 def _preprocess(variant: str) -> Preprocess:
     """The whole image to a square by a bicubic filter, mean and std 0.5."""
     size = 32 if variant == "siglip_tiny" else _VARIANTS[variant][2]
-    return Preprocess((127.5,) * 3, (127.5,) * 3, size, interpolation="bicubic")
+    half = (127.5,) * 3
+    return Preprocess(half, half, size, interpolation="bicubic", resize="square")
 
 
 def _faults(module: Siglip, image_size: int) -> dict[str, str]:
@@ -167,7 +168,7 @@ FAMILY = Family(
     groups=(
         ("embed", r"embed/.*"),
         ("block", r"blocks_(\d+)/.*"),
-        ("final", r"(norm|pool)/.*"),
+        ("final", r"(?:norm|pool)/.*"),
         ("head", r"head/.*"),
     ),
     sets=SETS,

@@ -85,6 +85,7 @@ HF_TABLE = Table(
     prefixes=("vision_model.", ""),
     title="Hugging Face",
     head_fields=("pooling",),
+    headless=(r"text_model\..*",),
     exported=lambda model: model.module.pooling == "mean" or not _in_timm(model),
 )
 
@@ -99,7 +100,9 @@ _TIMM_NAMES = {
 }
 _TIMM_NAME = re.compile(r"vit_([a-z0-9]+)_patch(\d+)_siglip(_gap)?_(\d+)")
 # The first files were trained with the tanh form too; timm runs them with the exact one.
-_TIMM_TANH = re.compile(r"vit_(base_patch32|large_patch16_.*512|so400m_patch16|giantopt)_.*")
+_TIMM_TANH = re.compile(
+    r"vit_(base_patch32|so400m_patch16|giantopt_patch16)_.*|vit_large_patch16_siglip(_gap)?_512"
+)
 
 
 def _timm_config(model: Any) -> dict[str, Any]:
@@ -146,6 +149,8 @@ TIMM_TABLE = Table(
     config=_timm_config,
     fields=_timm_fields,
     head_fields=("pooling",),
+    headless=(r"text\..*",),
+    antialias=True,
     exported=_in_timm,
 )
 
@@ -169,6 +174,7 @@ BIG_VISION_TABLE = flax_table(
         r"(params/)?(img/)?MAPHead_0/.*",
     ),
     prefixes=("params/img/", "params/", "img/", ""),
+    headless=(r"(params/)?(txt/.*|t|b)",),
     title="big_vision",
 )
 TABLES = (HF_TABLE, TIMM_TABLE, BIG_VISION_TABLE)
