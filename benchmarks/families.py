@@ -62,7 +62,7 @@ def measure(workload: Workload, window_seconds: float, blocks: int) -> dict[str,
 
     model = workload.zoo_model()
     side, channels = model.preprocess.image_size, len(model.preprocess.mean)
-    image = jax.ShapeDtypeStruct((1, side, side, channels), "float32")
+    image = jax.numpy.zeros((1, side, side, channels))
     variables = model.init(jax.random.key(0), image)
     leaves = tuple(flatten(variables.get(kind, {})) for kind in ("params", "batch_stats"))
     bare = Bare(model, 0, leaves, workload.batches())
