@@ -53,6 +53,8 @@ class Export:
 
 SYMMETRIC = {"padding": "symmetric", "norm_epsilon": 1e-5}
 SIZED = {"image_size": 64}
+EPSILON = {"epsilon": 1e-6}
+VISION = "torchvision.models.VisionTransformer"
 
 
 def timm_tiny(blocks, features, act, pad, epsilon):
@@ -95,6 +97,26 @@ EXPORTS = [
         f"torchvision.models.efficientnet_b0(num_classes={CLASSES})",
         SYMMETRIC | SIZED,
         1.45,
+    ),
+    *(
+        Export("vit_tiny", "timm", args=EPSILON | args)
+        for args in (
+            {},
+            {"gelu": "tanh", "qkv_bias": False, "mlp_features": 83},
+            {"layer_scale": True, "class_position": False},
+            {"pooling": "mean", "class_token": False, "registers": 4},
+        )
+    ),
+    Export(
+        "vit_tiny",
+        "timm, norm after the mean",
+        args=EPSILON | {"pooling": "mean", "norm_pooled": True, "registers": 2},
+    ),
+    Export("vit_ti16", "timm", args=EPSILON | {"image_size": 48}),
+    Export("deit_tiny", "timm", args=EPSILON),
+    *(
+        Export("vit_tiny", names, f"{VISION}(32, 8, 4, 4, 32, 64, num_classes={CLASSES})", EPSILON)
+        for names in ("torchvision", "torchvision, before 0.14")
     ),
 ]
 

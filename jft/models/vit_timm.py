@@ -37,6 +37,9 @@ def _entries(norm: str, scales: tuple[str, str]) -> tuple[Entry, ...]:
     )
 
 
+# What stands right before the head, and may be another before another head.
+HEAD_FIELDS = ("pooling", "norm_pooled", "distillation_head")
+
 # --- config.json ------------------------------------------------------------------------------
 
 OWN_TYPE = "jft_vit"  # model_type of models that no other library has
@@ -146,8 +149,6 @@ def _settled(fields: Mapping[str, Any]) -> dict[str, Any]:
 def timm_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """The module fields that timm's config.json fixes.
 
-    Where the source has no head, nothing is said of what stands right before one.
-
     Raises:
       WeightsError: it is of a model that this family has not.
     """
@@ -168,8 +169,6 @@ def timm_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         fields.pop("class_position")  # of no token
     if fields["pooling"] == "cls":
         fields.pop("norm_pooled")  # the same either way
-    if not config.get("num_classes", 1):
-        fields = {k: v for k, v in fields.items() if k not in ("pooling", "norm_pooled")}
     return fields
 
 
@@ -231,7 +230,7 @@ def _config(model: Any) -> dict[str, Any]:
         args[names[field]] = written[field](value) if field in written else value
     if module.pooling == "mean":  # timm would take it for True otherwise
         args["fc_norm"] = module.norm_pooled
-    classifier = ["head", "head_dist"] if module.distillation_head else "head"
+    classifier: Any = ["head", "head_dist"] if module.distillation_head else "head"
     return timm_config(model, name, first_conv="patch_embed.proj", classifier=classifier, **args)
 
 
@@ -258,7 +257,8 @@ def _table(norm: str, scales: tuple[str, str], **options: Any) -> Table:
     return Table(
         entries=_entries(norm, scales),
         ignore=(r"decoder_.*", r"mask_token"),
-        before_head=(r"pre_logits\..*",),
+        before_head=(r"(pre_logits|head_dist)\..*",),
+        head_fields=HEAD_FIELDS,
         headless=(r"decoder_.*",),
         implies=implied,
         config=_config,

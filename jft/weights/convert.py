@@ -2,7 +2,7 @@
 
 Every leaf is loaded, fresh because the config or a change of classes says so, or an error that
 names it; every name in the source is read, deliberately ignored, or an error. What no table can see
-are two tensors of equal shape that changed places: golden logits catch those.
+are two tensors of equal shape that changed places: certificates (`jft weights check`) catch those.
 """
 
 import itertools
@@ -79,8 +79,7 @@ def load_pretrained(
     reasons |= _replaced_head(naming, leaves, arrays, reasons)
     notes += check_fields(model, found, naming.table, headless=_headless(naming, reasons))
     shape = namings.image_shape_of(model, image_shape)
-    grids = Grids(leaves, found.config or {}, shape, antialias=naming.table.antialias)
-    fit = _make_fit(model, leaves, naming, grids)
+    fit = _make_fit(model, leaves, naming, found, shape)
     rows, flat = _assign(fit, arrays, reasons, source)
     flat |= _fresh_leaves(model, reasons, key, shape)
     own = getattr(model, "preprocess", None)
@@ -175,7 +174,10 @@ class _Fit:
         return resized and (resized[0], "resized", resized[1])
 
 
-def _make_fit(model: Any, leaves: Leaves, naming: Naming, grids: Grids) -> _Fit:
+def _make_fit(
+    model: Any, leaves: Leaves, naming: Naming, source: Source, shape: tuple[int, int, int]
+) -> _Fit:
+    grids = Grids(leaves, source.config or {}, shape, antialias=naming.table.antialias)
     family = getattr(model, "family", None)
     return _Fit(leaves, naming, grids, family.first_conv if family else None)
 

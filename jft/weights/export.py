@@ -145,7 +145,7 @@ def _card(
         "format_version": FORMAT_VERSION,
         "family": family.name if family else None,
         "variant": getattr(model, "variant", None),
-        "model_args": _model_args(model),
+        "model_args": args_of(model),
         "num_classes": getattr(model, "num_classes", None),
         "label_names": list(label_names) if label_names is not None else None,
         "preprocess": preprocess.to_dict() if preprocess else None,
@@ -153,7 +153,7 @@ def _card(
     }
 
 
-def _model_args(model: Any) -> dict[str, Any]:
+def args_of(model: Any) -> dict[str, Any]:
     """Fields of the module as `make_model(args=...)` takes them, and the image size."""
     module = getattr(model, "module", None)
     if getattr(model, "family", None) is None or not isinstance(module, nn.Module):

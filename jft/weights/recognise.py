@@ -21,6 +21,7 @@ from jft.weights.source import Source
 CLASSES = 1000  # where no head says how many there are
 _CHANNELS = 3
 _PREFIX = ("cls_token", "dist_token", "registers")  # [1, count, D], beside the position embeddings
+_MOST_PIXELS = 2048  # a side that is believed
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -39,6 +40,7 @@ class Match:
       fields: module fields that the source states.
       variant: whose leaves have just these shapes; None where none has.
       args: what `make_model` must be given for that, beside the name and the classes.
+      stated_size: side of the images that the source's config.json states.
     """
 
     family: Family
@@ -50,6 +52,7 @@ class Match:
     fields: Mapping[str, Any]
     variant: str | None = None
     args: Mapping[str, Any] = field(default_factory=dict)
+    stated_size: int | None = None
 
     @property
     def num_classes(self) -> int | None:
@@ -65,7 +68,10 @@ class Match:
 
     @property
     def image_size(self) -> int | None:
-        """Side of the images in pixels, where position embeddings show a square grid."""
+        """Side of the images in pixels, where position embeddings or the source's config tell it.
+
+        What the config states counts where the embeddings have as many whole patches.
+        """
         patch = self.shapes.get(self.family.first_conv or "", (0,))[0]
         for path, shape in self.shapes.items():
             folder, _, name = path.rpartition("/")
@@ -73,8 +79,10 @@ class Match:
                 for extra in self._prefix_tokens(folder):
                     side = math.isqrt(max(shape[1] - extra, 0))
                     if side and side * side == shape[1] - extra:
-                        return side * patch
-        return None
+                        stated = self.stated_size or 0
+                        return stated if stated // patch == side else side * patch
+                return None
+        return self.stated_size
 
     def _prefix_tokens(self, folder: str) -> tuple[int, int, int]:
         """How many tokens before the patches may have a position: the class token, all, none."""
@@ -123,6 +131,26 @@ def fitting_model(name: str, source: Source, arrays: Mapping[str, np.ndarray]) -
     return _model(name, args, match)
 
 
+def recognised_model(source: Source, arrays: Mapping[str, np.ndarray]) -> Model:
+    """The one model that a source's names and shapes belong to.
+
+    Raises:
+      WeightsError: there is none, or more than one.
+    """
+    matches = [match for match in recognise(source, arrays) if match.variant]
+    names = [str(match.variant) for match in matches]
+    if not names:
+        raise WeightsError(
+            f"source {source.text!r}: no model has just these names and shapes; jft weights show"
+            " tells which families know them, --model=NAME fits them to a model"
+        )
+    if len(names) > 1:
+        raise WeightsError(
+            f"source {source.text!r}: could be {', '.join(names)}; choose with --model=NAME"
+        )
+    return _model(names[0], matches[0].args, matches[0])
+
+
 def _matches(family: Family, source: Source, arrays: Mapping[str, np.ndarray]) -> list[Match]:
     """One match a table that knows most of the names."""
     arrays, _ = namings.without_module_prefix(dict(arrays))
@@ -153,7 +181,11 @@ def _match(family: Family, table: Table, source: Source, arrays: Mapping[str, np
         fields = fields | {"heads": heads}
     if depths and hasattr(family.module, "depths"):
         fields = {"depths": depths} | fields
-    return Match(family, table, known, ignored, shapes, frozenset(optional), fields)
+    stated = (source.config or {}).get("image_size")
+    size = stated if type(stated) is int and 0 < stated <= _MOST_PIXELS else None
+    return Match(
+        family, table, known, ignored, shapes, frozenset(optional), fields, stated_size=size
+    )
 
 
 def _with_variant(match: Match) -> Match:
