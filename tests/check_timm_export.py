@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from jft.models.zoo import make_model
 from jft.tree import unflatten
 from jft.weights.export import export_weights
-from jft.weights.naming import abstract_leaves
+from jft.weights.naming import abstract_leaves, naming_of
 
 LOCAL = "timm.create_model('local-dir:{folder}', pretrained=True)"
 
@@ -91,6 +91,19 @@ EXPORTS = [
         for variant in ("efficientnet_b0", "efficientnet_b1", "efficientnet_lite0")
         for args in ({}, SYMMETRIC)
     ),
+    *(
+        Export("dinov2_tiny", "timm", args={"pooling": pooling, "gated": gated, "registers": count})
+        for pooling in ("cls", "mean")
+        for gated, count in ((False, 0), (True, 0))
+    ),
+    *(
+        Export(
+            "dinov2_tiny",
+            "timm",
+            args={"pooling": "cls", "class_position": False, "gated": gated, "registers": count},
+        )
+        for gated, count in ((False, 0), (True, 2))
+    ),
     Export(
         "efficientnet_b0",
         "torchvision",
@@ -134,7 +147,13 @@ def run(case, folder):
     """The distance of a case."""
     model = make_model(name=case.variant, args=case.args, num_classes=CLASSES)
     variables = made(model, case.gain)
-    table = next(i for i, one in enumerate(model.family.tables) if one.title == case.names)
+    leaves = abstract_leaves(model)
+    naming = max(  # of those of one title, the one that knows the model
+        (naming_of(model, leaves, at) for at in range(len(model.family.tables))),
+        key=lambda naming: (naming.table.title == case.names, len(naming.names)),
+    )
+    table = naming.index
+    assert naming.table.title == case.names and naming.table.writes(model)
     export_weights(model, variables, folder, table=table)
     scope = {"functools": functools, "timm": timm, "torchvision": torchvision, "torch": torch}
     peer = eval(case.loader.format(folder=folder), scope)  # the loaders stand in this file

@@ -315,7 +315,28 @@ VIT = {
     ),
 }
 
-CASES = EFFICIENTNET | VIT
+# --- DINOv2 -----------------------------------------------------------------------------------
+
+TOWER_SMALL = r"cls_token|reg_token|pos_embed|patch_embed\..*"
+DINOV2 = {
+    "timm-dinov2-token": Case(
+        "timm.create_model('vit_small_patch14_dinov2', img_size=45, patch_size=9, embed_dim=60, "
+        f"depth=3, num_heads=5, mlp_ratio=1.5, num_classes={CLASSES})",
+        timm_vit_stages,
+        (2, 45, 45, 3),
+        small=TOWER_SMALL,
+    ),
+    "timm-dinov2-gated-registers": Case(
+        "timm.create_model('vit_giant_patch14_reg4_dinov2', img_size=42, patch_size=7, "
+        "embed_dim=48, depth=2, num_heads=3, mlp_ratio=4, reg_tokens=3, global_pool='avg', "
+        f"fc_norm=False, num_classes={CLASSES})",
+        timm_vit_stages,
+        (2, 42, 42, 3),
+        small=TOWER_SMALL,
+    ),
+}
+
+CASES = EFFICIENTNET | VIT | DINOV2
 
 # --- published sizes --------------------------------------------------------------------------
 

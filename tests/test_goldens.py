@@ -70,6 +70,12 @@ TWINS = {
         "vit_tiny", _VIT_45 | {"epsilon": 1e-6, "gelu": "exact"}, {"gelu": "tanh"}
     ),
     "timm-vit-augreg-tanh": Twin("vit_tiny", _VIT_32 | {"epsilon": 1e-6, "gelu": "tanh"}),
+    "timm-dinov2-token": Twin("dinov2_tiny", _VIT_45 | {"registers": 0, "pooling": "cls"}),
+    "timm-dinov2-gated-registers": Twin(
+        "dinov2_tiny",
+        {"patch": 7, "features": 48, "depth": 2, "heads": 3, "mlp_features": 96, "gated": True}
+        | {"registers": 3, "pooling": "mean", "class_position": False},
+    ),
 }
 
 
@@ -141,6 +147,14 @@ def swap(arrays, parts):
     return found
 
 
+def roll(arrays, part):
+    """The arrays with the leaves that those named so hold in another order."""
+    held = {"attn.qkv": 3, "mlp.fc1": 2}[part]
+    found = {n: np.roll(a, len(a) // held, axis=0) if part in n else a for n, a in arrays.items()}
+    assert any(found[name] is not arrays[name] for name in arrays)
+    return found
+
+
 # golden -> {what is wrong: arguments, or a change of the arrays, that must show}
 WRONG = {
     "timm-vit-augreg-exact": {
@@ -157,6 +171,12 @@ WRONG = {
     "timm-efficientnet-lite-same": {
         "padding": {"padding": "symmetric"},
         "statistics": functools.partial(swap, parts=("running_mean", "bias")),
+    },
+    "timm-dinov2-gated-registers": {
+        "epsilon": {"epsilon": 1e-12},
+        "query and value": functools.partial(roll, part="attn.qkv"),
+        "gate and up": functools.partial(roll, part="mlp.fc1"),
+        "scales": functools.partial(swap, parts=("blocks.0.ls1", "blocks.0.ls2")),
     },
     "torchvision-efficientnet-7": {
         "squeeze": functools.partial(swap, parts=("7.0.block.0.1.weight", "7.0.block.1.1.weight"))
@@ -177,6 +197,17 @@ def test_what_is_wrong_shows(name, what, tmp_path):
     assert max(far[stage] for stage in golden["states"]) > 2 * HIDDEN
 
 
+@pytest.mark.parametrize("name", [name for name in TWINS if golden_of(name).get("config")])
+def test_a_file_and_timms_config_tell_the_whole_model(name, tmp_path):
+    golden, twin = golden_of(name), TWINS[name]
+    source = Source(name, tmp_path, (), golden["config"])
+    (match,) = recognise(source, golden_files.empty_arrays(golden["tensors"]))
+    found = make_model(name=match.variant, args=match.args, num_classes=match.num_classes)
+    wanted = twin.model(golden)
+    assert found.module == wanted.module
+    assert found.preprocess.image_size == wanted.preprocess.image_size
+
+
 # --- published sizes --------------------------------------------------------------------------
 
 _SIZES = [*(f"b{number}" for number in range(5)), *(f"lite{number}" for number in range(5))]
@@ -189,9 +220,19 @@ PUBLISHED = {
             f"torchvision/efficientnet_{of}": (f"efficientnet_{of}", _SYMMETRIC)
             for of in _SIZES[:5]
         },
-    }
+    },
+    "dinov2": {
+        f"timm/vit_{size}_patch14_{registers}dinov2": (
+            f"dinov2_{size[0]}14{registers and '_reg4'}",
+            {"image_size": 518} | ({"class_position": False} if registers else {}),
+        )
+        for size in ("small", "base", "large", "giant")
+        for registers in ("", "reg4_")
+    },
 }
-_LONG = [f"{library}/{tf}efficientnet_{of}" for library in ("timm", "torchvision")
+_LONG = [f"timm/vit_{size}_patch14_{registers}dinov2" for size in ("base", "large", "giant")
+         for registers in ("", "reg4_")]  # fmt: skip
+_LONG += [f"{library}/{tf}efficientnet_{of}" for library in ("timm", "torchvision")
          for tf in ("", "tf_") for of in _SIZES if of not in ("b0", "b4", "lite4")]  # fmt: skip
 
 
@@ -217,11 +258,11 @@ def test_files_of_published_sizes_are_recognised_whole(family, name):
     assert match.table.title.lower().startswith(name.partition("/")[0])
     if config is None:
         return
-    model = make_model(
-        name=match.variant, args=match.args, num_classes=match.num_classes or config["num_classes"]
-    )
+    classes = match.num_classes or 1  # without a head there are none to count
+    model = make_model(name=match.variant, args=match.args, num_classes=classes)
     written = match.table.config(model)
-    for key in ("architecture", "num_classes"):
-        assert written[key] == config[key]
-    for key in ("first_conv", "classifier"):
-        assert written["pretrained_cfg"][key] == config["pretrained_cfg"][key]
+    assert written["architecture"] == config["architecture"]
+    assert written["num_classes"] == (config["num_classes"] or 1)
+    first, theirs = written["pretrained_cfg"], config["pretrained_cfg"]
+    assert first["first_conv"] == theirs["first_conv"]
+    assert not match.num_classes or first["classifier"] == theirs["classifier"]

@@ -123,6 +123,11 @@ def _original_entries(registers: str, gated: bool, into: str, down: str) -> tupl
     )
 
 
+def _in_timm(module: Any) -> bool:
+    """Whether timm can express a model: there, registers have positions where the class has one."""
+    return module.pooling != "cls+mean" and not (module.registers and module.class_position)
+
+
 # timm's names, and those of https://github.com/facebookresearch/dinov2, whose files have no head.
 # The gated ones are tables of their own: the same name stands there for two leaves.
 TIMM_TABLES = tuple(
@@ -130,7 +135,7 @@ TIMM_TABLES = tuple(
         entries=_original_entries("reg_token", gated, "fc1", "fc2"),
         title="timm",
         config=lambda model: _timm_config(model),
-        exported=lambda model: model.module.pooling != "cls+mean",
+        exported=lambda model: _in_timm(model.module),
     )
     for gated in (False, True)
 )

@@ -11,6 +11,7 @@ from jft.models.mbconv import (
     TORCH_ENTRIES,
     TORCH_IGNORE,
     Layout,
+    block_faults,
     norm_entries,
     scale,
     scale_width,
@@ -140,6 +141,12 @@ def variant_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if "width" not in fields or "depth" not in fields:
         return fields
     width, divisor = fields["width"], fields.get("divisor", 8)
+    stated = config.get("in_channels") or ()
+    # Text times a number would be text of that length.
+    if not all(type(x) in (int, float) for x in (width, divisor, fields["depth"], *stated)):
+        raise WeightsError("its widths and depths are not all numbers")
+    for fault in block_faults(fields["blocks"]).values():
+        raise WeightsError(f"its blocks {fault}")
     _check_channels(config, width, divisor)
     layouts = unroll(scale(fields["blocks"], width, fields["depth"], divisor))
     return fields | _padding_of(config, layouts)

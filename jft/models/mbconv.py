@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jft.errors import ConfigError
 from jft.models.conv import Pads, dense_conv, depthwise_conv, pointwise_conv
 from jft.models.layers import BatchNorm, Dropout, DropPath, Dtype, Training
 from jft.models.table import Entry
@@ -35,6 +36,7 @@ B0_BLOCKS: tuple[BlockSpec, ...] = (
 # stride divides ("even"), and one that it leaves one pixel of ("odd"), whatever the size. Symmetric
 # padding, as is usual in torch, is "odd" for the strides of 1 and 2 that there are.
 PADDINGS = ("same", "even", "odd")
+_MOST_BLOCKS = 1_000
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -87,7 +89,15 @@ class Layout:
 
 
 def unroll(blocks: Iterable[BlockSpec]) -> list[Layout]:
-    """The blocks of all groups, from input to output."""
+    """The blocks of all groups, from input to output.
+
+    Raises:
+      ConfigError: there are more than any network has; the numbers may come from a file.
+    """
+    blocks = list(blocks)
+    count = sum(repeats for repeats, *_ in blocks)
+    if count > _MOST_BLOCKS:
+        raise ConfigError(f"blocks: {count} of them; at most {_MOST_BLOCKS} are built")
     return [
         Layout(size, stride if k == 0 else 1, expansion, features, k == 0)
         for repeats, size, stride, expansion, features in blocks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -87,6 +88,18 @@ class _Template:
 @functools.lru_cache(maxsize=4096)
 def _template(text: str) -> _Template:
     return _Template(text)
+
+
+@functools.lru_cache(maxsize=256)
+def _any_of(templates: tuple[str, ...], prefix: str) -> re.Pattern[str]:
+    """What every name of any of the templates matches, and few others; one search for them all."""
+    wanted = []
+    for template in map(_template, templates):
+        fields = [prefix if name == "p" else None for name, _ in template.fields]
+        written = ("[0-9]+" if field is None else re.escape(field) for field in fields)
+        parts = itertools.zip_longest(map(re.escape, template.literals), written, fillvalue="")
+        wanted.append("".join(itertools.chain.from_iterable(parts)))
+    return re.compile("|".join(wanted) or "(?!)")
 
 
 def place_of(block: int, depths: Sequence[int]) -> tuple[int, int] | None:
@@ -241,7 +254,7 @@ class Table:
         """The jft paths that a source name holds, each with its origin; mostly one, or none."""
         prefix = self.prefixes[0] if prefix is None else prefix
         first, found = None, []
-        for entry in self.entries:
+        for entry in self._likely(source, prefix):
             if first is not None and entry.source != first:
                 continue
             path = entry.path_name(source, prefix, depths)
@@ -254,14 +267,27 @@ class Table:
 
     def knows(self, source: str, prefix: str) -> bool:
         """Whether an entry is about a source name, in a model of whatever depth."""
-        return any(entry.fields(source, prefix) is not None for entry in self.entries)
+        return any(
+            entry.fields(source, prefix) is not None for entry in self._likely(source, prefix)
+        )
+
+    def _likely(self, source: str, prefix: str) -> tuple[Entry, ...]:
+        """The entries, or none where a look at all of them at once finds that none is about it.
+
+        A hostile file may hold 100,000 names.
+        """
+        return self.entries if _any_of(self._sources, prefix).fullmatch(source) else ()
+
+    @functools.cached_property
+    def _sources(self) -> tuple[str, ...]:
+        return tuple(entry.source for entry in self.entries)
 
     def depths_of(self, names: Iterable[str], prefix: str) -> tuple[int, ...]:
         """The blocks of each stage that source names show; () where none counts by stages."""
         last: dict[int, int] = {}
         entries = [entry for entry in self.entries if entry.by_stage]
-        for name in names:
-            for entry in entries:
+        for name in names if entries else ():
+            for entry in entries if self._likely(name, prefix) else ():
                 if values := entry.fields(name, prefix):
                     last[values["s"]] = max(values["b"], last.get(values["s"], 0))
         if len(last) != max(last, default=-1) + 1:

@@ -1,5 +1,6 @@
 """Whether a source and a model speak of the same function, beyond names and shapes of arrays."""
 
+import math
 import re
 from typing import Any
 
@@ -7,6 +8,9 @@ from jft.errors import WeightsError
 from jft.models.table import Table
 from jft.weights.source import Source
 
+_LARGEST = 1 << 24  # width, depth, size of an image or of a vocabulary
+_MOST_ITEMS = 1_000
+_DEEPEST = 3  # lists in lists
 # Fields of a source's config that shape training, not the function that the weights compute.
 _FREE_FIELDS = re.compile(r".*(_rate|momentum)")
 # Those in which a model may differ from its source: what depends on them is resized.
@@ -33,12 +37,29 @@ def stated_fields(family: Any, source: Source, table: Table) -> dict[str, Any]:
     try:
         read = table.fields or family.variant_from_config
         found = read(source.config) if source.config is not None else {}
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise WeightsError(
             f"source {source.text!r}: its config.json does not fit: {error}"
         ) from error
     fields = dict(table.implies) | found
+    for name, value in fields.items():
+        if not _sensible(value):
+            raise WeightsError(
+                f"source {source.text!r}: its config.json has {name} = {str(value)[:60]!r}"
+            )
     return {name: value for name, value in fields.items() if not _FREE_FIELDS.fullmatch(name)}
+
+
+def _sensible(value: Any, depth: int = _DEEPEST) -> bool:
+    """Whether a field of a config.json is text, or numbers that some model might have."""
+    if isinstance(value, list | tuple):
+        few = depth > 0 and len(value) <= _MOST_ITEMS
+        return few and all(_sensible(item, depth - 1) for item in value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return (
+        value is None or isinstance(value, str) or isinstance(value, int) and abs(value) <= _LARGEST
+    )
 
 
 def check_fields(model: Any, source: Source, table: Table, headless: bool = False) -> list[str]:

@@ -5,7 +5,6 @@ names it; every name in the source is read, deliberately ignored, or an error. W
 are two tensors of equal shape that changed places: certificates (`jft weights check`) catch those.
 """
 
-import itertools
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +33,6 @@ from jft.weights.resize import Grids
 from jft.weights.source import Source, resolve
 
 _SHOWN = 3  # leaves or names in one message
-_NEAREST_OF = 2_000  # names that are searched for a similar one
 
 
 class _MisfitError(Exception):
@@ -202,7 +200,7 @@ def _assign(
                 raise _MisfitError(f"the table has no name for {path!r}")
             if name not in arrays:
                 shown = len(problems) < _SHOWN  # the search is slow, and only these are printed
-                near = nearest(name, itertools.islice(extra, _NEAREST_OF)) if shown else ""
+                near = nearest(name, extra) if shown else ""
                 if path in naming.head():
                     near += f" (a source without a head needs fresh = [{naming.table.head!r}])"
                 raise _MisfitError(f"{path!r} needs {name!r}, which is missing{near}")

@@ -1,11 +1,14 @@
 """Which model a source's arrays belong to, told from their names and shapes."""
 
+import functools
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jft.errors import ConfigError, WeightsError
@@ -19,6 +22,9 @@ from jft.weights.agreement import stated_fields
 from jft.weights.source import Source
 
 CLASSES = 1000  # where no head says how many there are
+# A hostile file could have jft build models without end: none is tried beyond these.
+_LEAVES = 20_000
+_SIDE = 4_096  # of an image or a grid, where no tensor is as large
 _CHANNELS = 3
 _PREFIX = ("cls_token", "dist_token", "registers")  # [1, count, D], beside the position embeddings
 _MOST_PIXELS = 2048  # a side that is believed
@@ -153,6 +159,8 @@ def recognised_model(source: Source, arrays: Mapping[str, np.ndarray]) -> Model:
 
 def _matches(family: Family, source: Source, arrays: Mapping[str, np.ndarray]) -> list[Match]:
     """One match a table that knows most of the names."""
+    if len(arrays) > _LEAVES:
+        return []
     arrays, _ = namings.without_module_prefix(dict(arrays))
     found = tables.best_tables(family.tables, arrays)
     return [_match(family, table, source, arrays) for table in found]
@@ -198,6 +206,8 @@ def _with_variant(match: Match) -> Match:
         args = {k: v for k, v in match.fields.items() if k in defaults and defaults[k] != v}
         wanted.append((len(args) + len(_resized(name, match)), order, name, args))
     for _, _, name, args in sorted(wanted, key=lambda one: one[:2]):
+        if not _plausible(args, match):
+            continue
         try:
             model = _model(name, args, match)
         except ConfigError:
@@ -220,6 +230,16 @@ def _resized(name: str, match: Match) -> dict[str, int]:
     return {} if same else {"image_size": size}
 
 
+def _plausible(args: Any, match: Match) -> bool:
+    """Whether the source could hold a model of such numbers, which is made and compared if so."""
+    if isinstance(args, Mapping):
+        return all(_plausible(value, match) for value in args.values())
+    if isinstance(args, tuple | list):
+        return all(_plausible(value, match) for value in args)
+    largest = max((side for shape in match.shapes.values() for side in shape), default=0)
+    return not isinstance(args, int) or args <= max(_SIDE, largest)
+
+
 def _model(name: str, args: Mapping[str, Any], match: Match) -> Model:
     args = {**args, **_resized(name, match)}
     made = make_model(name=name, args=args, num_classes=match.num_classes or CLASSES)
@@ -227,8 +247,21 @@ def _model(name: str, args: Mapping[str, Any], match: Match) -> Model:
 
 
 def _shapes_agree(model: Model, match: Match) -> bool:
+    if not _starts_alike(model, match):  # which rules out most variants in little time
+        return False
     leaves = {path: leaf.shape for path, (_, leaf) in namings.abstract_leaves(model).items()}
     if match.num_classes is None:
         leaves = {p: s for p, s in leaves.items() if not re.fullmatch(match.table.head, p)}
     unread = match.optional - leaves.keys()
     return leaves == {p: shape for p, shape in match.shapes.items() if p not in unread}
+
+
+def _starts_alike(model: Model, match: Match) -> bool:
+    """Whether the leaves of the first stage have the source's shapes."""
+    image = jax.ShapeDtypeStruct((1, *namings.image_shape_of(model, None)), jnp.float32)
+    first = functools.partial(model.module.init, stop=1)
+    joined = namings.join(jax.eval_shape(first, jax.random.key(0), image))
+    leaves = {path: leaf.shape for path, (_, leaf) in joined.items()}
+    unread = match.optional - leaves.keys()
+    own = {p: shape for p, shape in match.shapes.items() if p.split("/")[0] == model.stages[0]}
+    return leaves == {p: shape for p, shape in own.items() if p not in unread}
