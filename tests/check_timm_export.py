@@ -52,6 +52,7 @@ class Export:
 
 
 SYMMETRIC = {"padding": "symmetric", "norm_epsilon": 1e-5}
+_SIX = {"epsilon": 1e-6}
 SIZED = {"image_size": 64}
 EPSILON = {"epsilon": 1e-6}
 VISION = "torchvision.models.VisionTransformer"
@@ -104,6 +105,35 @@ EXPORTS = [
         )
         for gated, count in ((False, 0), (True, 2))
     ),
+    *(
+        Export("vit_tiny", "timm", args=_SIX | args)
+        for args in (
+            {},
+            {"pooling": "mean", "layer_scale": True, "registers": 2},
+            {"class_position": False, "layer_scale": True, "gelu": "tanh"},
+            {"distillation_token": True, "distillation_head": True},
+        )
+    ),
+    Export(
+        "vit_tiny",
+        "timm, norm after the mean",
+        args=_SIX | {"pooling": "mean", "norm_pooled": True, "qkv_bias": False},
+    ),
+    Export(
+        "vit_tiny",
+        "torchvision",
+        "torchvision.models.VisionTransformer(image_size=32, patch_size=8, num_layers=4, "
+        f"num_heads=4, hidden_dim=32, mlp_dim=64, num_classes={CLASSES})",
+        _SIX,
+    ),
+    *(
+        Export(
+            f"convnext{second}_tiny",
+            "timm",
+            args={"depths": (1, 2, 1, 1), "widths": (16, 24, 32, 40), "final_epsilon": 1e-6},
+        )
+        for second in ("", "v2")
+    ),
     Export(
         "efficientnet_b0",
         "torchvision",
@@ -150,7 +180,11 @@ def run(case, folder):
     leaves = abstract_leaves(model)
     naming = max(  # of those of one title, the one that knows the model
         (naming_of(model, leaves, at) for at in range(len(model.family.tables))),
-        key=lambda naming: (naming.table.title == case.names, len(naming.names)),
+        key=lambda naming: (
+            naming.table.title == case.names,
+            naming.table.writes(model),
+            len(naming.names),
+        ),
     )
     table = naming.index
     assert naming.table.title == case.names and naming.table.writes(model)

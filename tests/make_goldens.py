@@ -267,6 +267,23 @@ def timm_vit_stages(model):
     }
 
 
+def two_tokens(x):
+    return x[:, :2]
+
+
+def timm_distilled_stages(model):
+    return timm_vit_stages(model) | {"norm": ("norm", "out", two_tokens)}
+
+
+def torchvision_vit_stages(model):
+    layers = [f"encoder.layers.{name}" for name, _ in model.encoder.layers.named_children()]
+    return {
+        "embed": (layers[0], "in", same),
+        **{f"blocks_{i}": (name, "out", same) for i, name in enumerate(layers)},
+        "norm": ("heads", "in", same),
+    }
+
+
 def augreg_shapes(model):
     """Names and shapes of the npz that timm's reader of AugReg's files takes."""
     width, heads = model.embed_dim, model.blocks[0].attn.num_heads
@@ -315,9 +332,53 @@ VIT = {
     ),
 }
 
+TOWER_SMALL = r"cls_token|dist_token|reg_token|pos_embed|patch_embed\..*"
+VIT_45 = "img_size=45, patch_size=9, embed_dim=60, depth=3, num_heads=5, mlp_ratio=1.5"
+VIT_32 = "img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, mlp_ratio=2"
+VIT |= {
+    "timm-vit-token": Case(
+        f"timm.create_model('vit_base_patch16_224', {VIT_45}, num_classes={CLASSES})",
+        timm_vit_stages,
+        (2, 45, 45, 3),
+        small=TOWER_SMALL,
+    ),
+    "timm-vit-pooled": Case(
+        f"timm.create_model('vit_small_patch16_224', {VIT_32}, num_classes={CLASSES}, "
+        "global_pool='avg', qkv_bias=False, init_values=0.1, reg_tokens=2)",
+        timm_vit_stages,
+        (2, 32, 32, 3),
+        small=TOWER_SMALL,
+    ),
+    "timm-deit-distilled": Case(
+        f"timm.create_model('deit_tiny_distilled_patch16_224', {VIT_32}, num_classes={CLASSES})",
+        timm_distilled_stages,
+        (2, 32, 32, 3),
+        small=TOWER_SMALL,
+    ),
+    "timm-deit3": Case(
+        f"timm.create_model('deit3_small_patch16_224', {VIT_45}, num_classes={CLASSES})",
+        timm_vit_stages,
+        (2, 45, 45, 3),
+        small=TOWER_SMALL,
+    ),
+    "torchvision-vit-45": Case(
+        "torchvision.models.VisionTransformer(image_size=45, patch_size=9, num_layers=3, "
+        f"num_heads=5, hidden_dim=60, mlp_dim=90, num_classes={CLASSES})",
+        torchvision_vit_stages,
+        (2, 45, 45, 3),
+        small=r"class_token|.*pos_embedding|conv_proj\..*",
+    ),
+    "torchvision-vit-32": Case(
+        "torchvision.models.VisionTransformer(image_size=32, patch_size=8, num_layers=2, "
+        f"num_heads=3, hidden_dim=48, mlp_dim=100, num_classes={CLASSES})",
+        torchvision_vit_stages,
+        (2, 32, 32, 3),
+        small=r"class_token|.*pos_embedding|conv_proj\..*",
+    ),
+}
+
 # --- DINOv2 -----------------------------------------------------------------------------------
 
-TOWER_SMALL = r"cls_token|reg_token|pos_embed|patch_embed\..*"
 DINOV2 = {
     "timm-dinov2-token": Case(
         "timm.create_model('vit_small_patch14_dinov2', img_size=45, patch_size=9, embed_dim=60, "
@@ -336,7 +397,38 @@ DINOV2 = {
     ),
 }
 
-CASES = EFFICIENTNET | VIT | DINOV2
+# --- ConvNeXt ---------------------------------------------------------------------------------
+
+
+def timm_convnext_stages(model):
+    found, block = {"stem": ("stem", "out", last)}, 0
+    for s, stage in enumerate(model.stages):
+        if s:
+            found[f"down_{s}"] = (f"stages.{s}.downsample", "out", last)
+        for b in range(len(stage.blocks)):
+            found[f"blocks_{block}"] = (f"stages.{s}.blocks.{b}", "out", last)
+            block += 1
+    return found | {"norm": ("head.fc", "in", same)}
+
+
+CONVNEXT = {
+    "timm-convnext": Case(
+        "timm.create_model('convnext_tiny', depths=(1, 2, 1, 1), dims=(12, 20, 24, 36), "
+        f"num_classes={CLASSES})",
+        timm_convnext_stages,
+        (2, 70, 70, 3),
+        small=r"stem\.0\..*",
+    ),
+    "timm-convnextv2": Case(
+        "timm.create_model('convnextv2_atto', depths=(1, 1, 2, 1), dims=(8, 16, 24, 40), "
+        f"num_classes={CLASSES})",
+        timm_convnext_stages,
+        (2, 64, 64, 3),
+        small=r"stem\.0\..*",
+    ),
+}
+
+CASES = EFFICIENTNET | VIT | DINOV2 | CONVNEXT
 
 # --- published sizes --------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ import shutil
 
 import fault_run
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -12,7 +13,9 @@ from safetensors.numpy import load_file
 
 import jft
 from jft.errors import ConfigError, WeightsError
-from jft.models.layers import BatchNorm
+from jft.models.family import Preprocess
+from jft.models.layers import BatchNorm, Training
+from jft.models.own import own_model
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -270,6 +273,30 @@ def test_stages_of_an_own_module_give_a_cache_and_what_is_below_the_cut_runs_as_
         ends[cache] = jft.fit(jft.setup(config, tmp_path / cache, model=InParts()))
     for path, leaf in ends["off"].params.items():
         np.testing.assert_allclose(ends["on"].params[path], leaf, rtol=1e-5, err_msg=path)
+
+
+class Noisy(InParts):
+    """Drops in its stem alone."""
+
+    @nn.compact
+    def __call__(self, x, start=0, stop=None, train: bool = False):
+        if start == 0:
+            x = nn.Dropout(0.5, deterministic=not train)(x)
+        return super().__call__(x, start, stop, train)
+
+
+def test_below_the_cut_of_an_own_module_with_stages_nothing_is_random():
+    model = own_model(Noisy(), CLASSES, Preprocess((0.0,) * 3, (1.0,) * 3, 8))
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    x = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
+
+    def run(key, cut):
+        training = Training(jnp.ones(4), jnp.arange(4), cut=cut)
+        rngs = {"dropout": jax.random.key(key)}
+        return model.apply(variables, x, training=training, rngs=rngs, mutable=["batch_stats"])[0]
+
+    np.testing.assert_array_equal(run(0, 1), run(1, 1))
+    assert not np.array_equal(run(0, 0), run(1, 0))
 
 
 def test_statistics_of_one_device_alone_are_refused_in_one_line(images, tmp_path):

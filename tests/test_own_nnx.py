@@ -249,6 +249,16 @@ def training(rows, cut=0, norms=()):
     return Training(jnp.ones(rows), jnp.arange(rows), cut=cut, frozen_norms=frozenset(norms))
 
 
+def test_what_is_done_to_the_first_weights_changes_neither_the_next_nor_the_instance():
+    wrapped = jft.from_nnx(instance := net())
+    first = wrapped.init(jax.random.key(0), None)["params"]["stem"]["kernel"]
+    wanted = first.copy()
+    first[:] = 0
+    again = wrapped.init(jax.random.key(0), None)["params"]["stem"]["kernel"]
+    np.testing.assert_array_equal(again, wanted)
+    np.testing.assert_array_equal(state_of(instance)["stem/kernel"], wanted)
+
+
 def test_a_part_of_the_stages_needs_the_leaves_of_that_part_alone():
     model = make_model(Staged(nnx.Rngs(0)))
     x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)

@@ -10,7 +10,9 @@ import pytest
 from freeze_runs import groups_of
 from safetensors.numpy import load_file, save_file
 from test_convert import assert_bitwise
+from test_stacks import assert_close, config_of
 
+from jft import setup
 from jft.errors import ConfigError, WeightsError
 from jft.freeze.masks import make_mask
 from jft.freeze.outline import make_outline
@@ -27,6 +29,7 @@ from jft.models.windows import (
     window_regions,
 )
 from jft.models.zoo import list_models, make_model
+from jft.train.loop import fit
 from jft.train.rates import make_multipliers
 from jft.train.stacks import stack
 from jft.tree import flatten, unflatten
@@ -352,3 +355,19 @@ def test_a_loop_over_pairs_computes_and_draws_what_the_blocks_do(first):
     for path, leaf in stack(plain, paths).items():
         far = np.abs(looped[path] - leaf).max()
         assert far <= 1e-4 * max(np.abs(leaf).max(), floor), path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phases", ["head@2 | block[-2:] + down + final + head@4 | all", "attn"])
+def test_a_run_with_loops_comes_out_as_one_without(tmp_path, phases):
+    image = np.random.default_rng(0).integers(0, 256, (32, 16, 16, 3), np.uint8)
+    np.savez(tmp_path / "data.npz", image=image, label=np.arange(32) % 5)
+    params = {}
+    for scan in (True, False):
+        config = config_of(tmp_path / "data.npz", phases, scan=scan, steps=6)
+        config.model.name, config.data.image_size = "swin_tiny", 16
+        config.model.args = {"depths": (3, 2), "window": 2, "drop_path_rate": 0.3}
+        outcome = fit(setup(config, tmp_path / str(scan)))
+        assert outcome.exit_code == 0
+        params[scan] = outcome.params
+    assert_close(params[True], params[False])

@@ -92,6 +92,11 @@ def _plain_table(block: str, names: Mapping[str, str], **options: Any) -> Table:
     )
 
 
+def _in_timm(module: Any) -> bool:
+    """Whether timm can build a network: its stages are four, below a stem of 4 pixels."""
+    return module.final_epsilon == 1e-6 and len(module.depths) == 4 and module.patch == 4
+
+
 # timm's names. Of its small ones, whose MLP is saved as convolutions, the same function with dense
 # layers is written.
 TIMM_TABLE = _plain_table(
@@ -108,7 +113,7 @@ TIMM_TABLE = _plain_table(
     },
     title="timm",
     config=lambda model: _timm_config(model),
-    exported=lambda model: model.module.final_epsilon == 1e-6,
+    exported=lambda model: _in_timm(model.module),
 )
 # Those of https://github.com/facebookresearch/ConvNeXt and ConvNeXt-V2.
 ORIGINAL_TABLE = _plain_table(
@@ -191,9 +196,8 @@ _TIMM_ARGS = {
     "norm_eps": "final_epsilon",
     "use_grn": "response_norm",
     "ls_init_value": "layer_scale",
-    "conv_mlp": "",
-    "drop_path_rate": "",
-    "in_chans": "",
+    **dict.fromkeys(("conv_mlp", "drop_rate", "drop_path_rate"), ""),
+    **dict.fromkeys(("in_chans", "num_classes", "global_pool"), ""),
 }
 
 
@@ -220,6 +224,8 @@ def _timm_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     for other in ("_hnf", "_ols", "_rms", "_mlp", "zepto", "xxlarge"):
         if other in name:
             raise WeightsError(f"timm's {name} has a stem, a norm or a head that is not known here")
+    if args.get("global_pool", "avg") != "avg":
+        raise WeightsError(f"timm's global_pool {args['global_pool']!r} is not 'avg'")
     fields = renamed(args, _TIMM_ARGS, f"timm's {name}")
     fields = {field: _tupled(value) for field, value in fields.items()}
     fields.setdefault("response_norm", name.startswith("convnextv2"))

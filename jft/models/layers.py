@@ -245,15 +245,20 @@ def _gelu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[ja
 
 
 def attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None = None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
 ) -> jax.Array:
-    """softmax(query key^T / sqrt(D) + bias) value, softmax in float32.
+    """softmax(query key^T / sqrt(D) + bias + mask) value, softmax in float32.
 
     Args:
       query: [B, N, heads, D].
       key: the same.
       value: the same.
-      bias: [n, heads, N, N] float32, where n divides B; row i of the batch has that of i modulo n.
+      bias: [heads, N, N] float32, of all rows of the batch.
+      mask: [n, N, N] float32, where n divides B: row i of the batch has that of i modulo n.
 
     Returns:
       [B, N, heads, D].
@@ -262,7 +267,11 @@ def attention(
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
     scores = jnp.einsum("bhnd,bhmd->bhnm", query, key, preferred_element_type=jnp.float32)
     if bias is not None:
-        scores = (scores.reshape(-1, *bias.shape) + bias[None]).reshape(scores.shape)
+        scores = scores + bias[None]
+    if mask is not None:
+        shape = scores.shape
+        scores = scores.reshape(-1, len(mask), *shape[1:]) + mask[None, :, None]
+        scores = scores.reshape(shape)
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - top)
     # Divided after the product with value: N x D quotients and gradients for N x N.

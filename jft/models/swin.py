@@ -242,11 +242,12 @@ def _faults(module: Swin, image_size: int) -> dict[str, str]:
 
 
 def _preprocess(variant: str) -> Preprocess:
-    """ImageNet's mean and std, bicubic and without a crop, as their processors have it."""
+    """ImageNet's mean and std, the whole image as a square, as their processors have it."""
     mean, std = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
     if variant == "swin_tiny":
         return Preprocess(mean, std, 32)
-    return Preprocess(mean, std, 384 if variant.endswith("_384") else 224, 1.0, "bicubic")
+    size = 384 if variant.endswith("_384") else 224
+    return Preprocess(mean, std, size, interpolation="bicubic", resize="square")
 
 
 # features, depths, heads

@@ -92,6 +92,13 @@ def _pad(x: jax.Array, side: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % side), (0, -x.shape[2] % side), (0, 0)))
 
 
+def _mask(padded: tuple[int, int], side: int, shift: int) -> jax.Array:
+    """[n, N, N] for the n windows of a shifted map."""
+    regions = jnp.asarray(window_regions(*padded, side, shift))
+    # Compared in the program: the table of all pairs is many times larger than the regions.
+    return jnp.where(regions[:, :, None] == regions[:, None, :], 0.0, _APART)
+
+
 class WindowAttention(nn.Module):
     """Multi-head self-attention within the windows of a map.
 
@@ -127,31 +134,22 @@ class WindowAttention(nn.Module):
             x = jnp.roll(x, (-shift, -shift), (1, 2))
         x = _pad(x, side)
         padded = x.shape[1], x.shape[2]
-        x = self._attend(split_windows(x, side), self._bias(padded, side, shift))
+        x = self._attend(split_windows(x, side), _mask(padded, side, shift) if shift else None)
         x = Dense(features, True, self.dtype, name="out")(x)
         x = join_windows(x, side, *padded)[:, : inner[0], : inner[1]]
         if shift:
             x = jnp.roll(x, (shift, shift), (1, 2))
         return Dropout(self.dropout_rate, name="dropout")(x[:, :height, :width], training)
 
-    def _attend(self, x: jax.Array, bias: jax.Array) -> jax.Array:
+    def _attend(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         batch, length, features = x.shape
+        reach = 2 * math.isqrt(length) - 1
+        table = self.param("bias_table", INIT, (reach**2, self.heads), jnp.float32)
         query, key, value = (
             Dense(features, self.qkv_bias, self.dtype, name=name)(x).reshape(
                 batch, length, self.heads, features // self.heads
             )
             for name in ("query", "key", "value")
         )
-        return attention(query, key, value, bias).reshape(x.shape)
-
-    def _bias(self, padded: tuple[int, int], side: int, shift: int) -> jax.Array:
-        """What is added to the scores, [n, heads, N, N] for n windows; n is 1 for one for all."""
-        shape = ((2 * side - 1) ** 2, self.heads)
-        table = self.param("bias_table", INIT, shape, jnp.float32)
-        bias = relative_bias(table.astype(jnp.float32))[None]
-        if not shift:
-            return bias
-        regions = window_regions(*padded, side, shift)
-        # Compared in the program: the table of all pairs is many times larger than the regions.
-        same = jnp.asarray(regions)[:, :, None] == jnp.asarray(regions)[:, None, :]
-        return bias + jnp.where(same, 0.0, _APART)[:, None]
+        bias = relative_bias(table.astype(jnp.float32))
+        return attention(query, key, value, bias, mask).reshape(x.shape)
