@@ -65,6 +65,20 @@ def test_dinov2_matches_transformers(case, tmp_path):
     assert_parity(model, variables, x, states, lambda image: peer(image).logits)
 
 
+@pytest.mark.parametrize("case", ["plain", "registers"])
+@pytest.mark.parametrize("size", [29, 65])
+def test_positions_on_another_grid_are_those_of_transformers(case, size, tmp_path):
+    peer = peer_of(**CASES[case])
+    peer.save_pretrained(tmp_path)
+    family = make_model(name="dinov2_tiny", num_classes=1).family
+    args = family.variant_from_config(peer.config.to_dict()) | {"image_size": size}
+    model = make_model(name="dinov2_tiny", args=args, num_classes=7)
+    variables, report = load_pretrained(model, f"file:{tmp_path}")
+    assert report.paths("resized") == ["embed/pos_embedding"]
+    x = pictures(size)
+    assert_parity(model, variables, x, states_of(peer, x), lambda image: peer(image).logits)
+
+
 @pytest.mark.parametrize("mutant", ["epsilon", "gelu", "layers", "gate and up", "registers"])
 def test_dinov2_mutants_fail(mutant, tmp_path):
     gated = {"use_swiglu_ffn": True} if mutant == "gate and up" else {}

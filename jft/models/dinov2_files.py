@@ -92,6 +92,7 @@ HF_REGISTERS_TABLE = Table(
     ignore=(r"(dinov2_with_registers\.)?embeddings\.mask_token",),
     prefixes=("dinov2_with_registers.", ""),
     title="Hugging Face, with registers",
+    antialias=True,
     exported=_in_transformers(registers=True),
     constants=_mask_token,
 )
@@ -133,7 +134,9 @@ def _in_timm(module: Any) -> bool:
 TIMM_TABLES = tuple(
     Table(
         entries=_original_entries("reg_token", gated, "fc1", "fc2"),
+        ignore=("mask_token",),  # files of the original without registers have timm's names
         title="timm",
+        antialias=True,
         config=lambda model: _timm_config(model),
         exported=lambda model: _in_timm(model.module),
     )
@@ -144,6 +147,7 @@ ORIGINAL_TABLES = tuple(
         entries=_original_entries("register_tokens", gated, *names),
         ignore=("mask_token",),
         title="the original",
+        antialias=True,  # in the models with registers, which only these names tell apart
         exported=False,
     )
     for gated, names in ((False, ("fc1", "fc2")), (True, ("w12", "w3")))
