@@ -75,6 +75,30 @@ def randomise(peer, scale=0.15):
     return peer.eval()
 
 
+def randomise_with_statistics(peer, size):
+    """Random weights, and statistics near those of the activations, so that every layer matters."""
+    import torch
+
+    torch.manual_seed(0)
+    norms = [module for module in peer.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.2
+            parameter.copy_(torch.randn_like(parameter) * scale)
+        for norm in norms:
+            norm.weight += 1.0
+            norm.momentum = 1.0
+        peer.train()(torch_images(pictures(size, 16)))
+        for norm in norms:
+            noise = torch.randn_like(norm.running_mean)
+            norm.running_mean += 0.1 * noise * norm.running_var.sqrt()
+            # A channel that hardly varies would blow up the rounding of thirty blocks: with it the
+            # float32 of torch alone is 2e-5 from its float64.
+            norm.running_var.clamp_(min=float(norm.running_var.mean()))
+            norm.running_var *= torch.exp(0.2 * torch.randn_like(noise))
+    return peer.eval()
+
+
 def assert_parity(model, variables, x, states, peer_logits):
     """Hidden states, logits and input gradients of a model against torch's.
 

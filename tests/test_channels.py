@@ -22,6 +22,7 @@ FIRST = {
     "vit_tiny": "embed/patch/kernel",
     "efficientnet_lite_tiny": "stem/conv/kernel",
     "swin_tiny": "embed/patch/kernel",
+    "resnet_tiny": "stem/conv/kernel",
 }
 PATCH = "vit.embeddings.patch_embeddings.projection.weight"
 

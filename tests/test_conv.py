@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cost_models import FAST
 from test_layers import close, normal, value_and_grads
 
 from jft.costs.flops import analytic_flops
@@ -103,6 +104,7 @@ DENSE = {
         (4, 2, 2, ((1, 0), (0, 1)), 8, 5),
     ],
 }
+FORMS = {"native": "_native_conv", "patches": "_patches_conv", "tiles": "patch_conv"}
 every_dense = pytest.mark.parametrize(
     ("form", "case"), [(form, case) for form, cases in DENSE.items() for case in cases]
 )
@@ -119,10 +121,10 @@ def dense(case):
 def test_dense_conv_equals_the_convolution(form, case, monkeypatch):
     ours, plain, args = dense(case)
     taken = []
-    for name in ("native", "patches", "tiles"):
-        run = getattr(conv, f"_{name}_conv")
+    for name, function in FORMS.items():
+        run = getattr(conv, function)
         noted = lambda *a, name=name, run=run: taken.append(name) or run(*a)  # noqa: E731
-        monkeypatch.setattr(conv, f"_{name}_conv", noted)
+        monkeypatch.setattr(conv, function, noted)
     wanted = value_and_grads(plain, 2, *args)
     found = jax.jit(functools.partial(value_and_grads, ours, 2))(*args)
     for one, other in zip(found, wanted, strict=True):
@@ -142,7 +144,7 @@ def test_dense_conv_costs_what_the_analysis_says(form, case):
     for names in (["x"], ["kernel"], ["x", "kernel"]):
         trainable = {name: {"x": x, "kernel": kernel}[name] for name in names}
         frozen = {n: v for n, v in {"x": x, "kernel": kernel}.items() if n not in names}
-        compiled = jax.jit(jax.value_and_grad(loss)).lower(trainable, frozen).compile()
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(trainable, frozen).compile(FAST)
         assert count(compiled).flops == analytic_flops(loss, trainable, frozen).total
 
 
@@ -150,9 +152,12 @@ def test_dense_conv_costs_what_the_analysis_says(form, case):
 def test_dense_conv_in_bfloat16_sums_in_float32(form):
     ours, plain, args = dense(DENSE[form][0])
     half = [value.astype(jnp.bfloat16) for value in args]
-    found = value_and_grads(lambda *a: ours(*a).astype(jnp.float32), 2, *half)
-    wanted = value_and_grads(plain, 2, *(value.astype(jnp.float32) for value in half))
-    for one, other in zip(found, wanted, strict=True):
+
+    def both(*half):
+        found = value_and_grads(lambda *a: ours(*a).astype(jnp.float32), 2, *half)
+        return found, value_and_grads(plain, 2, *(value.astype(jnp.float32) for value in half))
+
+    for one, other in zip(*jax.jit(both)(*half), strict=True):
         close(one, other, 2**-7)
 
 
@@ -203,7 +208,7 @@ def test_max_pool_and_its_gradient_equal_those_of_jax(height, width, window, str
 
 def test_the_gradient_of_max_pool_goes_to_the_first_of_equals_row_by_row():
     x = jnp.zeros((1, 3, 3, 1)).at[0, 0, 2].set(1).at[0, 1, 0].set(1)
-    grad = jax.grad(lambda x: max_pool(x, (3, 3), (1, 1), ((0, 0), (0, 0))).sum())(x)
+    grad = jax.jit(jax.grad(lambda x: max_pool(x, (3, 3), (1, 1), ((0, 0), (0, 0))).sum()))(x)
     np.testing.assert_array_equal(grad[0, :, :, 0], [[0, 0, 1], [0, 0, 0], [0, 0, 0]])
 
 

@@ -36,10 +36,13 @@ MODELS = {
     "efficientnet_lite_tiny": {"blocks": [[1, 3, 1, 1, 8], [1, 5, 2, 3, 16]]},
     "efficientnet_tiny": {"blocks": [[1, 3, 1, 1, 64], [1, 5, 2, 3, 96]]},
     "swin_tiny": {"depths": [2, 1], "window": 2},
+    "resnet_tiny": {"widths": [32, 48], "depths": [1, 1]},
 }
-# Siblings are in the default suite: without squeeze-and-excitation, and plain transformers.
-SLOW = {"efficientnet_tiny", "swin_tiny", "clip_tiny", "siglip_tiny"}
+# Siblings are in the default suite: without squeeze-and-excitation, plain transformers, and other
+# convolutions.
+SLOW = {"efficientnet_tiny", "swin_tiny", "clip_tiny", "siglip_tiny", "resnet_tiny"}
 PHASES = {"head": "head", "half": "block[-1:] + final + head", "all": "all"}
+WITHOUT_FINAL = {"resnet_tiny"}  # nothing lies between its blocks and its head
 MODES = ("pmap", "auto")
 every_phase = pytest.mark.parametrize("phase", PHASES)
 every_mode = pytest.mark.parametrize("mode", MODES)
@@ -109,9 +112,11 @@ def config(model: str, mode: str) -> ConfigDict:
     config.model.name, config.model.args = model, MODELS[model]
     config.data.image_size = 32 if model == "vit_tiny" else 16
     config.augment.flip = False
+    half = {"half": "block[-1:] + head"} if model in WITHOUT_FINAL else {}
+    phases = PHASES | half
     config.freeze.phases = " | ".join(
         text if name == "all" else f"{text}@{(at + 1) * 10}"
-        for at, (name, text) in enumerate(PHASES.items())
+        for at, (name, text) in enumerate(phases.items())
     )
     config.optim.grad_clip_norm = config.optim.weight_decay = 0.1
     config.train.steps, config.train.nonfinite = 30, "skip"

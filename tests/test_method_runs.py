@@ -21,9 +21,14 @@ from jft.report.writers import RunWriter
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick")]
 
 SHORT = os.environ.get("JFT_FAULTS") == "short"
-CONFIGS = {"vit": "configs/digits_vit.py:tiny", "efficientnet": "configs/quickstart.py:tiny"}
-# EfficientNet has no attention; everything else fits it.
-LEFT_OUT = {("efficientnet", "attention_only")}
+# model -> (config, what is changed in it)
+CONFIGS = {
+    "vit": ("configs/digits_vit.py:tiny", []),
+    "efficientnet": ("configs/quickstart.py:tiny", []),
+    "resnet": ("configs/quickstart.py:tiny", ["model.name=resnet_tiny"]),
+}
+# Convolutional networks have no attention; everything else fits them.
+LEFT_OUT = {("efficientnet", "attention_only"), ("resnet", "attention_only")}
 ELEMENTWISE = ("child_tuning", "fish", "saft")
 CASES = [
     (model, name)
@@ -41,8 +46,8 @@ def messages(monkeypatch):
 
 
 def config_of(model, name):
-    overrides = [f"freeze.name={name}", "parallel.devices=1"]
-    return load_config(CONFIGS[model], overrides)
+    path, changed = CONFIGS[model]
+    return load_config(path, [f"freeze.name={name}", "parallel.devices=1", *changed])
 
 
 @pytest.mark.parametrize(("model", "name"), CASES, ids=[f"{m}-{n}" for m, n in CASES])

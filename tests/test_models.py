@@ -22,8 +22,12 @@ from jft.models.zoo import FAMILIES, list_models, make_model
 from jft.tree import count_params, flatten, unflatten
 from jft.weights.naming import Naming, exported_table, to_source_arrays
 
+<<<<<<< HEAD
 TINY = ("efficientnet_lite_tiny", "efficientnet_tiny", "vit_tiny", "swin_tiny")
 TINY += ("clip_tiny", "siglip_tiny")
+=======
+TINY = ("efficientnet_lite_tiny", "efficientnet_tiny", "vit_tiny", "swin_tiny", "resnet_tiny")
+>>>>>>> 4ea401c (ResNet 18 to 152 in the names of Hugging Face, timm and torchvision, both ways)
 SMALL = {
     "efficientnet_tiny": {"blocks": ((2, 5, 2, 2, 32),)},
     "efficientnet_lite_tiny": {"blocks": ((1, 3, 1, 1, 8), (1, 5, 2, 2, 8)), "final_features": 16},
@@ -32,6 +36,7 @@ SMALL = {
     "siglip_tiny": {"depth": 2, "pooling": "probe"},
     # Maps of 4 and 2 tokens: one with shifted windows, one that is a window.
     "swin_tiny": {"depths": (2, 1), "window": 2},
+    "resnet_tiny": {"widths": (32, 48), "depths": (1, 1)},
 }
 SIZE = 16
 BATCH = 16
@@ -90,8 +95,12 @@ def test_a_part_needs_only_its_own_leaves(name):
 # Of each row of sizes the first and the last: between them only numbers differ.
 ENDS = [name for name in list_models() if name[-5:] not in ("lite1", "lite2", "lite3")]
 ENDS = [name for name in ENDS if name[-2:] not in ("b1", "b2", "b3")]
+<<<<<<< HEAD
 ENDS = [n for n in ENDS if not re.fullmatch(r"deit_[sb]16.*|deit3_([bl]16|h14)|vit_mae_.*", n)]
 ENDS = [name for name in ENDS if not re.fullmatch(r"siglip2?_(b|l|so).*_(?!224)\d+", name)]
+=======
+ENDS = [name for name in ENDS if name not in ("resnet34", "resnet101", "resnet152")]
+>>>>>>> 4ea401c (ResNet 18 to 152 in the names of Hugging Face, timm and torchvision, both ways)
 
 
 @pytest.mark.parametrize("name", ENDS)
@@ -142,6 +151,11 @@ PUBLISHED = {
     "efficientnet_b2": 9_109_994,
     "efficientnet_b3": 12_233_232,
     "efficientnet_b4": 19_341_616,
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnet152": 60_192_808,
     "swin_t": 28_288_354,
     "swin_s": 49_606_258,
     "swin_b": 87_768_224,
@@ -384,6 +398,14 @@ def test_mean_pooling_needs_no_class_token():
         ("swin_tiny", {"padding": "same"}, ("model.args.padding", "'same'", "after")),
         ("swin_tiny", {"gelu": "erf"}, ("model.args.gelu", "'erf'", "exact")),
         ("swin_tiny", {"patch": 64}, ("model.args.patch", "64")),
+        ("resnet_tiny", {"depths": [1, 1]}, ("model.args.widths", "4 stages", "2")),
+        ("resnet_tiny", {"depths": []}, ("model.args.depths", "above 0")),
+        ("resnet_tiny", {"widths": [8, 16, 32, 50]}, ("model.args.widths", "multiples of 4")),
+        ("resnet_tiny", {"act": "mish"}, ("model.args.act", "'mish'", "silu")),
+        ("resnet_tiny", {"stride_in": "conv3"}, ("model.args.stride_in", "'conv3'", "conv2")),
+        ("resnet_tiny", {"first_stride": 3}, ("model.args.first_stride", "3", "1, 2")),
+        ("resnet_tiny", {"norm_epsilon": 0.0}, ("model.args.norm_epsilon", "0")),
+        ("resnet51", {}, ("model.name", "'resnet50'")),
         ("efficientnet_lite_tiny", {"blocks": 3}, ("model.args.blocks", "list")),
         ("efficientnet_lite_tiny", {"blocks": [[1, 2]]}, ("model.args.blocks", "5")),
         ("efficientnet_lite_tiny", {"norm_epsilon": 0.0}, ("model.args.norm_epsilon", "0")),

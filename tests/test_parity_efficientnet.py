@@ -13,6 +13,7 @@ from parity import (
     convert,
     distance,
     pictures,
+    randomise_with_statistics,
     saved_names,
     torch_images,
 )
@@ -28,28 +29,6 @@ CLASSES = 7
 COUNTER = "num_batches_tracked"  # torch's own; nothing reads it in evaluation
 
 
-def randomise(peer, size):
-    """Random weights, and statistics near those of the activations, so that every layer matters."""
-    torch.manual_seed(0)
-    norms = [module for module in peer.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    with torch.no_grad():
-        for parameter in peer.parameters():
-            scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.2
-            parameter.copy_(torch.randn_like(parameter) * scale)
-        for norm in norms:
-            norm.weight += 1.0
-            norm.momentum = 1.0
-        peer.train()(torch_images(pictures(size, 16)))
-        for norm in norms:
-            noise = torch.randn_like(norm.running_mean)
-            norm.running_mean += 0.1 * noise * norm.running_var.sqrt()
-            # A channel that hardly varies would blow up the rounding of thirty blocks: with it the
-            # float32 of torch alone is 2e-5 from its float64.
-            norm.running_var.clamp_(min=float(norm.running_var.mean()))
-            norm.running_var *= torch.exp(0.2 * torch.randn_like(noise))
-    return peer.eval()
-
-
 @functools.cache
 def port(name, size):
     """(efficientnet-lite-pytorch's model in float64, ours, its weights in ours) at a size."""
@@ -59,7 +38,7 @@ def port(name, size):
     peer = reference.from_name(name, image_size=size, num_classes=CLASSES, **off)
     if "lite" not in name:
         peer.set_swish(memory_efficient=False)
-    randomise(peer, size)
+    randomise_with_statistics(peer, size)
     model = make_model(name=name.replace("-", "_"), num_classes=CLASSES)
     variables = convert(model, peer.state_dict(), size)
     return peer.double(), model, variables
@@ -198,7 +177,7 @@ def hugging_face(case):
     for module in peer.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    return randomise(peer, config.image_size)
+    return randomise_with_statistics(peer, config.image_size)
 
 
 def ours(peer, folder, **changed):

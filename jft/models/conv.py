@@ -136,23 +136,13 @@ def _cpu_conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> 
     height, width, inputs, outputs = kernel.shape
     size = out_size(x.shape[1:3], (height, width), strides, pads)
     if strides == (height, width):
-        return _tiles_conv(x, kernel, size, pads)
+        return patch_conv(pad(x, (*pads[0], 0), (*pads[1], 0)), kernel)
     few = size[0] * size[1] <= SMALL_PIXELS and outputs >= MANY_CHANNELS
     # Smaller than the kernel, an image gets a naive loop from the backend, forward and backward.
     small = x.shape[1] < height or x.shape[2] < width
     if few or small or height * width * inputs <= SHORT_PATCH:
         return _patches_conv(x, kernel, strides, pads)
     return _native_conv(x, kernel, strides, pads, 1)
-
-
-def _tiles_conv(x: jax.Array, kernel: jax.Array, size: tuple[int, int], pads: Pads) -> jax.Array:
-    """One matrix product over patches that do not overlap; pixels after the last are cut."""
-    (batch, rows, columns, _), (height, width, inputs, outputs) = x.shape, kernel.shape
-    below, right = height * size[0] - pads[0][0] - rows, width * size[1] - pads[1][0] - columns
-    x = pad(x, (pads[0][0], below, 0), (pads[1][0], right, 0))
-    tiles = x.reshape(batch, size[0], height, size[1], width, inputs).swapaxes(2, 3)
-    y = tiles.reshape(-1, height * width * inputs) @ kernel.reshape(-1, outputs)
-    return y.reshape(batch, *size, outputs)
 
 
 def _patches_conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> jax.Array:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jft.models.convnet import ConvNorm, Head
 from jft.models.efficientnet_files import SCALES, TABLES, source_config, variant_from_config
 from jft.models.family import Facts, Family, Preprocess, range_faults
 from jft.models.layers import Dtype, Training
@@ -17,9 +18,7 @@ from jft.models.mbconv import (
     SETS,
     Block,
     BlockSpec,
-    ConvNorm,
     Final,
-    Head,
     Layout,
     block_faults,
     crop_fraction,

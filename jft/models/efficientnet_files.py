@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jft.errors import WeightsError
+from jft.models.convnet import COUNTERS, norm_entries
 from jft.models.mbconv import (
     B0_BLOCKS,
     TORCH_ENTRIES,
     TORCH_IGNORE,
     Layout,
     block_faults,
-    norm_entries,
     scale,
     scale_width,
     squeeze_entries,
@@ -76,7 +76,7 @@ HF_TABLE = Table(
         Entry("head/kernel", "classifier.weight", "transpose"),
         Entry("head/bias", "classifier.bias"),
     ),
-    ignore=(r".*\.num_batches_tracked",),
+    ignore=(COUNTERS,),
     prefixes=("efficientnet.", ""),
     exported=_pads_otherwise,
     title="Hugging Face",

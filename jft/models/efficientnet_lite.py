@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jft.models.convnet import ConvNorm, Head
 from jft.models.family import Facts, Family, Preprocess, range_faults
 from jft.models.layers import Dtype, Training, relu6
 from jft.models.mbconv import (
@@ -22,9 +23,7 @@ from jft.models.mbconv import (
     TORCH_IGNORE,
     Block,
     BlockSpec,
-    ConvNorm,
     Final,
-    Head,
     block_faults,
     crop_fraction,
     scale,

@@ -1,4 +1,4 @@
-"""What the EfficientNets share: inverted residual blocks, stem, head, scaling and their names.
+"""What the EfficientNets share: inverted residual blocks, scaling and their names.
 
 The block is MBConv of https://arxiv.org/abs/1801.04381 (Sandler et al. 2018), with the squeeze and
 excitation of https://arxiv.org/abs/1709.01507 (Hu et al. 2018) where a family asks for it; the
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jft.errors import ConfigError
-from jft.models.conv import Pads, dense_conv, depthwise_conv, pointwise_conv
-from jft.models.layers import BatchNorm, Dropout, DropPath, Dtype, Training
+from jft.models.convnet import COUNTERS, Activation, Conv, norm_entries
+from jft.models.layers import BatchNorm, DropPath, Dtype, Training
 from jft.models.table import Entry
 
 # (repeats, kernel, stride of the first, expansion, output channels)
@@ -32,13 +32,7 @@ B0_BLOCKS: tuple[BlockSpec, ...] = (
     (4, 5, 2, 6, 192),
     (1, 3, 1, 6, 320),
 )
-# "same" pads as TensorFlow does, by each input's size; the other two as it pads a size that the
-# stride divides ("even"), and one that it leaves one pixel of ("odd"), whatever the size. Symmetric
-# padding, as is usual in torch, is "odd" for the strides of 1 and 2 that there are.
-PADDINGS = ("same", "even", "odd")
 _MOST_BLOCKS = 1_000
-
-Activation = Callable[[jax.Array], jax.Array]
 
 
 def scale_width(channels: int, width: float, divisor: int = 8) -> int:
@@ -119,78 +113,6 @@ def crop_fraction(image_size: int) -> float:
     return image_size / (image_size + 32)
 
 
-class Conv(nn.Module):
-    """A convolution, NHWC, by its fastest form.
-
-    Attributes:
-      features: output channels; ignored when depthwise.
-      size: side of the kernel.
-      stride: in both directions.
-      depthwise: one filter a channel.
-      padding: one of PADDINGS; all the same for a stride of 1.
-      use_bias: whether a bias is added.
-      dtype: of the product.
-    """
-
-    features: int
-    size: int = 1
-    stride: int = 1
-    depthwise: bool = False
-    padding: str = "same"
-    use_bias: bool = False
-    dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Convolves x [B, H, W, C]."""
-        channels = x.shape[-1]
-        shape = (self.size, self.size, 1 if self.depthwise else channels)
-        shape += (channels if self.depthwise else self.features,)
-        # Normal with variance 2 / fan_out, as the TensorFlow original.
-        fan_out = self.size**2 * (1 if self.depthwise else self.features)
-        init = nn.initializers.normal((2.0 / fan_out) ** 0.5)
-        kernel = self.param("kernel", init, shape, jnp.float32).astype(self.dtype)
-        x, strides = x.astype(self.dtype), (self.stride, self.stride)
-        if self.depthwise:
-            y = depthwise_conv(x, kernel, strides, _pads(self.padding, self.size, self.stride))
-        elif self.size == 1 and self.stride == 1:
-            y = pointwise_conv(x, kernel)
-        else:
-            y = dense_conv(x, kernel, strides, _pads(self.padding, self.size, self.stride))
-        if not self.use_bias:
-            return y
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        return y + bias.astype(self.dtype)[None, None, None]
-
-
-def _pads(padding: str, size: int, stride: int) -> str | Pads:
-    """One of PADDINGS as `jft.models.conv` takes it."""
-    if padding == "same" or stride == 1:
-        return "SAME"
-    total = size - (stride if padding == "even" else 1)
-    side = (total // 2, total - total // 2)
-    return side, side
-
-
-class ConvNorm(nn.Module):
-    """Convolution, BatchNorm, activation: the stem."""
-
-    features: int
-    size: int
-    stride: int
-    act: Activation
-    norm: Mapping[str, Any]
-    dtype: Dtype
-    padding: str = "same"
-
-    @nn.compact
-    def __call__(self, x: jax.Array, training: Training | None = None) -> jax.Array:
-        """Maps images [B, H, W, C] to [B, H / stride, W / stride, features]."""
-        form = {"padding": self.padding, "dtype": self.dtype}
-        x = Conv(self.features, self.size, self.stride, **form, name="conv")(x)
-        return self.act(BatchNorm(**self.norm, name="bn")(x, training))
-
-
 class SqueezeExcite(nn.Module):
     """Scales the channels of x by a gate in (0, 1) that the mean over its positions gives."""
 
@@ -267,30 +189,6 @@ class Final(nn.Module):
         return jnp.mean(x, axis=(1, 2), dtype=jnp.float32).astype(self.dtype)
 
 
-class Head(nn.Module):
-    """Dropout and the classifier: features [B, F] -> float32 logits [B, num_classes]."""
-
-    num_classes: int
-    dropout_rate: float
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array, training: Training | None = None) -> jax.Array:
-        """Maps features [B, F] to logits."""
-        x = Dropout(self.dropout_rate, name="dropout")(x, training)
-        init = nn.initializers.truncated_normal(0.02)
-        kernel = self.param("kernel", init, (x.shape[-1], self.num_classes), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (self.num_classes,), jnp.float32)
-        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
-        return y.astype(jnp.float32) + bias[None]
-
-
-def norm_entries(path: str, source: str) -> tuple[Entry, ...]:
-    """The four arrays of a BatchNorm, in torch's names."""
-    names = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
-    return tuple(Entry(f"{path}/{ours}", f"{source}.{theirs}") for ours, theirs in names.items())
-
-
 def squeeze_entries(reduce: str, expand: str) -> tuple[Entry, ...]:
     """The two 1 x 1 convolutions of a block's squeeze-and-excitation, in torch's names."""
     return tuple(
@@ -318,7 +216,7 @@ TORCH_ENTRIES = (
     Entry("head/kernel", "_fc.weight", "transpose"),
     Entry("head/bias", "_fc.bias"),
 )
-TORCH_IGNORE = (r".*\.num_batches_tracked",)
+TORCH_IGNORE = (COUNTERS,)
 
 GROUPS = (
     ("stem", r"stem/.*"),

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jft.errors import WeightsError, nearest
-from jft.models.mbconv import norm_entries, squeeze_entries
+from jft.models.convnet import norm_entries
+from jft.models.mbconv import squeeze_entries
 from jft.models.table import Entry
 from jft.models.timm_style import is_timm, renamed, timm_architecture, timm_config
 

@@ -18,6 +18,7 @@ from jft.models import (
     dinov2,
     efficientnet,
     efficientnet_lite,
+    resnet,
     siglip,
     swin,
     vit,
@@ -37,6 +38,7 @@ FAMILIES: dict[str, Family] = {
         clip.FAMILY,
         siglip.FAMILY,
         swin.FAMILY,
+        resnet.FAMILY,
     )
 }
 
