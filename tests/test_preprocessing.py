@@ -413,7 +413,13 @@ def test_whatever_a_file_holds_is_read_or_is_one_line(tmp_path):
     rng = random.Random(0)
     junk = [None, True, False, 0, 1, -1, 3, 224, 0.5, 1e-320, 1e308, float("nan"), float("inf")]
     junk += [10**400, "", "bicubic", [], [0.5], [0.5] * 3, [None], [[1]], {}, {"height": 9}]
-    junk += [{"shortest_edge": 9}, {"shortest_edge": -1}, {"height": 9, "width": 9}, "x" * 10**4]
+    junk += [
+        "a\nb",
+        {"shortest_edge": 9},
+        {"shortest_edge": -1},
+        {"height": 9, "width": 9},
+        "x" * 10**4,
+    ]
     keys = sorted({key for content, _ in FILES.values() for key in content})
     keys += ["do_pad", "do_flip_channel_order", "max_num_patches", "default_to_square"]
     timm = ["mean", "std", "input_size", "interpolation", "crop_pct", "crop_mode"]
