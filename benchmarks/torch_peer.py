@@ -2,7 +2,8 @@
 
 On a CPU it is float32 with two threads; on a GPU float32, or bfloat16 by autocast.
 
-ViT is that of transformers, EfficientNet-Lite that of efficientnet-lite-pytorch in channels_last.
+EfficientNet-Lite is that of efficientnet-lite-pytorch, every other model that of transformers, from
+the very config.json that jft exports. Networks of convolutions run in channels_last.
 """
 
 import re
@@ -14,8 +15,10 @@ import numpy as np
 from benchmarks.bare import LEARNING_RATE, WEIGHT_DECAY
 from benchmarks.timing import stopwatch
 from benchmarks.workloads import CLASSES, Workload
+from jft.weights.naming import exported_table
 
 THREADS = 2
+CONVOLUTIONS = ("efficientnet", "convnext", "resnet")
 _BLOCK = re.compile(r"(?:layers?|_blocks)\.(\d+)\.")
 _ABOVE = re.compile(r"vit\.layernorm|classifier|_conv_head|_bn1\.|_fc")
 _HEAD = re.compile(r"classifier|_fc")
@@ -48,8 +51,9 @@ class Torch:
         torch.set_num_threads(THREADS)
         self.torch, self.clip_norm, self.dtype = torch, clip_norm, dtype
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.conv = not workload.model.startswith("vit")
-        self.model = _lite(workload) if self.conv else _vit(workload)
+        lite = workload.model.startswith("efficientnet_lite")
+        self.conv = workload.model.startswith(CONVOLUTIONS)
+        self.model = _lite(workload) if lite else _transformers(workload)
         preprocess = workload.zoo_model().preprocess
         shape = (1, -1, 1, 1)
         self.mean = torch.tensor(preprocess.mean).view(shape).to(self.device)
@@ -101,7 +105,7 @@ class Torch:
         x = (x - self.mean) / self.std
         found = model(x if self.conv else x.contiguous())
         label = torch.from_numpy(batch["label"]).to(self.device).long()
-        logits = found if self.conv else found.logits
+        logits = getattr(found, "logits", found)
         return torch.nn.functional.cross_entropy(logits, label)
 
 
@@ -120,22 +124,18 @@ def stage_index(name: str, workload: Workload) -> int:
     return workload.blocks + 1 if _ABOVE.match(name) else 0
 
 
-def _vit(workload: Workload) -> Any:
-    from transformers import ViTConfig, ViTForImageClassification
+def _transformers(workload: Workload) -> Any:
+    import transformers
 
-    module = workload.zoo_model().module
-    config = ViTConfig(
-        image_size=workload.image_size,
-        patch_size=module.patch,
-        hidden_size=module.features,
-        num_hidden_layers=module.depth,
-        num_attention_heads=module.heads,
-        intermediate_size=module.mlp_features,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
+    model = workload.zoo_model()
+    family = model.family
+    assert family is not None
+    table = family.tables[exported_table(model, 0)]
+    content = (table.config or family.source_config)(model)
+    kind = getattr(transformers, content["architectures"][0])
+    config = kind.config_class.from_dict(content)
     config.num_labels = CLASSES
-    return ViTForImageClassification(config)
+    return kind(config)
 
 
 def _lite(workload: Workload) -> Any:

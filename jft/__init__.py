@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jft.config import load_config
+    from jft.models.nnx_module import from_nnx
+    from jft.models.zoo import add_family
     from jft.prepare import setup
     from jft.train.loop import fit
     from jft.trained import evaluate, export, predict
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 # package of jft may have one of these names: importing it would take the function's place.
 _PUBLIC = {
     "load_config": "jft.config",
+    "from_nnx": "jft.models.nnx_module",
+    "add_family": "jft.models.zoo",
     "setup": "jft.prepare",
     "fit": "jft.train.loop",
     "evaluate": "jft.trained",
@@ -26,9 +30,11 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "add_family",
     "evaluate",
     "export",
     "fit",
+    "from_nnx",
     "load_config",
     "load_pretrained",
     "merge",

@@ -114,6 +114,8 @@ def arg_keys(section: str, name: str, where: str = "") -> dict[str, Key]:
     if name not in choices:
         known = ", ".join(sorted(choices))
         hint = nearest(name, choices) or f"; known: {known}"
+        if section == "model":
+            hint += "; JFT_FAMILIES=FILE.py adds a family of your own"
         raise ConfigError(f"{where or f'config.{_keys(section)[0]}'}: no {section} {name!r}{hint}")
     target, fixed = choices[name] if section == "model" else (choices[name], {})
     parameters = inspect.signature(target).parameters.values()

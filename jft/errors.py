@@ -1,7 +1,10 @@
 """The errors that a user can cause, each with the exit code of the command line."""
 
 import difflib
+import itertools
 from collections.abc import Iterable
+
+_SEARCHED = 2_000  # choices that `nearest` looks at
 
 
 class JftError(Exception):
@@ -36,5 +39,7 @@ class DivergedError(JftError):
 
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Returns " (did you mean 'x'?)" for the choice closest to `name`, or ""."""
-    found = difflib.get_close_matches(name, [str(choice) for choice in choices], n=1, cutoff=0.5)
+    # The search is slow, and a file of weights may hold 100,000 names: the first few do.
+    few = [str(choice) for choice in itertools.islice(choices, _SEARCHED)]
+    found = difflib.get_close_matches(name, few, n=1, cutoff=0.5)
     return f" (did you mean {found[0]!r}?)" if found else ""

@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from jft.models.family_files import file_hashes
+
 
 def package_versions() -> dict[str, str]:
     """Returns {package: version} of jft and of what its numbers depend on."""
@@ -31,6 +33,7 @@ def describe_run(seed: int) -> dict[str, Any]:
         "devices": [f"{device.platform}: {device.device_kind}" for device in jax.devices()],
         "processes": jax.process_count(),
         "git": _git_state(),
+        "families": file_hashes(),
         "seed": seed,
     }
 

@@ -111,7 +111,7 @@ class Task:
         paths = sorted(self.shapes[0], key=lambda p: (order.get(p.split("/")[0], 0), p))
         return make_groups(
             paths,
-            structural=family.groups if family else (),
+            structural=self.model.groups,
             sets=family.sets if family else COMMON_SETS,
             extra=[tuple(pair) for pair in self.config.freeze.groups],
         )

@@ -81,10 +81,8 @@ def archive(
     """The zip layout around a pickle."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as file:
-        file.writestr("archive/data.pkl", pickled)
-        file.writestr("archive/byteorder", byteorder)
-        file.writestr("archive/data/0", data)
-        for path, content in members:
+        three = (("data.pkl", pickled), ("byteorder", byteorder), ("data/0", data))
+        for path, content in (*((f"archive/{name}", content) for name, content in three), *members):
             info = zipfile.ZipInfo(path)
             info.compress_type = compression
             file.writestr(info, content)

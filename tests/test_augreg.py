@@ -144,16 +144,20 @@ def test_the_table_writes_what_it_reads(tmp_path, model):
         np.testing.assert_array_equal(written[name], wanted[name], err_msg=name)
 
 
-def test_big_vision_names_are_read_with_and_without_their_folder(tmp_path):
-    """Without a class token, as its models that average; others have no position for the token."""
-    args = ARGS | {"class_token": False, "pooling": "mean"}
-    model = tiny(**args)
-    source, arrays = hugging_face(tmp_path, model)
-    arrays = arrays | {"vit.embeddings.cls_token": np.zeros(1, np.float32)}
-    flax = as_flax(arrays, BIG_VISION)
+@pytest.mark.parametrize(
+    "args",
+    [{"class_token": False, "pooling": "mean"}, {"class_position": False}],
+    ids=["without a class token", "with a class token that has no position"],
+)
+def test_big_vision_names_are_read_with_and_without_their_folder(tmp_path, args):
+    model = tiny(**ARGS, **args)
+    wanted, _ = load_pretrained(model, "random:3")
+    leaves = {path: leaf for path, (_, leaf) in namings.join(wanted).items()}
+    arrays = namings.to_source_arrays(namings.naming_of(model, leaves), leaves)
+    flax = as_flax({"vit.embeddings.cls_token": None} | arrays, BIG_VISION)
     flax["pos_embedding"] = flax.pop("Transformer/posembed_input/pos_embedding")
-    del flax["cls"]
-    wanted, _ = load_pretrained(model, source)
+    if flax["cls"] is None:
+        del flax["cls"]
     in_folder = {f"params/{name}": value for name, value in flax.items()}
     in_folder["opt/0/count"] = np.zeros((), np.int32)
     for number, named in enumerate((flax, in_folder)):

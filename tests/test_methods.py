@@ -665,6 +665,8 @@ def test_child_tuning_f_draws_elements_at_every_step():
 
 MODELS = {"vit4": vit(4), "vit12": vit(12)}
 MODELS |= {"lite": groups_of("efficientnet_lite_tiny"), "se": groups_of("efficientnet_tiny")}
+MODELS |= {"clip": groups_of("clip_tiny")}  # without a final norm
+MODELS |= {"swin": groups_of("swin_tiny")}
 UNFIT = {("lite", "attention_only"), ("se", "attention_only"), ("vit12", "chain_thaw", 8)}
 
 

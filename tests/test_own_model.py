@@ -5,6 +5,7 @@ import shutil
 
 import fault_run
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -12,7 +13,9 @@ from safetensors.numpy import load_file
 
 import jft
 from jft.errors import ConfigError, WeightsError
-from jft.models.layers import BatchNorm
+from jft.models.family import Preprocess
+from jft.models.layers import BatchNorm, Training
+from jft.models.own import own_model
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -59,6 +62,29 @@ class Bf16(nn.Module):
     @nn.compact
     def __call__(self, x):
         return nn.Dense(CLASSES, param_dtype="bfloat16", name="head")(x.reshape(x.shape[0], -1))
+
+
+class InParts(nn.Module):
+    """Runs a part of its stages, and knows nothing of jft's `Training`."""
+
+    stages: tuple[str, ...] = ("stem", "norm", "head")
+
+    @nn.compact
+    def __call__(self, x, start=0, stop=None, train: bool = False):
+        for stage in self.stages[start:stop]:
+            if stage == "stem":
+                x = nn.Conv(4, (3, 3), (2, 2), name="stem")(x)
+            elif stage == "norm":
+                x = nn.BatchNorm(not train, momentum=0.8, name="norm")(x)
+            else:
+                x = nn.Dense(CLASSES, name="head")(x.mean((1, 2)))
+        return x
+
+
+class LeftOut(Switched):
+    """Calls more than it names."""
+
+    stages: tuple[str, ...] = ("first", "head")
 
 
 class Axis(nn.Module):
@@ -237,6 +263,42 @@ def test_parameters_keep_the_dtype_that_a_module_gives_them(images, tmp_path, no
     assert {str(leaf.dtype) for leaf in outcome.params.values()} == {"bfloat16"}
 
 
+def test_stages_of_an_own_module_give_a_cache_and_what_is_below_the_cut_runs_as_in_evaluation(
+    images, tmp_path
+):
+    ends = {}
+    for cache in ("off", "on"):  # "on" refuses a module that cannot run in parts
+        options = (f"freeze.cache={cache}", "freeze.views=1", "freeze.phases=head")
+        config = make_config(images, *options)
+        ends[cache] = jft.fit(jft.setup(config, tmp_path / cache, model=InParts()))
+    for path, leaf in ends["off"].params.items():
+        np.testing.assert_allclose(ends["on"].params[path], leaf, rtol=1e-5, err_msg=path)
+
+
+class Noisy(InParts):
+    """Drops in its stem alone."""
+
+    @nn.compact
+    def __call__(self, x, start=0, stop=None, train: bool = False):
+        if start == 0:
+            x = nn.Dropout(0.5, deterministic=not train)(x)
+        return super().__call__(x, start, stop, train)
+
+
+def test_below_the_cut_of_an_own_module_with_stages_nothing_is_random():
+    model = own_model(Noisy(), CLASSES, Preprocess((0.0,) * 3, (1.0,) * 3, 8))
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    x = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
+
+    def run(key, cut):
+        training = Training(jnp.ones(4), jnp.arange(4), cut=cut)
+        rngs = {"dropout": jax.random.key(key)}
+        return model.apply(variables, x, training=training, rngs=rngs, mutable=["batch_stats"])[0]
+
+    np.testing.assert_array_equal(run(0, 1), run(1, 1))
+    assert not np.array_equal(run(0, 0), run(1, 0))
+
+
 def test_statistics_of_one_device_alone_are_refused_in_one_line(images, tmp_path):
     config = make_config(images, "parallel.devices=2", "parallel.mode=pmap")
     with pytest.raises(ConfigError, match="parallel.mode") as error:
@@ -273,6 +335,7 @@ def test_stages_of_an_own_module_stand_in_the_order_it_calls_them(images, tmp_pa
         (Switched(num_classes=5), [], r"gives \[1, 5\] for one image, the data needs \[1, 3\]"),
         (Switched(), ["freeze.phases=heda@2 | all"], "no group 'heda'.*did you mean 'head'"),
         (Switched(), ['freeze.phases=head + "hed/.*"'], "matches no leaf"),
+        (LeftOut(), [], r"stages \['first', 'head'\] leave out the part 'first_norm'"),
         (Axis(), [], "model: .*batch.*jft.models.layers.BatchNorm"),
         (Switched(), ["train.batch_size=12", "parallel.devices=8"], "train.batch_size"),
     ],

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_parity_models import (
+from parity import (
     GRADIENTS,
     HIDDEN,
     LOGITS,
     convert,
     distance,
+    pictures,
     saved_names,
     torch_images,
 )
@@ -25,10 +26,6 @@ torch = pytest.importorskip("torch")
 
 CLASSES = 7
 COUNTER = "num_batches_tracked"  # torch's own; nothing reads it in evaluation
-
-
-def pictures(size, count=2):
-    return np.random.default_rng(1).normal(size=(count, size, size, 3)).astype(np.float32)
 
 
 def randomise(peer, size):

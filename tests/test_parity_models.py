@@ -1,4 +1,4 @@
-"""Against the original implementations: efficientnet-lite-pytorch and transformers' ViT."""
+"""Against the original implementation: efficientnet-lite-pytorch."""
 
 import importlib.resources
 
@@ -6,46 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parity import GRADIENTS, HIDDEN, LOGITS, convert, distance, torch_images
 
-from jft.models.table import choose_table, to_jft
+from jft.models.forms import to_jft
 from jft.models.zoo import make_model
-from jft.tree import flatten, unflatten
+from jft.tree import flatten
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
 
-# max abs(a - b) / max(1, max abs(b)), in float32.
-HIDDEN, LOGITS, GRADIENTS = 1e-5, 1e-4, 1e-4
-
-
-def distance(found, wanted):
-    found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
-    assert found.shape == wanted.shape
-    return np.abs(found - wanted).max() / max(1.0, np.abs(wanted).max())
-
-
-def convert(model, state_dict, image_size):
-    """The variables of a torch state dict through the family's own table; all names are used."""
-    # Copies: torch updates running statistics in place.
-    arrays = {name: tensor.detach().numpy().copy() for name, tensor in state_dict.items()}
-    table = choose_table(model.family.tables, arrays)
-    prefix, _ = table.prefix_for(arrays)
-    image = jnp.zeros((1, image_size, image_size, 3))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), image)
-    variables, used = {}, set()
-    for kind, tree in shapes.items():
-        leaves = {}
-        for path, leaf in flatten(tree).items():
-            name, form = table.source_of(path, prefix)
-            used.add(name)
-            leaves[path] = to_jft(form, arrays[name])
-            assert leaves[path].shape == leaf.shape
-        variables[kind] = unflatten(leaves)
-    assert not [name for name in arrays if name not in used and not table.ignored(name)]
-    return variables
-
-
-# --- EfficientNet-Lite0, published weights, real photographs ---------------------------------
+# Published weights, real photographs.
 
 # ImageNet class of each photograph of scikit-image.
 PHOTOGRAPHS = {
@@ -78,10 +48,6 @@ def photograph(name, preprocess):
     image = image.resize((size, size), Image.Resampling.BICUBIC)
     mean, std = np.float32(preprocess.mean), np.float32(preprocess.std)
     return ((np.asarray(image, np.float32) - mean) / std)[None]
-
-
-def torch_images(x):
-    return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
 
 
 def test_lite0_names_what_is_on_real_photographs(lite0):
@@ -156,8 +122,8 @@ def test_lite0_in_training_mode_matches_with_its_statistics_and_gradients(lite0)
     named, table = dict(peer.named_parameters()), model.family.tables[0]
     wanted = {}
     for path in flatten(grads):
-        name, form = table.source_of(path)
-        wanted[path] = to_jft(form, named[name].grad.numpy())
+        origin = table.source_of(path)
+        wanted[path] = to_jft(origin, named[origin.name].grad.numpy())
     # Some biases have no gradient but rounding: the BatchNorm after them takes them out again.
     floor = 1e-4 * max(np.abs(value).max() for value in wanted.values())
     for path, found in flatten(grads).items():
@@ -185,113 +151,3 @@ def test_lite0_mutants_fail(lite0, mutant, monkeypatch):
         wanted = peer(torch_images(x)).numpy()
     found = jax.jit(lambda v, x: model.apply(v, x))(variables, x)
     assert distance(found, wanted) > 10 * LOGITS
-
-
-# --- ViT against transformers, at odd sizes --------------------------------------------------
-
-
-def hf_vit(image_size=47, patch=9, bias=True, act="gelu", epsilon=1e-12, labels=7):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.ViTConfig(
-        hidden_size=60,
-        num_hidden_layers=3,
-        num_attention_heads=5,
-        intermediate_size=83,
-        image_size=image_size,
-        patch_size=patch,
-        hidden_act=act,
-        layer_norm_eps=epsilon,
-        qkv_bias=bias,
-        num_labels=labels,
-    )
-    torch.manual_seed(0)
-    peer = transformers.ViTForImageClassification(config).eval()
-    with torch.no_grad():  # larger than the default 0.02, so that every layer matters
-        for name, parameter in peer.named_parameters():
-            scale = 1.0 if "layernorm" in name and name.endswith("weight") else 0.0
-            parameter.copy_(scale + torch.randn_like(parameter) * 0.15)
-    return peer
-
-
-def saved_names(peer, folder):
-    from safetensors.torch import load_file
-
-    peer.save_pretrained(folder)
-    return load_file(folder / "model.safetensors")
-
-
-def ours(peer, folder, **changed):
-    fields = make_model(name="vit_tiny", num_classes=1).family.variant_from_config(
-        peer.config.to_dict()
-    )
-    args = {**fields, "image_size": peer.config.image_size, **changed}
-    model = make_model(name="vit_tiny", args=args, num_classes=peer.config.num_labels)
-    return model, convert(model, saved_names(peer, folder), peer.config.image_size)
-
-
-def pictures(size, count=2):
-    return np.random.default_rng(1).normal(size=(count, size, size, 3)).astype(np.float32)
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        {},
-        {"image_size": 31, "patch": 5},
-        {"image_size": 32, "patch": 16, "bias": False},
-        {"act": "gelu_new"},
-        {"epsilon": 1e-6},
-    ],
-)
-def test_vit_matches_transformers(case, tmp_path):
-    peer = hf_vit(**case)
-    model, variables = ours(peer, tmp_path)
-    x = pictures(peer.config.image_size)
-    image = torch_images(x).requires_grad_()
-    out = peer(image, output_hidden_states=True)
-    torch.logsumexp(out.logits, 1).sum().backward()
-    for stage, wanted in enumerate(out.hidden_states):
-        found = model.apply(variables, x, stop=stage + 1)
-        assert distance(found, wanted.detach().numpy()) <= HIDDEN, model.stages[stage]
-    assert distance(model.apply(variables, x), out.logits.detach().numpy()) <= LOGITS
-    found = jax.grad(lambda x: jax.nn.logsumexp(model.apply(variables, x), axis=1).sum())(x)
-    assert distance(found, image.grad.numpy().transpose(0, 2, 3, 1)) <= GRADIENTS
-
-
-def test_vit_reads_a_backbone_without_the_prefix_and_ignores_its_pooler(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    whole = hf_vit()
-    peer = transformers.ViTModel(whole.config, add_pooling_layer=True).eval()
-    names = saved_names(peer, tmp_path)
-    head = {"classifier.weight": torch.zeros(7, 60), "classifier.bias": torch.zeros(7)}
-    assert any(name.startswith("pooler") for name in names)
-    fields = make_model(name="vit_tiny", num_classes=1).family.variant_from_config(
-        whole.config.to_dict()
-    )
-    model = make_model(name="vit_tiny", args={**fields, "image_size": 47}, num_classes=7)
-    variables = convert(model, names | head, 47)
-    x = pictures(47)
-    with torch.no_grad():
-        wanted = peer(torch_images(x)).last_hidden_state[:, 0].numpy()
-    found = model.apply(variables, x, stop=len(model.stages) - 1)
-    assert distance(found, wanted) <= HIDDEN
-
-
-@pytest.mark.parametrize("mutant", ["epsilon", "gelu", "layers", "query and key", "heads"])
-def test_vit_mutants_fail(mutant, tmp_path):
-    peer = hf_vit()
-    changed = {"epsilon": {"epsilon": 1e-3}, "gelu": {"gelu": "tanh"}, "heads": {"heads": 6}}
-    model, variables = ours(peer, tmp_path, **changed.get(mutant, {}))
-    params = dict(variables["params"])
-    if mutant == "layers":
-        params["blocks_0"], params["blocks_1"] = params["blocks_1"], params["blocks_0"]
-    if mutant == "query and key":
-        block = dict(params["blocks_1"])
-        attn = dict(block["attn"])
-        attn["query"], attn["key"] = attn["key"], attn["query"]
-        params["blocks_1"] = {**block, "attn": attn}
-    x = pictures(47)
-    with torch.no_grad():
-        states = peer(torch_images(x), output_hidden_states=True)
-    found = model.apply({"params": params}, x, stop=4)
-    assert distance(found, states.hidden_states[-1].numpy()) > 2 * HIDDEN

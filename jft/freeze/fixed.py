@@ -32,7 +32,7 @@ def first_k(outline: Outline, *, k: int = 1) -> Recipe:
     outline.require("first_k", "head", blocks=True)
     _check_count(outline, "k", k)
     stem = outline.units[: outline.first_block]
-    return Recipe([{"train": " + ".join([*stem, f"block[:{k}]", "head"])}])
+    return Recipe([{"train": " + ".join([*stem, f"block[:{k}]", *outline.between(0, k), "head"])}])
 
 
 def surgical(
@@ -66,7 +66,8 @@ def surgical(
             f" 0 <= start < stop <= {outline.blocks}"
         )
     parts = [*(outline.units[: outline.first_block] if stem and start == 0 else ())]
-    parts += [f"block[{start}:{stop}]", *([always] if always else [])]
+    parts += [f"block[{start}:{stop}]", *outline.between(start, stop)]
+    parts += [always] if always else []
     return Recipe([{"train": " + ".join(parts)}])
 
 

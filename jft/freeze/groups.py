@@ -25,7 +25,8 @@ class Groups:
       order: structural groups from input to output; each leaf is in exactly one.
       members: {group: leaves}; structural groups, cross-cutting sets, "all", and "above": all but
         the first group, whatever a family calls its stem.
-      counts: {name: n} for numbered groups, so "block" has block[0] .. block[n - 1].
+      counts: {name: n} for numbered groups, so "block" has block[0] .. block[n - 1]; where a model
+        counts from 1, there is no [0].
       patterns: {path: (structural group, pattern that matched)}.
     """
 
@@ -62,15 +63,19 @@ class Groups:
             raise ConfigError(
                 f"{what}: {atom!r} should be like {name}[2], {name}[-3:] or {name}[:4]"
             )
+        wanted = [f"{name}[{i}]" for i in wanted if f"{name}[{i}]" in self.members]
         if not wanted:
-            last = f"{name}[{count - 1}]"
-            raise ConfigError(f"{what}: {atom!r} is empty; the model has {name}[0] .. {last}")
-        return frozenset().union(*(self.members[f"{name}[{i}]"] for i in wanted))
+            first, last = f"{name}[{self._first(name)}]", f"{name}[{count - 1}]"
+            raise ConfigError(f"{what}: {atom!r} is empty; the model has {first} .. {last}")
+        return frozenset().union(*(self.members[group] for group in wanted))
+
+    def _first(self, name: str) -> int:
+        return next(i for i in range(self.counts[name]) if f"{name}[{i}]" in self.members)
 
     def _names(self) -> str:
         plain = [name for name in self.members if "[" not in name]
         return "groups: " + ", ".join(
-            f"{n}[0:{self.counts[n]}]" if n in self.counts else n for n in plain
+            f"{n}[{self._first(n)}:{self.counts[n]}]" if n in self.counts else n for n in plain
         )
 
 
@@ -104,8 +109,8 @@ def make_groups(
     Args:
       paths: every leaf, in network order of stages.
       structural: ordered (name, pattern), covering every leaf; a capture in the pattern numbers
-        the group: ("block", r"blocks_(\\d+)/.*") makes block[0], block[1], ... Without any, each
-        top-level module is a group.
+        the group: ("block", r"blocks_(\\d+)/.*") makes block[0], block[1], ... One that matches
+        nothing in this model is left out. Without any, each top-level module is a group.
       sets: cross-cutting (name, pattern); one that matches nothing in this model is left out.
       extra: the user's own (name, pattern); one that matches nothing is an error.
     """
@@ -113,20 +118,24 @@ def make_groups(
     if not structural:
         tops = dict.fromkeys(path.split("/")[0] for path in paths)
         structural = [(top, re.escape(top) + "(?:/.*)?") for top in tops]
+    structural = [one for one in structural if any(re.fullmatch(one[1], path) for path in paths)]
     matched = match(paths, [(pattern, name) for name, pattern in structural], "model groups")
     order: dict[str, None] = {}
+    counts: dict[str, int] = {}
     members: dict[str, set[str]] = {}
     patterns: dict[str, tuple[str, str]] = {}
     for path in paths:
         name, pattern = matched[path]
         found = re.fullmatch(pattern, path)
-        group = f"{name}[{int(found[1])}]" if found and found.re.groups and found[1] else name
+        group = name
+        if found and found.re.groups and found[1]:
+            group = f"{name}[{int(found[1])}]"
+            counts[name] = max(counts.get(name, 0), int(found[1]) + 1)
         order[group] = None
         members.setdefault(group, set()).add(path)
         if group != name:
             members.setdefault(name, set()).add(path)
         patterns[path] = (group, pattern)
-    counts = {name: sum(g.startswith(f"{name}[") for g in order) for name, _ in structural}
     groups = {name: frozenset(leaves) for name, leaves in members.items()}
     for name, pattern in sets:
         if leaves := frozenset(path for path in paths if re.fullmatch(pattern, path)):
@@ -141,5 +150,4 @@ def make_groups(
         groups[name] = select(paths, pattern, f"freeze.groups.{name}")
     groups["all"] = frozenset(paths)
     groups.setdefault("above", groups["all"] - groups[structural[0][0]])
-    counts = {name: n for name, n in counts.items() if n}
     return Groups(paths, tuple(order), groups, counts, patterns)

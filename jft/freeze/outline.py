@@ -16,7 +16,8 @@ class Outline:
     Attributes:
       units: set expressions from the input side to the head: what lies before the numbered blocks
         ("embed"), each block ("block[0]"), and what follows them with the head ("final + head").
-        A model without numbered blocks has one unit a top-level module.
+        What lies between two blocks belongs to the second ("down[1] + block[2]"). A model without
+        numbered blocks has one unit a top-level module.
       first_block: index in `units` of block[0].
       blocks: number of numbered blocks; 0 without any.
       start: first step of the stretch to expand.
@@ -71,8 +72,12 @@ class Outline:
         first = unit - self.first_block
         if self.blocks and 0 <= first < self.blocks:
             rest = self.units[self.first_block + self.blocks :]
-            return " + ".join([f"block[{first}:]", *rest])
+            return " + ".join([f"block[{first}:]", *self.between(first, self.blocks), *rest])
         return " + ".join(self.units[unit:])
+
+    def between(self, first: int, stop: int) -> list[str]:
+        """What belongs to blocks `first` to `stop` - 1 beside the blocks themselves."""
+        return [part for unit in self.block_units[first:stop] for part in unit.split(" + ")[:-1]]
 
     def require(self, method: str, *sets: str, blocks: bool = False) -> None:
         """Raises ConfigError unless the model has the sets, and numbered blocks if asked for."""
@@ -123,14 +128,15 @@ def make_outline(
     if max_sets is not None and max_sets < 1:
         raise ConfigError(f"freeze.max_sets: {max_sets} should be 1 or more")
     order = list(groups.order)
-    numbered = [at for at, name in enumerate(order) if re.fullmatch(r"\w+\[\d+\]", name)]
+    numbered = [at for at, name in enumerate(order) if re.fullmatch(r"block\[\d+\]", name)]
     if not numbered:
         units, first, blocks = tuple(order), 0, 0
     else:
         first_at, last_at = numbered[0], numbered[-1]
         before = [" + ".join(order[:first_at])] if first_at else []
         after = order[last_at + 1 :]
-        middle = order[first_at : last_at + 1]
+        starts = [first_at, *(at + 1 for at in numbered[:-1])]
+        middle = [" + ".join(order[a : b + 1]) for a, b in zip(starts, numbered, strict=True)]
         units = (*before, *middle, *([" + ".join(after)] if after else []))
         first, blocks = len(before), len(middle)
     return Outline(

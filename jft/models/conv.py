@@ -1,7 +1,9 @@
 """Convolutions, NHWC, each in the form that is fastest on the platform it is lowered for.
 
 The CPU backend has no fast grouped convolution: a depthwise one written as shifted multiply-adds is
-an order of magnitude faster, forward and backward. Accelerators have their own.
+an order of magnitude faster, forward and backward. Its own convolution of all channels is as fast
+as any on large images; where patches do not overlap or images are small, one matrix product over
+patches is faster, a hundred times for images smaller than the kernel. Accelerators have their own.
 """
 
 from __future__ import annotations
@@ -13,21 +15,47 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jft.models.sliding import Pads, out_size, pad, sum_over_windows, tap
+
 Strides = tuple[int, int]
-Pads = tuple[tuple[int, int], tuple[int, int]]
 
 # Working set of one step of the depthwise kernel gradient: two operands and a product that fit
 # into a core's L2 cache together.
 CHUNK_BYTES = 1 << 19
 
-STRIDED = "strided"  # scope of the gradients of convolutions with a stride above 1
+# Where patches win over the CPU backend's own convolution. It reorders the kernel each time, they
+# copy a pixel for every kernel position: they win with few pixels and many output channels,
+SMALL_PIXELS, MANY_CHANNELS = 64, 256
+SHORT_PATCH = 32  # or with few values a patch, as in a stem of 3 x 3.
 
 
-def pointwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def pointwise_conv(x: jax.Array, kernel: jax.Array, strides: Strides = (1, 1)) -> jax.Array:
     """1 x 1 convolution as one matrix product: x [B, H, W, I], kernel [1, 1, I, O]."""
+    if strides != (1, 1):
+        x = x[:, :: strides[0], :: strides[1]]
     # Two-dimensional operands: with more, the CPU backend transposes x in memory for dW.
     y = x.reshape(-1, x.shape[-1]) @ kernel.reshape(kernel.shape[2:])
     return y.reshape(*x.shape[:-1], -1)
+
+
+def patch_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Convolution whose stride is its kernel's size, as one product over patches.
+
+    Pixels beyond the last whole patch are dropped, as a strided convolution drops them.
+
+    Args:
+      x: [B, H, W, I].
+      kernel: [h, w, I, O].
+
+    Returns:
+      [B, H // h, W // w, O].
+    """
+    high, wide, channels, features = kernel.shape
+    rows, columns = x.shape[1] // high, x.shape[2] // wide
+    x = x[:, : rows * high, : columns * wide]
+    x = x.reshape(-1, rows, high, columns, wide, channels).swapaxes(2, 3)
+    y = x.reshape(-1, high * wide * channels) @ kernel.reshape(-1, features)
+    return y.reshape(-1, rows, columns, features)
 
 
 def depthwise_conv(
@@ -57,7 +85,7 @@ def _pads(x: jax.Array, kernel: jax.Array, strides: Strides, padding: str | Pads
 # for another machine each get theirs; the backend of the tracing process plays no part.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads, groups: int) -> jax.Array:
-    cpu = _patches_conv if groups == 1 else _shifted_conv
+    cpu = _cpu_conv if groups == 1 else _shifted_conv
     return jax.lax.platform_dependent(
         x,
         kernel,
@@ -79,14 +107,11 @@ def _conv_backward(
         return lambda x, kernel, dy: jax.vjp(form, x, kernel)[1](dy)
 
     if groups == 1:
-        cpu = pull(lambda x, kernel: _patches_conv(x, kernel, strides, pads))
+        cpu = pull(lambda x, kernel: _cpu_conv(x, kernel, strides, pads))
     else:
         cpu = functools.partial(_shifted_grads, strides=strides, pads=pads)
     native = pull(lambda x, kernel: _native_conv(x, kernel, strides, pads, groups))
-    # Of these gradients a backend may multiply zeros between pixels: the cost report tells them by
-    # their name.
-    name = STRIDED if max(strides) > 1 else "stride_1"
-    with jax.named_scope("conv" if groups == 1 else "depthwise"), jax.named_scope(name):
+    with jax.named_scope("conv" if groups == 1 else "depthwise"):
         return jax.lax.platform_dependent(*saved, dy, cpu=cpu, default=native)
 
 
@@ -106,31 +131,36 @@ def _native_conv(
     )
 
 
-def _pad(x: jax.Array, rows: tuple[int, int, int], columns: tuple[int, int, int]) -> jax.Array:
-    """Zeros (before, after, between) around and between rows and columns."""
-    return jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), rows, columns, (0, 0, 0)))
+def _cpu_conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> jax.Array:
+    """The convolution of all channels by one of three forms, all exact; gradients follow it."""
+    height, width, inputs, outputs = kernel.shape
+    size = out_size(x.shape[1:3], (height, width), strides, pads)
+    if strides == (height, width):
+        return _tiles_conv(x, kernel, size, pads)
+    few = size[0] * size[1] <= SMALL_PIXELS and outputs >= MANY_CHANNELS
+    # Smaller than the kernel, an image gets a naive loop from the backend, forward and backward.
+    small = x.shape[1] < height or x.shape[2] < width
+    if few or small or height * width * inputs <= SHORT_PATCH:
+        return _patches_conv(x, kernel, strides, pads)
+    return _native_conv(x, kernel, strides, pads, 1)
 
 
-def _tap(x: jax.Array, i: int, j: int, size: tuple[int, int], strides: Strides) -> jax.Array:
-    """The pixels of padded x [B, H, W, C] that kernel position (i, j) meets: [B, *size, C]."""
-    stop = (i + (size[0] - 1) * strides[0] + 1, j + (size[1] - 1) * strides[1] + 1)
-    return jax.lax.slice(x, (0, i, j, 0), (x.shape[0], *stop, x.shape[3]), (1, *strides, 1))
-
-
-def _out_size(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> tuple[int, int]:
-    rows, columns = (
-        (n + lo + hi - k) // s + 1
-        for n, k, s, (lo, hi) in zip(x.shape[1:3], kernel.shape[:2], strides, pads, strict=True)
-    )
-    return rows, columns
+def _tiles_conv(x: jax.Array, kernel: jax.Array, size: tuple[int, int], pads: Pads) -> jax.Array:
+    """One matrix product over patches that do not overlap; pixels after the last are cut."""
+    (batch, rows, columns, _), (height, width, inputs, outputs) = x.shape, kernel.shape
+    below, right = height * size[0] - pads[0][0] - rows, width * size[1] - pads[1][0] - columns
+    x = pad(x, (pads[0][0], below, 0), (pads[1][0], right, 0))
+    tiles = x.reshape(batch, size[0], height, size[1], width, inputs).swapaxes(2, 3)
+    y = tiles.reshape(-1, height * width * inputs) @ kernel.reshape(-1, outputs)
+    return y.reshape(batch, *size, outputs)
 
 
 def _patches_conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> jax.Array:
-    """Convolution as one matrix product over patches: for few input channels, as in a stem."""
-    size = _out_size(x, kernel, strides, pads)
-    padded = _pad(x, (*pads[0], 0), (*pads[1], 0))
+    """One matrix product over patches."""
+    size = out_size(x.shape[1:3], kernel.shape[:2], strides, pads)
+    padded = pad(x, (*pads[0], 0), (*pads[1], 0))
     places = np.ndindex(kernel.shape[:2])
-    patches = jnp.concatenate([_tap(padded, i, j, size, strides) for i, j in places], axis=-1)
+    patches = jnp.concatenate([tap(padded, i, j, size, strides) for i, j in places], axis=-1)
     y = patches.reshape(-1, patches.shape[-1]) @ kernel.reshape(-1, kernel.shape[-1])
     return y.reshape(*patches.shape[:-1], -1)
 
@@ -142,7 +172,7 @@ def _live(
 
     On a 2 x 2 image the outer ring of a 5 x 5 kernel sees only padding.
     """
-    out = _out_size(x, kernel, strides, pads)
+    out = out_size(x.shape[1:3], kernel.shape[:2], strides, pads)
     part, trimmed = [], []
     for axis, (n, k, s) in enumerate(zip(x.shape[1:3], kernel.shape[:2], strides, strict=True)):
         low = pads[axis][0]
@@ -156,14 +186,14 @@ def _live(
 
 def _shifted_conv(x: jax.Array, kernel: jax.Array, strides: Strides, pads: Pads) -> jax.Array:
     """Depthwise convolution as one multiply-add a kernel position, in one pass over the output."""
-    size = _out_size(x, kernel, strides, pads)
+    size = out_size(x.shape[1:3], kernel.shape[:2], strides, pads)
     part, pads = _live(x, kernel, strides, pads)
     kernel = kernel[part].astype(jnp.float32)
-    padded = _pad(x, (*pads[0], 0), (*pads[1], 0))
+    padded = pad(x, (*pads[0], 0), (*pads[1], 0))
     total = jnp.zeros((), jnp.float32)
     for i, j in np.ndindex(kernel.shape[:2]):
-        tap = _tap(padded, i, j, size, strides).astype(jnp.float32)
-        total = total + tap * kernel[i, j][None, None]
+        met = tap(padded, i, j, size, strides).astype(jnp.float32)
+        total = total + met * kernel[i, j][None, None]
     return total.astype(x.dtype)
 
 
@@ -181,20 +211,13 @@ def _shifted_grads(
 def _shifted_dx(
     x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Strides, pads: Pads
 ) -> jax.Array:
-    """dy, its pixels spread by the strides, under the reversed kernel."""
-    kh, kw = kernel.shape[:2]
-    spread = [
-        (k - 1 - lo, n + lo - ((out - 1) * s + 1), s - 1)
-        for n, out, k, s, (lo, _) in zip(
-            x.shape[1:3], dy.shape[1:3], (kh, kw), strides, pads, strict=True
-        )
-    ]
-    padded = _pad(dy, spread[0], spread[1])
-    total = jnp.zeros((), jnp.float32)
-    for i, j in np.ndindex(kh, kw):
-        tap = _tap(padded, kh - 1 - i, kw - 1 - j, (x.shape[1], x.shape[2]), (1, 1))
-        total = total + tap.astype(jnp.float32) * kernel[i, j][None, None]
-    return total.astype(x.dtype)
+    """dy under the reversed kernel, each remainder of the pixels by the strides for itself."""
+
+    def term(i: int, j: int, dy: jax.Array) -> jax.Array:
+        return dy.astype(jnp.float32) * kernel[i, j][None, None]
+
+    shapes = (x.shape[1:3], kernel.shape[:2])
+    return sum_over_windows(term, (dy,), *shapes, strides, pads).astype(x.dtype)
 
 
 def _shifted_dw(
@@ -207,7 +230,7 @@ def _shifted_dw(
     not examples: a batch that is split over devices is never sliced.
     """
     batch, rows, columns, channels = dy.shape
-    padded = _pad(x, (*pads[0], 0), (*pads[1], 0))
+    padded = pad(x, (*pads[0], 0), (*pads[1], 0))
     chunk = max(1, min(rows, CHUNK_BYTES // (batch * columns * channels * 4)))
     while rows % chunk:
         chunk -= 1
@@ -216,10 +239,10 @@ def _shifted_dw(
     window = (batch, (chunk - 1) * strides[0] + 1, (columns - 1) * strides[1] + 1, channels)
     ones = jnp.ones((1, batch * chunk * columns), jnp.float32)
 
-    def products(tap: jax.Array) -> jax.Array:
-        row, i, j = tap
+    def products(place: jax.Array) -> jax.Array:
+        row, i, j = place
         a = jax.lax.dynamic_slice(padded, (0, i + row * strides[0], j, 0), window)
-        a = _tap(a, 0, 0, (chunk, columns), strides).astype(jnp.float32)
+        a = tap(a, 0, 0, (chunk, columns), strides).astype(jnp.float32)
         b = jax.lax.dynamic_slice(dy, (0, row, 0, 0), (batch, chunk, columns, channels))
         return (ones @ (a * b.astype(jnp.float32)).reshape(-1, channels))[0]
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jft.models.efficientnet_files import HF_TABLE, TORCH_TABLE, source_config, variant_from_config
+from jft.models.efficientnet_files import SCALES, TABLES, source_config, variant_from_config
 from jft.models.family import Facts, Family, Preprocess, range_faults
 from jft.models.layers import Dtype, Training
 from jft.models.mbconv import (
@@ -24,12 +24,14 @@ from jft.models.mbconv import (
     block_faults,
     crop_fraction,
     scale,
+    scale_depth,
     scale_width,
     unroll,
 )
+from jft.models.staged import Staged
 
 
-class EfficientNet(nn.Module):
+class EfficientNet(Staged):
     """EfficientNet classifier: inverted residuals with squeeze-and-excitation and swish.
 
     Attributes:
@@ -42,6 +44,7 @@ class EfficientNet(nn.Module):
       padding: of convolutions with a stride. "same" is TensorFlow's, by each input's size. "fixed"
         is Hugging Face's: that of an even size, and in `symmetric_blocks` that of an odd one,
         whatever the size; the same thing for images of the size that a checkpoint was trained on.
+        "symmetric" is that of torchvision and of timm's own training: alike on all four sides.
       symmetric_blocks: indices of blocks.
       dropout_rate: before the classifier.
       drop_path_rate: of the last block; it grows linearly from 0.
@@ -70,6 +73,11 @@ class EfficientNet(nn.Module):
         return unroll(scale(self.blocks, self.width, self.depth, self.divisor))
 
     @property
+    def depths(self) -> tuple[int, ...]:
+        """Blocks of each group, scaled: the stages by which timm and torchvision count."""
+        return tuple(scale_depth(spec[0], self.depth) for spec in self.blocks)
+
+    @property
     def stages(self) -> tuple[str, ...]:
         """Names of the stages from input to output."""
         return ("stem", *(f"blocks_{i}" for i in range(len(self.layouts))), "final", "head")
@@ -80,7 +88,8 @@ class EfficientNet(nn.Module):
     def _padding(self, block: int | None = None) -> str:
         if self.padding == "same":
             return "same"
-        return "odd" if block in self.symmetric_blocks else "even"
+        symmetric = self.padding == "symmetric" or block in self.symmetric_blocks
+        return "odd" if symmetric else "even"
 
     def _stage(self, name: str) -> nn.Module:
         norm = {"momentum": self.norm_momentum, "epsilon": self.norm_epsilon, "dtype": self.dtype}
@@ -94,46 +103,29 @@ class EfficientNet(nn.Module):
         index, layouts = int(name.removeprefix("blocks_")), self.layouts
         layout, padding = layouts[index], self._padding(index)
         rate = self.drop_path_rate * index / len(layouts)
-        # Only a repeat adds its input. The original adds that of a group's first block too where
-        # shapes agree, Hugging Face does not; in B0 to B7 they never agree.
+        # Only a repeat adds its input. The original, timm and torchvision add that of a group's
+        # first block too where shapes agree, Hugging Face does not; in B0 to B7 they never agree.
         form = (self.squeeze_ratio, padding, not layout.first)
         return Block(layout, rate, *shared, *form, name=name)
 
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        start: int = 0,
-        stop: int | None = None,
-        training: Training | None = None,
-    ) -> jax.Array:
-        """Runs stages [start, stop) on images [B, H, W, 3] or on the output of stage start - 1."""
-        for index, name in list(enumerate(self.stages))[start:stop]:
-            x = self._stage(name)(x, training if training and index >= training.cut else None)
-        return x
+    def run_stage(self, name: str, x: jax.Array, training: Training | None) -> jax.Array:
+        """Runs one stage."""
+        return self._stage(name)(x, training)
 
 
-# variant -> width, depth, image size, dropout: the original's efficientnet_builder.py.
-_SCALES = {
-    "efficientnet_b0": (1.0, 1.0, 224, 0.2),
-    "efficientnet_b1": (1.0, 1.1, 240, 0.2),
-    "efficientnet_b2": (1.1, 1.2, 260, 0.3),
-    "efficientnet_b3": (1.2, 1.4, 300, 0.3),
-    "efficientnet_b4": (1.4, 1.8, 380, 0.4),
-}
 # ImageNet's, on the 0..255 scale.
 _MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
 def _scaled(variant: str) -> dict[str, Any]:
-    width, depth, _, dropout = _SCALES[variant]
+    width, depth, _, dropout = SCALES[variant]
     return {"width": width, "depth": depth, "dropout_rate": dropout}
 
 
 def _preprocess(variant: str) -> Preprocess:
     """The original's; the files beside a Hugging Face checkpoint say otherwise for their own."""
-    size = _SCALES[variant][2] if variant in _SCALES else 32
-    crop = crop_fraction(size) if variant in _SCALES else 0.875
+    size = SCALES[variant][2] if variant in SCALES else 32
+    crop = crop_fraction(size) if variant in SCALES else 0.875
     return Preprocess(_MEAN, _STD, size, crop, "bicubic")
 
 
@@ -141,8 +133,8 @@ def _faults(module: EfficientNet, image_size: int) -> dict[str, str]:
     sizes = ("width", "depth", "divisor", "squeeze_ratio", "norm_epsilon")
     shares = ("dropout_rate", "drop_path_rate", "norm_momentum")
     wrong = range_faults(module, positive=sizes, shares=shares) | block_faults(module.blocks)
-    if module.padding not in ("same", "fixed"):
-        wrong["padding"] = f"must be one of same, fixed, not {module.padding!r}"
+    if module.padding not in ("same", "fixed", "symmetric"):
+        wrong["padding"] = f"must be one of same, fixed, symmetric, not {module.padding!r}"
     elif module.padding == "same" and image_size % 2:
         wrong["image_size"] = (
             f"{image_size} is odd: the file format has no word for the padding 'same' of its stem; "
@@ -155,8 +147,8 @@ def _faults(module: EfficientNet, image_size: int) -> dict[str, str]:
     count = len(module.layouts)
     if not all(isinstance(at, int) and 0 <= at < count for at in module.symmetric_blocks):
         wrong["symmetric_blocks"] = f"must list indices of the {count} blocks"
-    elif module.symmetric_blocks and module.padding == "same":
-        wrong["symmetric_blocks"] = "has no use with padding 'same'"
+    elif module.symmetric_blocks and module.padding != "fixed":
+        wrong["symmetric_blocks"] = f"has no use with padding {module.padding!r}"
     return wrong
 
 
@@ -169,13 +161,13 @@ FAMILY = Family(
     name="efficientnet",
     module=EfficientNet,
     variants={
-        **{variant: _scaled(variant) for variant in _SCALES},
+        **{variant: _scaled(variant) for variant in SCALES},
         "efficientnet_tiny": {
             "width": 0.25,
             "blocks": ((1, 3, 1, 1, 64), (2, 3, 2, 3, 96), (1, 5, 2, 3, 128)),
         },
     },
-    tables=(HF_TABLE, TORCH_TABLE),
+    tables=TABLES,
     groups=GROUPS,
     sets=(*SETS, ("squeeze_excite", r".*/se/.*")),
     preprocess=_preprocess,

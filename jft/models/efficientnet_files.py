@@ -7,36 +7,53 @@ from typing import Any
 
 from jft.errors import WeightsError
 from jft.models.mbconv import (
+    B0_BLOCKS,
     TORCH_ENTRIES,
     TORCH_IGNORE,
     Layout,
+    block_faults,
     norm_entries,
     scale,
     scale_width,
+    squeeze_entries,
     unroll,
+)
+from jft.models.mbconv_files import (
+    TIMM_ENTRIES,
+    TIMM_SQUEEZE,
+    TIMM_UNSAID,
+    TORCHVISION_ENTRIES,
+    TORCHVISION_IMPLIES,
+    first_stage_alone_is_narrow,
+    from_timm,
+    timm_name,
+    to_timm,
 )
 from jft.models.table import Entry, Table
 
+# variant -> width, depth, image size, dropout: the original's efficientnet_builder.py.
+SCALES = {
+    "efficientnet_b0": (1.0, 1.0, 224, 0.2),
+    "efficientnet_b1": (1.0, 1.1, 240, 0.2),
+    "efficientnet_b2": (1.1, 1.2, 260, 0.3),
+    "efficientnet_b3": (1.2, 1.4, 300, 0.3),
+    "efficientnet_b4": (1.4, 1.8, 380, 0.4),
+}
 
-def _squeeze_entries(reduce: str, expand: str) -> tuple[Entry, ...]:
-    """The two 1 x 1 convolutions of a block's squeeze-and-excitation."""
-    return tuple(
-        entry
-        for ours, theirs in (("reduce", reduce), ("expand", expand))
-        for entry in (
-            Entry(f"blocks_{{i}}/se/{ours}/kernel", f"{theirs}.weight", "conv"),
-            Entry(f"blocks_{{i}}/se/{ours}/bias", f"{theirs}.bias"),
-        )
-    )
+
+def _pads_otherwise(model: Any) -> bool:
+    """Whether a network pads as Hugging Face's and the original do: not symmetrically."""
+    return model.module.padding != "symmetric"
 
 
 # Names of EfficientNet-PyTorch (PyPI efficientnet-pytorch).
 TORCH_TABLE = Table(
     entries=(
         *TORCH_ENTRIES,
-        *_squeeze_entries("_blocks.{i}._se_reduce", "_blocks.{i}._se_expand"),
+        *squeeze_entries("_blocks.{i}._se_reduce", "_blocks.{i}._se_expand"),
     ),
     ignore=TORCH_IGNORE,
+    exported=_pads_otherwise,
     title="EfficientNet-PyTorch",
 )
 
@@ -51,7 +68,7 @@ HF_TABLE = Table(
         *norm_entries("blocks_{i}/bn0", f"{_BLOCK}.expansion.expand_bn"),
         Entry("blocks_{i}/depthwise/kernel", f"{_DEPTHWISE}.depthwise_conv.weight", "depthwise"),
         *norm_entries("blocks_{i}/bn1", f"{_DEPTHWISE}.depthwise_norm"),
-        *_squeeze_entries(f"{_BLOCK}.squeeze_excite.reduce", f"{_BLOCK}.squeeze_excite.expand"),
+        *squeeze_entries(f"{_BLOCK}.squeeze_excite.reduce", f"{_BLOCK}.squeeze_excite.expand"),
         Entry("blocks_{i}/project/kernel", f"{_BLOCK}.projection.project_conv.weight", "conv"),
         *norm_entries("blocks_{i}/bn2", f"{_BLOCK}.projection.project_bn"),
         Entry("final/conv/kernel", "{p}encoder.top_conv.weight", "conv"),
@@ -61,6 +78,7 @@ HF_TABLE = Table(
     ),
     ignore=(r".*\.num_batches_tracked",),
     prefixes=("efficientnet.", ""),
+    exported=_pads_otherwise,
     title="Hugging Face",
 )
 
@@ -123,6 +141,12 @@ def variant_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if "width" not in fields or "depth" not in fields:
         return fields
     width, divisor = fields["width"], fields.get("divisor", 8)
+    stated = config.get("in_channels") or ()
+    # Text times a number would be text of that length.
+    if not all(type(x) in (int, float) for x in (width, divisor, fields["depth"], *stated)):
+        raise WeightsError("its widths and depths are not all numbers")
+    for fault in block_faults(fields["blocks"]).values():
+        raise WeightsError(f"its blocks {fault}")
     _check_channels(config, width, divisor)
     layouts = unroll(scale(fields["blocks"], width, fields["depth"], divisor))
     return fields | _padding_of(config, layouts)
@@ -167,3 +191,91 @@ def _odd_inputs(layouts: Iterable[Layout], side: int) -> list[int]:
             found += [at] if side % 2 else []
             side = -(-side // layout.stride)
     return found
+
+
+# --- timm and torchvision ---------------------------------------------------------------------
+
+# Sizes that timm has names for.
+_TIMM_SIZES = {
+    name: {
+        "width": width,
+        "depth": depth,
+        "divisor": 8,
+        "blocks": B0_BLOCKS,
+        "squeeze_ratio": 0.25,
+        "symmetric_blocks": (),
+    }
+    for name, (width, depth, _, _) in SCALES.items()
+}
+_OWN_TYPE = "jft_efficientnet"  # model_type of networks that timm has no name for
+_OWN_FIELDS = (*next(iter(_TIMM_SIZES.values())), "padding", "norm_epsilon")
+
+
+def _in_torch(model: Any) -> bool:
+    """Whether timm and torchvision can name, and compute, a network as it is.
+
+    They add the input where the first block of a group keeps its shape; this network does not.
+    """
+    module = model.module
+    channels = [scale_width(_STEM, module.width, module.divisor)]
+    for layout in module.layouts:
+        if layout.first and layout.stride == 1 and layout.features == channels[-1]:
+            return False
+        channels.append(layout.features)
+    return module.padding != "fixed" and first_stage_alone_is_narrow(module.blocks)
+
+
+def _in_torchvision(model: Any) -> bool:
+    """Whether torchvision can compute a network as it is."""
+    implied = (getattr(model.module, name) == value for name, value in TORCHVISION_IMPLIES)
+    return all(implied) and _in_torch(model)
+
+
+def _own_config(model: Any) -> dict[str, Any]:
+    """The content of config.json where no other library reads one: the fields of the module."""
+    fields = {name: getattr(model.module, name) for name in _OWN_FIELDS}
+    return {"model_type": _OWN_TYPE, "num_classes": model.num_classes, **fields}
+
+
+def _timm_config(model: Any) -> dict[str, Any]:
+    """timm's config.json; for sizes that timm has no name for, jft's own."""
+    name = timm_name(model.module, _TIMM_SIZES)
+    return to_timm(model, name) if name else _own_config(model)
+
+
+def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The module fields that timm's config.json or jft's own fixes; others' say nothing.
+
+    Raises:
+      WeightsError: it is timm's, of another network.
+    """
+    fields = from_timm(config, _TIMM_SIZES)
+    if fields is None and config.get("model_type") == _OWN_TYPE:
+        fields = {name: config[name] for name in _OWN_FIELDS if name in config}
+        fields = {k: _tuples(v) if isinstance(v, list) else v for k, v in fields.items()}
+    return fields or {}
+
+
+def _tuples(values: list[Any]) -> tuple[Any, ...]:
+    return tuple(tuple(value) if isinstance(value, list) else value for value in values)
+
+
+TIMM_TABLE = Table(
+    entries=(*TIMM_ENTRIES, *TIMM_SQUEEZE),
+    ignore=TORCH_IGNORE,
+    unsaid=TIMM_UNSAID,
+    exported=_in_torch,
+    title="timm",
+    config=_timm_config,
+    fields=_fields,
+)
+TORCHVISION_TABLE = Table(
+    entries=TORCHVISION_ENTRIES,
+    ignore=TORCH_IGNORE,
+    implies=TORCHVISION_IMPLIES,
+    exported=_in_torchvision,
+    title="torchvision",
+    config=_own_config,
+    fields=_fields,
+)
+TABLES = (HF_TABLE, TORCH_TABLE, TIMM_TABLE, TORCHVISION_TABLE)

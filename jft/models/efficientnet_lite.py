@@ -30,10 +30,19 @@ from jft.models.mbconv import (
     scale,
     unroll,
 )
+from jft.models.mbconv_files import (
+    TIMM_ENTRIES,
+    TIMM_UNSAID,
+    first_stage_alone_is_narrow,
+    from_timm,
+    timm_name,
+    to_timm,
+)
+from jft.models.staged import Staged
 from jft.models.table import Table
 
 
-class EfficientNetLite(nn.Module):
+class EfficientNetLite(Staged):
     """EfficientNet-Lite classifier.
 
     Attributes:
@@ -41,6 +50,8 @@ class EfficientNetLite(nn.Module):
       stem_features: channels after the stem.
       blocks: one (repeats, kernel, stride, expansion, channels) a group of blocks.
       final_features: channels before the classifier.
+      padding: of convolutions with a stride. "same" is TensorFlow's, by each input's size;
+        "symmetric" is that of timm's own training: alike on all four sides.
       dropout_rate: before the classifier.
       drop_path_rate: of the last block; it grows linearly from 0.
       norm_momentum: share of the running statistics kept per step.
@@ -52,6 +63,7 @@ class EfficientNetLite(nn.Module):
     stem_features: int = 32
     blocks: tuple[BlockSpec, ...] = B0_BLOCKS
     final_features: int = 1280
+    padding: str = "same"
     dropout_rate: float = 0.2
     drop_path_rate: float = 0.2
     norm_momentum: float = 0.99
@@ -59,39 +71,35 @@ class EfficientNetLite(nn.Module):
     dtype: Dtype = jnp.float32
 
     @property
+    def depths(self) -> tuple[int, ...]:
+        """Blocks of each group: the stages by which timm counts."""
+        return tuple(spec[0] for spec in self.blocks)
+
+    @property
     def stages(self) -> tuple[str, ...]:
         """Names of the stages from input to output."""
-        count = sum(spec[0] for spec in self.blocks)
+        count = sum(self.depths)
         return ("stem", *(f"blocks_{i}" for i in range(count)), "final", "head")
 
     def _stage(self, name: str) -> nn.Module:
         norm = {"momentum": self.norm_momentum, "epsilon": self.norm_epsilon, "dtype": self.dtype}
+        padding = "odd" if self.padding == "symmetric" else "same"
         if name == "stem":
-            return ConvNorm(self.stem_features, 3, 2, relu6, norm, self.dtype, name=name)
+            form = (relu6, norm, self.dtype, padding)
+            return ConvNorm(self.stem_features, 3, 2, *form, name=name)
         if name == "final":
             return Final(self.final_features, relu6, norm, self.dtype, name=name)
         if name == "head":
             return Head(self.num_classes, self.dropout_rate, self.dtype, name=name)
         index, layouts = int(name.removeprefix("blocks_")), unroll(self.blocks)
         rate = self.drop_path_rate * index / len(layouts)
-        return Block(layouts[index], rate, relu6, norm, self.dtype, name=name)
+        form = (relu6, norm, self.dtype)
+        return Block(layouts[index], rate, *form, padding=padding, name=name)
 
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        start: int = 0,
-        stop: int | None = None,
-        training: Training | None = None,
-    ) -> jax.Array:
-        """Runs stages [start, stop) on images [B, H, W, 3] or on the output of stage start - 1."""
-        for index, name in list(enumerate(self.stages))[start:stop]:
-            x = self._stage(name)(x, training if training and index >= training.cut else None)
-        return x
+    def run_stage(self, name: str, x: jax.Array, training: Training | None) -> jax.Array:
+        """Runs one stage."""
+        return self._stage(name)(x, training)
 
-
-# Names of the PyTorch port (PyPI efficientnet-lite-pytorch).
-TORCH_TABLE = Table(entries=TORCH_ENTRIES, ignore=TORCH_IGNORE, title="the PyTorch port")
 
 # variant -> width, depth, image size, dropout: the original's efficientnet_lite_builder.py.
 _SCALES = {
@@ -127,7 +135,14 @@ def _preprocess(variant: str) -> Preprocess:
     return Preprocess((127.0,) * 3, (128.0,) * 3, size, crop, interpolation)
 
 
-_CONFIG_FIELDS = ("stem_features", "blocks", "final_features", "norm_momentum", "norm_epsilon")
+_CONFIG_FIELDS = (
+    "stem_features",
+    "blocks",
+    "final_features",
+    "padding",
+    "norm_momentum",
+    "norm_epsilon",
+)
 
 
 def _source_config(model: Any) -> dict[str, Any]:
@@ -144,11 +159,54 @@ def _variant_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
+# Sizes that timm has names for.
+_TIMM_SIZES = {
+    name: {"blocks": _scaled(name)["blocks"], "stem_features": 32, "final_features": 1280}
+    for name in _SCALES
+}
+
+
+def _timm_config(model: Any) -> dict[str, Any]:
+    """timm's config.json; for sizes that timm has no name for, jft's own."""
+    name = timm_name(model.module, _TIMM_SIZES)
+    return to_timm(model, name) if name else _source_config(model)
+
+
+def _timm_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The module fields that timm's config.json or jft's own fixes."""
+    fields = from_timm(config, _TIMM_SIZES)
+    return _variant_from_config(config) if fields is None else fields
+
+
+# Names of the PyTorch port (PyPI efficientnet-lite-pytorch).
+TORCH_TABLE = Table(
+    entries=TORCH_ENTRIES,
+    ignore=TORCH_IGNORE,
+    exported=lambda model: model.module.padding == "same",
+    title="the PyTorch port",
+)
+TIMM_TABLE = Table(
+    entries=TIMM_ENTRIES,
+    ignore=TORCH_IGNORE,
+    unsaid=TIMM_UNSAID,
+    exported=lambda model: first_stage_alone_is_narrow(model.module.blocks),
+    title="timm",
+    config=_timm_config,
+    fields=_timm_fields,
+)
+
+
 def _faults(module: EfficientNetLite, image_size: int) -> dict[str, str]:
     del image_size  # any size runs: "SAME" padding leaves at least one pixel
     sizes = ("stem_features", "final_features", "norm_epsilon")
     shares = ("dropout_rate", "drop_path_rate", "norm_momentum")
-    return range_faults(module, positive=sizes, shares=shares) | block_faults(module.blocks)
+    wrong = range_faults(module, positive=sizes, shares=shares) | block_faults(module.blocks)
+    if module.padding not in ("same", "symmetric"):
+        wrong["padding"] = f"must be one of same, symmetric, not {module.padding!r}"
+    elif module.padding == "symmetric" and not wrong:
+        if any(size % 2 == 0 or stride > 2 for _, size, stride, *_ in module.blocks):
+            wrong["blocks"] = "must have kernels of an odd size and strides of 1 or 2"
+    return wrong
 
 
 def _facts(number: int, top1: float, file: str | None = None) -> Facts:
@@ -171,7 +229,7 @@ FAMILY = Family(
             "final_features": 64,
         },
     },
-    tables=(TORCH_TABLE,),
+    tables=(TORCH_TABLE, TIMM_TABLE),
     groups=GROUPS,
     sets=SETS,
     preprocess=_preprocess,

@@ -219,8 +219,14 @@ class LayerNorm(nn.Module):
         return (x * jnp.expand_dims(scale, lead) + jnp.expand_dims(bias, lead)).astype(self.dtype)
 
 
+# Forms of `gelu`: by erf, by tanh, and x sigmoid(1.702 x).
+GELUS = ("exact", "tanh", "quick")
+
+
 def gelu(x: jax.Array, form: str) -> jax.Array:
-    """GELU (Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415): "exact" (erf) or "tanh"."""
+    """GELU (Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415) in one of its GELUS."""
+    if form == "quick":
+        return x * jax.nn.sigmoid(1.702 * x)
     return _gelu(x) if form == "exact" else jax.nn.gelu(x, approximate=True)
 
 
@@ -238,11 +244,34 @@ def _gelu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[ja
     return _gelu(x), (below + x * density) * dx
 
 
-def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """softmax(query key^T / sqrt(D)) value: [B, N, heads, D] each, softmax in float32."""
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """softmax(query key^T / sqrt(D) + bias + mask) value, softmax in float32.
+
+    Args:
+      query: [B, N, heads, D].
+      key: the same.
+      value: the same.
+      bias: [heads, N, N] float32, of all rows of the batch.
+      mask: [n, N, N] float32, where n divides B: row i of the batch has that of i modulo n.
+
+    Returns:
+      [B, N, heads, D].
+    """
     query = query * (1.0 / math.sqrt(query.shape[-1]))
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
     scores = jnp.einsum("bhnd,bhmd->bhnm", query, key, preferred_element_type=jnp.float32)
+    if bias is not None:
+        scores = scores + bias[None]
+    if mask is not None:
+        shape = scores.shape
+        scores = scores.reshape(-1, len(mask), *shape[1:]) + mask[None, :, None]
+        scores = scores.reshape(shape)
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - top)
     # Divided after the product with value: N x D quotients and gradients for N x N.

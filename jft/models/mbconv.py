@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jft.errors import ConfigError
 from jft.models.conv import Pads, dense_conv, depthwise_conv, pointwise_conv
 from jft.models.layers import BatchNorm, Dropout, DropPath, Dtype, Training
 from jft.models.table import Entry
@@ -32,8 +33,10 @@ B0_BLOCKS: tuple[BlockSpec, ...] = (
     (1, 3, 1, 6, 320),
 )
 # "same" pads as TensorFlow does, by each input's size; the other two as it pads a size that the
-# stride divides ("even"), and one that it leaves one pixel of ("odd"), whatever the size.
+# stride divides ("even"), and one that it leaves one pixel of ("odd"), whatever the size. Symmetric
+# padding, as is usual in torch, is "odd" for the strides of 1 and 2 that there are.
 PADDINGS = ("same", "even", "odd")
+_MOST_BLOCKS = 1_000
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -86,7 +89,15 @@ class Layout:
 
 
 def unroll(blocks: Iterable[BlockSpec]) -> list[Layout]:
-    """The blocks of all groups, from input to output."""
+    """The blocks of all groups, from input to output.
+
+    Raises:
+      ConfigError: there are more than any network has; the numbers may come from a file.
+    """
+    blocks = list(blocks)
+    count = sum(repeats for repeats, *_ in blocks)
+    if count > _MOST_BLOCKS:
+        raise ConfigError(f"blocks: {count} of them; at most {_MOST_BLOCKS} are built")
     return [
         Layout(size, stride if k == 0 else 1, expansion, features, k == 0)
         for repeats, size, stride, expansion, features in blocks
@@ -278,6 +289,18 @@ def norm_entries(path: str, source: str) -> tuple[Entry, ...]:
     """The four arrays of a BatchNorm, in torch's names."""
     names = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
     return tuple(Entry(f"{path}/{ours}", f"{source}.{theirs}") for ours, theirs in names.items())
+
+
+def squeeze_entries(reduce: str, expand: str) -> tuple[Entry, ...]:
+    """The two 1 x 1 convolutions of a block's squeeze-and-excitation, in torch's names."""
+    return tuple(
+        entry
+        for ours, theirs in (("reduce", reduce), ("expand", expand))
+        for entry in (
+            Entry(f"blocks_{{i}}/se/{ours}/kernel", f"{theirs}.weight", "conv"),
+            Entry(f"blocks_{{i}}/se/{ours}/bias", f"{theirs}.bias"),
+        )
+    )
 
 
 # Names of EfficientNet-PyTorch (PyPI efficientnet-pytorch), which efficientnet-lite-pytorch keeps.

@@ -1,7 +1,8 @@
-"""A user's own Linen module, or anything with init and apply over dicts, as a model."""
+"""A user's own Linen or NNX module, or anything with init and apply over dicts, as a model."""
 
+import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -21,7 +22,8 @@ class OwnModel:
     """Stands where a `jft.models.zoo.Model` does, for a module that knows nothing of jft.
 
     The module is called as the parameters of its `__call__` allow: `training=` (jft's Training or
-    None), else `train=` (bool), else `deterministic=` (bool), else with the images alone.
+    None), else `train=` (bool), else `deterministic=` (bool), else with the images alone. One that
+    has `call_arguments` names them there instead, as `jft.from_nnx` does.
 
     Attributes:
       module: has `init(key, x)` and `apply(variables, x, ...)`, as a Linen module does.
@@ -40,7 +42,7 @@ class OwnModel:
     @cached_property
     def switch(self) -> str | None:
         """The parameter by which the module tells training from evaluation."""
-        known = inspect.signature(type(self.module).__call__).parameters
+        known = call_arguments(self.module)
         return next((n for n in ("training", "train", "deterministic") if n in known), None)
 
     @property
@@ -48,9 +50,18 @@ class OwnModel:
         """The module's own `stages`, from input to output, else `names`."""
         return tuple(getattr(self.module, "stages", self.names))
 
+    @property
+    def groups(self) -> tuple[tuple[str, str], ...]:
+        """(name, pattern) of structural groups; none where each of `names` is one."""
+        return self.module.groups if hasattr(self.module, "call_arguments") else ()
+
     def init(self, key: jax.Array, image: jax.Array) -> dict[str, Any]:
         """Fresh {"params", "batch_stats"} for images like `image` [1, H, W, C]."""
-        variables = jax.jit(lambda key, x: self._call("init", key, x, None))(key, image)
+        init = functools.partial(self._call, "init", training=None)
+        if not hasattr(self.module, "call_arguments"):
+            # Else leaves that are there already would become constants of a program.
+            init = jax.jit(init)
+        variables = init(key, image)
         if extra := set(variables) - {"params", "batch_stats"}:
             raise ConfigError(f"model: variable collection {min(extra)!r} cannot be trained")
         return dict(variables)
@@ -63,6 +74,7 @@ class OwnModel:
         training: Training | None = None,
         rngs: Mapping[str, jax.Array] | None = None,
         mutable: Any = False,
+        **borders: Any,
     ) -> Any:
         """Returns the logits, and the changed collections if `mutable`."""
         if training is not None and rngs and self.switch != "training":
@@ -71,8 +83,8 @@ class OwnModel:
             rngs = {n: jax.random.fold_in(key, training.index[0]) for n, key in rngs.items()}
             if training.frozen_norms and training.frozen_norms >= _norms(variables):
                 training = None  # every normalisation is frozen: run as in evaluation
-        out = self._call("apply", variables, x, training, rngs=rngs, mutable=mutable)
-        return out
+        how = {"rngs": rngs, "mutable": mutable, **borders}
+        return self._call("apply", variables, x, training, **how)
 
     def _call(self, name: str, first: Any, x: Any, training: Training | None, **kwargs: Any) -> Any:
         values = {"training": training, "train": training is not None}
@@ -80,6 +92,35 @@ class OwnModel:
         if self.switch is not None:
             kwargs[self.switch] = values[self.switch]
         return getattr(self.module, name)(first, x, **kwargs)
+
+
+class OwnStages(OwnModel):
+    """An own model whose module has `stages` and runs a part of them: `start` and `stop`."""
+
+    def apply(
+        self,
+        variables: Mapping[str, Any],
+        x: jax.Array,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        training: Training | None = None,
+        rngs: Mapping[str, jax.Array] | None = None,
+        mutable: Any = False,
+    ) -> Any:
+        """Runs stages [start, stop); those below `training.cut` run as in evaluation."""
+        if training is not None and training.cut > start:
+            x = self._call("apply", variables, x, None, start=start, stop=training.cut)
+            start = training.cut
+        return super().apply(
+            variables, x, training=training, rngs=rngs, mutable=mutable, start=start, stop=stop
+        )
+
+
+def call_arguments(module: Any) -> Collection[str]:
+    """Names of what a module can be called with."""
+    known = getattr(module, "call_arguments", None)
+    return inspect.signature(type(module).__call__).parameters if known is None else known
 
 
 def _norms(variables: Mapping[str, Any]) -> set[str]:
@@ -91,11 +132,22 @@ def own_model(module: Any, num_classes: int, preprocess: Preprocess | None = Non
     """Returns a user's module as a model; its logits are checked against the classes.
 
     Raises:
-      ConfigError: the module's output is not [batch, num_classes].
+      ConfigError: it has no `init` and `apply`, its `stages` leave parts out, or its output is not
+        [batch, num_classes].
     """
-    model = OwnModel(module, num_classes, preprocess or CENTRED)
-    size = model.preprocess.image_size
-    image = jax.ShapeDtypeStruct((1, size, size, len(model.preprocess.mean)), jnp.float32)
+    for name in ("init", "apply"):
+        if not callable(getattr(module, name, None)):
+            raise ConfigError(
+                f"model: {type(module).__name__} has no {name}; an NNX module goes in as"
+                " jft.from_nnx(module)"
+            )
+    preprocess = preprocess or CENTRED
+    size = preprocess.image_size
+    image = jax.ShapeDtypeStruct((1, size, size, len(preprocess.mean)), jnp.float32)
+    if hasattr(module, "ordered"):
+        module = module.ordered(image)
+    in_parts = hasattr(module, "stages") and {"start", "stop"} <= set(call_arguments(module))
+    model = (OwnStages if in_parts else OwnModel)(module, num_classes, preprocess)
     order: list[str] = []
 
     def init(key: jax.Array, x: jax.Array) -> Any:
@@ -105,6 +157,8 @@ def own_model(module: Any, num_classes: int, preprocess: Preprocess | None = Non
 
     jax.eval_shape(init, jax.random.key(0), image)
     model = replace(model, names=tuple(order))
+    if left := [name for name in model.names if name not in model.stages]:
+        raise ConfigError(f"model: its stages {list(model.stages)} leave out the part {left[0]!r}")
     variables = jax.eval_shape(model.init, jax.random.key(0), image)
     logits = jax.eval_shape(lambda v, x: model.apply(v, x), variables, image)
     if getattr(logits, "shape", None) != (1, num_classes):

@@ -16,32 +16,53 @@ from jft.models.layers import BlockDraws, Training
 
 
 def scan_blocks(
-    block: nn.Module,
+    blocks: Sequence[nn.Module],
     stacked: Mapping[str, Any],
     x: jax.Array,
     training: Training | None,
     draws: BlockDraws | None = None,
 ) -> jax.Array:
-    """Runs a block once for each layer of `stacked`, as the unrolled blocks one after the other.
+    """Runs each layer of `stacked`, as the unrolled blocks one after the other.
 
     A layer whose parameters are not differentiated keeps nothing for the backward pass, unless
     something below it is.
 
     Args:
-      block: unbound; its output has the shape and dtype of its input.
-      stacked: its params, each leaf with the layers first.
+      blocks: unbound modules that take turns: of layer i it is the one at i modulo their number,
+        and one round is one pass of the loop. Each keeps the shape and dtype of its input.
+      stacked: the params, each leaf with the layers first.
       x: input of the first layer.
       training: of the pass.
       draws: what each layer draws with, layers first; from `draws_of`.
     """
 
-    def body(x: jax.Array, layer: tuple[Any, BlockDraws | None]) -> tuple[jax.Array, None]:
+    def run(block: nn.Module, x: jax.Array, layer: tuple[Any, BlockDraws | None]) -> jax.Array:
         params, own = layer
         live = training and dataclasses.replace(training, draws=own)
         y: Any = block.apply({"params": params}, x, live)
-        return y, None
+        return y
 
-    return jax.lax.scan(body, x, (stacked, draws))[0]
+    def at(layers: Any, index: int) -> Any:
+        return jax.tree.map(lambda leaf: leaf[index], layers)
+
+    layers, period = (stacked, draws), len(blocks)
+    if period == 1:
+        return jax.lax.scan(lambda x, layer: (run(blocks[0], x, layer), None), x, layers)[0]
+    count = len(jax.tree.leaves(stacked)[0])
+    rounds = count // period
+
+    def body(x: jax.Array, layers: Any) -> tuple[jax.Array, None]:
+        for index, block in enumerate(blocks):
+            x = run(block, x, at(layers, index))
+        return x, None
+
+    whole = jax.tree.map(
+        lambda leaf: leaf[: rounds * period].reshape(rounds, period, *leaf.shape[1:]), layers
+    )
+    x = jax.lax.scan(body, x, whole)[0]
+    for index in range(rounds * period, count):
+        x = run(blocks[index % period], x, at(layers, index))
+    return x
 
 
 def draws_of(

@@ -2,325 +2,171 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jft.models.family import Facts, Family, Preprocess, range_faults
-from jft.models.layers import (
-    INIT,
-    Dense,
-    Dropout,
-    DropPath,
-    Dtype,
-    LayerNorm,
-    Training,
-    attention,
-    gelu,
-    matmul,
-)
-from jft.models.scan import draws_of, scan_blocks
+from jft.models.family import Family
+from jft.models.layers import INIT, Dense, Dropout, Dtype, LayerNorm, Training
+from jft.models.transformer import GROUPS, SETS, PatchEmbed, Tower, tower_faults
 from jft.models.vit_files import TABLES, source_config, variant_from_config
-from jft.stack_names import Range, stack_range
-
-
-class PatchEmbed(nn.Module):
-    """Non-overlapping patches times a matrix: the strided convolution without a convolution.
-
-    Pixels beyond the last whole patch are dropped, as a strided convolution drops them.
-    """
-
-    features: int
-    patch: int
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps images [B, H, W, C] to patches [B, (H // patch) * (W // patch), features]."""
-        batch, height, width, channels = x.shape
-        rows, columns, p = height // self.patch, width // self.patch, self.patch
-        x = x[:, : rows * p, : columns * p].astype(self.dtype)
-        x = x.reshape(batch, rows, p, columns, p, channels).swapaxes(2, 3)
-        x = x.reshape(batch, rows * columns, p * p * channels)
-        kernel = self.param("kernel", INIT, (p, p, channels, self.features), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        y = matmul(x, kernel.reshape(-1, self.features).astype(self.dtype))
-        return y + bias.astype(self.dtype)[None, None]
+from jft.models.vit_variants import FACTS, VARIANTS, preprocess_of
 
 
 class Embed(nn.Module):
-    """Patches, class token and position embeddings: images [B, H, W, C] -> tokens [B, N, D]."""
+    """Patches, prefix tokens and position embeddings: images [B, H, W, C] -> tokens [B, N, D].
+
+    The prefix tokens stand before the patches: class token, distillation token, registers.
+    """
 
     features: int
     patch: int
     class_token: bool
     dropout_rate: float
     dtype: Dtype
+    distillation_token: bool = False
+    registers: int = 0
+    class_position: bool = True
+    patch_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, training: Training | None = None) -> jax.Array:
         """Maps images to tokens."""
-        x = PatchEmbed(self.features, self.patch, self.dtype, name="patch")(x)
-        if self.class_token:
-            token = self.param("cls_token", INIT, (1, 1, self.features), jnp.float32)
-            token = jnp.broadcast_to(token.astype(self.dtype), (x.shape[0], 1, self.features))
-            x = jnp.concatenate([token, x], axis=1)
+        x = PatchEmbed(self.features, self.patch, self.dtype, self.patch_bias, name="patch")(x)
+        prefix = self._prefix(x.shape[0])
+        if self.class_position:
+            x = jnp.concatenate([*prefix, x], axis=1)
         position = self.param("pos_embedding", INIT, (1, *x.shape[1:]), jnp.float32)
         x = x + position.astype(self.dtype)
+        if not self.class_position:
+            x = jnp.concatenate([*prefix, x], axis=1)
         return Dropout(self.dropout_rate, name="dropout")(x, training)
 
-
-class Attention(nn.Module):
-    """Multi-head self-attention with separate query, key and value matrices."""
-
-    heads: int
-    qkv_bias: bool
-    dropout_rate: float
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array, training: Training | None = None) -> jax.Array:
-        """Maps tokens [B, N, D] to [B, N, D]."""
-        batch, length, features = x.shape
-        query, key, value = (
-            Dense(features, self.qkv_bias, self.dtype, name=name)(x).reshape(
-                batch, length, self.heads, features // self.heads
-            )
-            for name in ("query", "key", "value")
+    def _prefix(self, batch: int) -> list[jax.Array]:
+        """The learnt tokens [B, count, D] of each kind."""
+        kinds = (
+            ("cls_token", int(self.class_token)),
+            ("dist_token", int(self.distillation_token)),
+            ("registers", self.registers),
         )
-        x = attention(query, key, value).reshape(batch, length, features)
-        x = Dense(features, True, self.dtype, name="out")(x)
-        return Dropout(self.dropout_rate, name="dropout")(x, training)
+        tokens = []
+        for name, count in kinds:
+            if count:
+                token = self.param(name, INIT, (1, count, self.features), jnp.float32)
+                shape = (batch, count, self.features)
+                tokens.append(jnp.broadcast_to(token.astype(self.dtype), shape))
+        return tokens
 
 
-class Mlp(nn.Module):
-    """Two dense layers with GELU between."""
+class TwoHeads(nn.Module):
+    """The mean of two classifiers, of the class token and of the distillation token.
 
-    features: int
-    gelu_form: str
-    dropout_rate: float
+    As DeiT predicts (Touvron et al. 2021, https://arxiv.org/abs/2012.12877, section 4).
+    """
+
+    num_classes: int
     dtype: Dtype
 
-    @nn.compact
-    def __call__(self, x: jax.Array, training: Training | None = None) -> jax.Array:
-        """Maps tokens [B, N, D] to [B, N, D]."""
-        y = Dense(self.features, True, self.dtype, name="fc1")(x)
-        y = Dense(x.shape[-1], True, self.dtype, name="fc2")(gelu(y, self.gelu_form))
-        return Dropout(self.dropout_rate, name="dropout")(y, training)
+    def setup(self) -> None:
+        """Makes both; the first has the names that the only head of other models has."""
+        self.first = Dense(self.num_classes, True, self.dtype)
+        nn.share_scope(self, self.first)
+        self.distillation = Dense(self.num_classes, True, self.dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps the two tokens [B, 2, D] to float32 logits [B, num_classes]."""
+        logits = self.first(x[:, 0]).astype(jnp.float32)
+        return (logits + self.distillation(x[:, 1]).astype(jnp.float32)) / 2
 
 
-class Block(nn.Module):
-    """x + attn(norm1(x)), then x + mlp(norm2(x))."""
-
-    heads: int
-    mlp_features: int
-    qkv_bias: bool
-    epsilon: float
-    gelu_form: str
-    dropout_rate: float
-    drop_path_rate: float
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array, training: Training | None = None) -> jax.Array:
-        """Maps tokens [B, N, D] to [B, N, D]."""
-        rate, dtype = self.dropout_rate, self.dtype
-        y = LayerNorm(self.epsilon, dtype, name="norm1")(x)
-        y = Attention(self.heads, self.qkv_bias, rate, dtype, name="attn")(y, training)
-        x = x + DropPath(self.drop_path_rate, name="drop_path1")(y, training)
-        y = LayerNorm(self.epsilon, dtype, name="norm2")(x)
-        y = Mlp(self.mlp_features, self.gelu_form, rate, dtype, name="mlp")(y, training)
-        return x + DropPath(self.drop_path_rate, name="drop_path2")(y, training)
-
-
-class VisionTransformer(nn.Module):
-    """Vision Transformer classifier.
+class VisionTransformer(Tower):
+    """Vision Transformer classifier; the fields of `Tower`, and:
 
     Attributes:
-      num_classes: width of the logits.
-      patch: side of a patch in pixels.
-      features: width of a token.
-      depth: number of blocks.
-      heads: attention heads; divides features.
-      mlp_features: inner width of the MLP.
       class_token: whether a learnt token stands before the patches.
       pooling: "cls" reads the class token, "mean" averages the patch tokens.
       epsilon: of every LayerNorm; Hugging Face trains with 1e-12, most others with 1e-6.
-      gelu: "exact" (erf) or "tanh".
-      qkv_bias: whether query, key and value have a bias.
-      dropout_rate: after the embedding, attention and MLP.
-      drop_path_rate: of the last block; it grows linearly from 0.
-      dtype: of activations and products; params are float32.
-      scanned: stages "blocks_0", "blocks_1", ... may be given as stacks, see `jft.stack_names`;
-        `start`, `stop` and `training.cut` must not fall within one.
+      distillation_token: whether DeiT's second token follows the class token.
+      distillation_head: whether that token has a classifier of its own; logits are the mean of two.
+      registers: number of learnt tokens that follow (Darcet et al. 2024,
+        https://arxiv.org/abs/2309.16588).
+      class_position: whether all these tokens have position embeddings, as the patches do; DeiT III
+        and big_vision give them none.
+      layer_scale: whether each branch of a block has a learnt factor a channel.
+      norm_pooled: whether the last norm follows the mean, as in MAE's fine-tuning; otherwise it
+        comes before.
     """
 
-    scanned: ClassVar[str] = "blocks"
-
-    num_classes: int
-    patch: int = 16
-    features: int = 384
-    depth: int = 12
-    heads: int = 6
-    mlp_features: int = 1536
     class_token: bool = True
     pooling: str = "cls"
     epsilon: float = 1e-12
-    gelu: str = "exact"
-    qkv_bias: bool = True
-    dropout_rate: float = 0.0
-    drop_path_rate: float = 0.0
-    dtype: Dtype = jnp.float32
+    distillation_token: bool = False
+    distillation_head: bool = False
+    registers: int = 0
+    class_position: bool = True
+    layer_scale: bool = False
+    norm_pooled: bool = False
 
-    @property
-    def stages(self) -> tuple[str, ...]:
-        """Names of the stages from input to output."""
-        return ("embed", *(f"blocks_{i}" for i in range(self.depth)), "norm", "head")
+    def block_options(self) -> dict[str, Any]:
+        """Further arguments of every Block."""
+        return {"layer_scale": self.layer_scale}
 
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        start: int = 0,
-        stop: int | None = None,
-        training: Training | None = None,
-    ) -> jax.Array:
-        """Runs stages [start, stop) on images [B, H, W, C] or on the output of stage start - 1.
+    def run_stage(self, name: str, x: jax.Array, training: Training | None) -> jax.Array:
+        """Runs a stage; "norm" normalises and pools, [B, N, D] -> [B, D].
 
-        The stage "norm" normalises and pools, [B, N, D] -> [B, D]; "head" gives float32 logits.
+        With a distillation head it takes two tokens, [B, N, D] -> [B, 2, D].
         """
-        stacks = self._stacks()
-        first, end, _ = slice(start, stop).indices(len(self.stages))
-        borders = {"start": first, "stop": end, "cut": training.cut if training else 0}
-        for index, name in list(enumerate(self.stages))[first:end]:
-            live = training if training and index >= training.cut else None
-            held = stacks.get(name)
-            if held is None:
-                x = self._stage(index, name, x, live)
-                continue
-            where = self.stages.index(held.stages[0]), self.stages.index(held.stages[-1])
-            for what, border in borders.items():
-                if where[0] < border <= where[1]:
-                    raise ValueError(f"{what} {border} falls within the stack {held.name}")
-            if index == where[0]:
-                x = self._stack(held, x, live)
-        return x
-
-    def _stacks(self) -> dict[str, Range]:
-        """{block: the stack among the given params that holds it}."""
-        found = [stack_range(name) for name in self.variables.get("params", {})]
-        return {stage: held for held in found if held for stage in held.stages}
-
-    def _stack(self, held: Range, x: jax.Array, training: Training | None) -> jax.Array:
-        """Runs the blocks of a stack as a loop."""
-        assert self.scope is not None
-        draws = None
-        if training:
-            sites = ("attn/dropout", "mlp/dropout") if self.dropout_rate else ()
-            sites += ("drop_path1", "drop_path2") if self.drop_path_rate else ()
-            rates = [self._drop_path_rate(at) for at in range(held.first, held.last + 1)]
-            draws = draws_of(self.scope, held.stages, sites, rates)
-        block = self._block(self.drop_path_rate, parent=None)
-        return scan_blocks(block, self.variables["params"][held.name], x, training, draws)
-
-    def _drop_path_rate(self, block: int) -> float:
-        return self.drop_path_rate * block / max(self.depth - 1, 1)
-
-    def _block(self, drop_path_rate: float, **named: Any) -> Block:
-        heads, mlp, bias, epsilon = self.heads, self.mlp_features, self.qkv_bias, self.epsilon
-        rates = (self.dropout_rate, drop_path_rate)
-        return Block(heads, mlp, bias, epsilon, self.gelu, *rates, self.dtype, **named)
-
-    def _stage(self, index: int, name: str, x: jax.Array, training: Training | None) -> jax.Array:
-        rate, dtype = self.dropout_rate, self.dtype
         if name == "embed":
-            embed = Embed(self.features, self.patch, self.class_token, rate, dtype, name=name)
-            return embed(x, training)
+            form = (self.features, self.patch, self.class_token, self.dropout_rate, self.dtype)
+            further = (self.distillation_token, self.registers, self.class_position)
+            return Embed(*form, *further, name=name)(x, training)
         if name == "norm":
-            norm = LayerNorm(self.epsilon, dtype, name=name)
-            if self.pooling == "cls":
-                return norm(x[:, 0])
-            return jnp.mean(norm(x[:, int(self.class_token) :]), axis=1)
-        if name == "head":
-            return Dense(self.num_classes, True, dtype, name=name)(x).astype(jnp.float32)
-        return self._block(self._drop_path_rate(index - 1), name=name)(x, training)
+            return self._pool(LayerNorm(self.epsilon, self.dtype, name=name), x)
+        if name == "head" and self.distillation_head:
+            return TwoHeads(self.num_classes, self.dtype, name=name)(x)
+        return super().run_stage(name, x, training)
 
-
-# features, depth, heads
-_SIZES = {"ti": (192, 12, 3), "s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16)}
-
-
-def _variant(size: str, patch: int) -> dict[str, int]:
-    features, depth, heads = _SIZES[size]
-    sizes = {"features": features, "depth": depth, "heads": heads, "mlp_features": 4 * features}
-    return {"patch": patch, **sizes}
-
-
-def _preprocess(variant: str) -> Preprocess:
-    """Mean and std 0.5, as the ImageNet-21k checkpoints; a source's own file overrides it."""
-    return Preprocess((127.5,) * 3, (127.5,) * 3, 32 if variant == "vit_tiny" else 224)
+    def _pool(self, norm: LayerNorm, x: jax.Array) -> jax.Array:
+        if self.distillation_head:
+            return norm(x[:, :2])
+        if self.pooling == "cls":
+            return norm(x[:, 0])
+        x = x[:, int(self.class_token) + int(self.distillation_token) + self.registers :]
+        if self.norm_pooled:
+            return norm(jnp.mean(x, axis=1))
+        return jnp.mean(norm(x), axis=1)
 
 
 def _faults(module: VisionTransformer, image_size: int) -> dict[str, str]:
-    sizes = ("patch", "features", "depth", "heads", "mlp_features", "epsilon")
-    wrong = range_faults(module, positive=sizes, shares=("dropout_rate", "drop_path_rate"))
-    for name, choices in (("pooling", ("cls", "mean")), ("gelu", ("exact", "tanh"))):
-        if getattr(module, name) not in choices:
-            wrong[name] = f"must be one of {', '.join(choices)}, not {getattr(module, name)!r}"
-    if not wrong and module.features % module.heads:
-        wrong["heads"] = f"{module.heads} does not divide features {module.features}"
-    if not wrong and module.patch > image_size:
-        wrong["patch"] = f"{module.patch} is larger than the image of {image_size} pixels"
+    wrong = tower_faults(module, image_size)
+    if module.pooling not in ("cls", "mean"):
+        wrong["pooling"] = f"must be one of cls, mean, not {module.pooling!r}"
     if module.pooling == "cls" and not module.class_token:
         wrong["pooling"] = "'cls' needs class_token"
+    if module.registers < 0:
+        wrong["registers"] = f"must be at least 0, not {module.registers}"
+    if module.distillation_token and not module.class_token:
+        wrong["distillation_token"] = "needs class_token"
+    if module.distillation_head and not module.distillation_token:
+        wrong["distillation_head"] = "needs distillation_token"
+    if module.distillation_head and module.pooling != "cls":
+        wrong["pooling"] = f"must be 'cls' with distillation_head, not {module.pooling!r}"
     return wrong
 
-
-def _facts(source: str, top1: float | None = None, cite: str | None = None) -> Facts:
-    return Facts(f"hf:{source}", "Apache-2.0", top1, cite)
-
-
-# Google published no small ones for Hugging Face; DeiT's (arXiv:2012.12877) have their form.
-_DEIT = "github.com/facebookresearch/deit, README_deit.md"
 
 FAMILY = Family(
     name="vit",
     module=VisionTransformer,
-    variants={
-        **{
-            f"vit_{size}{patch}": _variant(size, patch)
-            for size, patches in {"ti": (16,), "s": (16, 32), "b": (16, 32), "l": (16, 32)}.items()
-            for patch in patches
-        },
-        "vit_tiny": {"patch": 8, "features": 32, "depth": 4, "heads": 4, "mlp_features": 64},
-    },
+    variants=VARIANTS,
     tables=TABLES,
-    groups=(
-        ("embed", r"embed/.*"),
-        ("block", r"blocks_(\d+)/.*"),
-        ("final", r"norm/.*"),
-        ("head", r"head/.*"),
-    ),
-    sets=(
-        ("norm", r"(.*/)?norm\d?/.*"),
-        ("bias", r".*/bias"),
-        ("attn", r".*/attn/.*"),
-        ("mlp", r".*/mlp/.*"),
-        ("position", r"embed/pos_embedding"),
-    ),
-    preprocess=_preprocess,
+    groups=GROUPS,
+    sets=SETS,
+    preprocess=preprocess_of,
     source_config=source_config,
     variant_from_config=variant_from_config,
     faults=_faults,
     first_conv="embed/patch/kernel",
-    facts={
-        "vit_ti16": _facts("facebook/deit-tiny-patch16-224", 72.2, _DEIT),
-        "vit_s16": _facts("facebook/deit-small-patch16-224", 79.9, _DEIT),
-        "vit_b16": _facts("google/vit-base-patch16-224"),
-        "vit_b32": _facts("google/vit-base-patch32-384"),
-        "vit_l16": _facts("google/vit-large-patch16-224"),
-        "vit_l32": _facts("google/vit-large-patch32-384"),
-    },
+    facts=FACTS,
 )

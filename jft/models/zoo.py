@@ -12,13 +12,65 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jft.errors import ConfigError, nearest
-from jft.models import efficientnet, efficientnet_lite, vit
+from jft.models import (
+    clip,
+    convnext,
+    dinov2,
+    efficientnet,
+    efficientnet_lite,
+    siglip,
+    swin,
+    vit,
+)
 from jft.models.family import Family, Preprocess
+from jft.models.family_files import family_files, read_family
 from jft.models.layers import Training
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (efficientnet_lite.FAMILY, efficientnet.FAMILY, vit.FAMILY)
+    family.name: family
+    for family in (
+        efficientnet_lite.FAMILY,
+        efficientnet.FAMILY,
+        vit.FAMILY,
+        dinov2.FAMILY,
+        convnext.FAMILY,
+        clip.FAMILY,
+        siglip.FAMILY,
+        swin.FAMILY,
+    )
 }
+
+_BUILT_IN = frozenset(FAMILIES)
+
+
+def add_family(family: Family) -> None:
+    """Makes a family of one's own known by the names of its variants, in this process.
+
+    A family that was added before under the same name is replaced, so that a notebook's cell can
+    run again. For the command line see `jft.models.family_files`.
+
+    Raises:
+      ConfigError: it is none, or a name is another family's.
+    """
+    if not isinstance(family, Family):
+        raise ConfigError(f"add_family: takes a Family, not {type(family).__name__}")
+    where = f"family {family.name!r}"
+    if family.name in _BUILT_IN:
+        raise ConfigError(f"{where}: jft has one of that name; choose another")
+    if not (family.variants and family.tables):
+        raise ConfigError(f"{where}: needs at least one variant and one table")
+    others = {n: f.name for n, f in _variants().items() if f.name != family.name}
+    known = {field.name for field in fields(family.module)}
+    for variant, values in family.variants.items():
+        if variant in others:
+            raise ConfigError(f"{where}: model {variant!r} is one of {others[variant]!r} already")
+        for name in values:
+            if name not in known:
+                raise ConfigError(
+                    f"{where}: {variant} sets {name!r}, which {family.module.__name__} does not"
+                    f" have{nearest(name, known)}"
+                )
+    FAMILIES[family.name] = family
 
 
 @dataclass(frozen=True)
@@ -43,6 +95,11 @@ class Model:
     def stages(self) -> tuple[str, ...]:
         """Names of the stages from input to output; the first component of every params path."""
         return tuple(self.module.stages)
+
+    @property
+    def groups(self) -> tuple[tuple[str, str], ...]:
+        """Ordered structural groups (name, pattern)."""
+        return self.family.groups if self.family else ()
 
     def init(self, key: jax.Array, image: jax.Array) -> dict[str, Any]:
         """Fresh {"params", "batch_stats"} (statistics only where the model has some).
@@ -153,3 +210,7 @@ def _dtype(key: str, value: Any) -> Any:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ConfigError(f"{key}: must be a floating dtype, not {dtype.name}")
     return dtype
+
+
+for _file in family_files():
+    add_family(read_family(_file))

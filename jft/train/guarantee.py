@@ -18,14 +18,12 @@ from jft.costs import hlo
 from jft.costs.phase_plan import PhasePlan
 from jft.freeze.groups import Groups
 from jft.freeze.masks import Mask, make_mask
-from jft.models.conv import STRIDED
 from jft.tree import Flat
 
 # A compiled step may differ from its plan by so much.
 FLOPS_BAR = 0.05
 BYTES_BAR = 0.01
 _MOST_NAMES = 3
-_ZEROS = 4  # the input's gradient of a convolution of stride 2 may take so many forward products
 _WRAPPED = re.compile(r"^.*\(|\)+$")  # "transpose(jvp(blocks_0))" is of blocks_0
 
 
@@ -64,19 +62,8 @@ def check_cost(
         more = f"{plan.argument_bytes / 1e6:.4g} MB of arguments are planned"
         return f"warning: the step holds more than its phase: {text}; {more}"
     names = consumers(cost.scopes, mask, stages)
-    if not names and cost.flops - planned_flops <= _strided(cost.scopes):
-        return f"{text}: on this backend gradients of strided convolutions multiply zeros"
     found = f": gradients of what is frozen are computed in {', '.join(names)}" if names else ""
     return f"warning: the step costs more than its phase: {text}{found}"
-
-
-def _strided(scopes: Mapping[str, int]) -> int:
-    """FLOPs of the gradients of strided convolutions, which may multiply zeros."""
-    return sum(flops for name, flops in scopes.items() if _is_strided(name))
-
-
-def _is_strided(name: str) -> bool:
-    return "transpose(" in name and f"/{STRIDED}/" in name
 
 
 def consumers(scopes: Mapping[str, int], mask: Mask, stages: Sequence[str]) -> list[str]:
@@ -95,7 +82,6 @@ def consumers(scopes: Mapping[str, int], mask: Mask, stages: Sequence[str]) -> l
     cut = min(live, default=len(stages))
     modules = {path.rpartition("/")[0] for path in mask}
     forward, backward = Counter[str](), Counter[str]()
-    strided: set[str] = set()
     for name, flops in scopes.items():
         parts = [_WRAPPED.sub("", part) for part in name.split("/")]
         at = next((i for i, part in enumerate(parts) if part in order), len(parts))
@@ -103,13 +89,11 @@ def consumers(scopes: Mapping[str, int], mask: Mask, stages: Sequence[str]) -> l
         module = next((prefix for prefix in prefixes if prefix in modules), None)
         if module is not None:
             (backward if "transpose(" in name else forward)[module] += flops
-            if _is_strided(name):
-                strided.add(module)
     wrong = Counter[str]()
     for module, flops in backward.items():
         trains = any(mask[path] for path in mask if path.startswith(f"{module}/"))
         below = order[module.split("/")[0]] < cut
-        allowed = 0 if below else forward[module] * (_ZEROS if module in strided else 1)
+        allowed = 0 if below else forward[module]
         if not trains and flops > (1 + FLOPS_BAR) * allowed:
             wrong[module] = flops - allowed
     return [f"{name} ({flops / 1e9:.3g} GFLOP)" for name, flops in wrong.most_common(_MOST_NAMES)]

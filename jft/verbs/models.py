@@ -1,6 +1,7 @@
 """The verb `models`: lists what there is to fine-tune, and shows one of them."""
 
 import argparse
+import functools
 import re
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from jft.costs.flops import analytic_flops
 from jft.errors import ConfigError, nearest
 from jft.models.family import Facts
+from jft.models.staged import block_index
 from jft.models.zoo import FAMILIES, Model, list_models, make_model
 from jft.tree import count_bytes, count_params, flatten
 
@@ -49,7 +51,8 @@ def _matching(pattern: str) -> list[str]:
 
 def table(names: list[str]) -> str:
     """Returns a line a model: size, input, and what is known of its published weights."""
-    rows = [("model", "params", "pixels", "top-1", "licence", "weights (init.source)")]
+    titles = ("model", "params", "pixels", "stages", "top-1", "licence", "weights (init.source)")
+    rows = [titles]
     cites: list[str] = []
     for name in names:
         model = make_model(name=name, args={}, num_classes=CLASSES)
@@ -60,15 +63,16 @@ def table(names: list[str]) -> str:
         rows.append(
             (
                 name,
-                f"{count_params(_leaves(_variables(model))) / 1e6:.2f} M",
+                f"{_count(model) / 1e6:.2f} M",
                 str(model.preprocess.image_size),
+                str(len(model.stages)),
                 top1 + (f" [{cites.index(facts.cite) + 1}]" if facts.cite else ""),
                 facts.licence or "",
                 facts.source or "",
             )
         )
     widths = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
-    aligned = (str.ljust, str.rjust, str.rjust, str.ljust, str.ljust, str.ljust)
+    aligned = (str.ljust, str.rjust, str.rjust, str.rjust, str.ljust, str.ljust, str.ljust)
     lines = [
         "  ".join(
             align(cell, width) for align, cell, width in zip(aligned, row, widths, strict=True)
@@ -119,6 +123,23 @@ def _image(model: Model) -> jax.ShapeDtypeStruct:
 def _variables(model: Model) -> dict[str, Any]:
     """Shapes of {"params", "batch_stats"}; nothing is computed."""
     return jax.eval_shape(model.init, jax.random.key(0), _image(model))
+
+
+def _count(model: Model) -> int:
+    """Parameters of a model; of blocks that are alike one alone is traced."""
+    x, total, known = _image(model), 0, {}
+    for at, stage in enumerate(model.stages):
+        alike = None
+        if getattr(model.module, "scanned", None) == stage.rpartition("_")[0]:
+            alike = (model.module.scan_block(block_index(stage)), x.shape)
+        if alike not in known:
+            make = functools.partial(model.module.init_with_output, start=at, stop=at + 1)
+            after, variables = jax.eval_shape(make, jax.random.key(0), x)
+            known[alike] = count_params(flatten(variables.get("params", {}))), after
+        size, x = known[alike]
+        total += size
+        known.pop(None, None)
+    return total
 
 
 def _leaves(variables: dict[str, Any]) -> dict[str, Any]:

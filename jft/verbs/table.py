@@ -21,6 +21,14 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--private": {"action": "store_true", "help": "a repository that is made is private"},
     "--yes": {"action": "store_true", "help": "really upload"},
     "--model": {"metavar": "NAME", "help": "model to fit the weights to"},
+    "--against": {
+        "metavar": "FILE",
+        "help": "certificate of an earlier check that must hold still",
+    },
+    "--reference": {
+        "metavar": "WHICH",
+        "help": "what to compare with: auto (transformers where it can), transformers, none",
+    },
     "--stats": {"action": "store_true", "help": "mean and standard deviation of each tensor"},
     "--dry_run": {
         "action": "store_true",
@@ -142,14 +150,14 @@ VERBS: dict[str, Verb] = {
     "weights": Verb(
         "jft.verbs.weights:weights",
         "`show`, `check`, `convert` or `diff` weights of a source",
-        ("--model", "--out", "--stats"),
+        ("--model", "--out", "--stats", "--against", "--reference"),
         (
             "ACTION SOURCE",
             "+",
-            "show SOURCE (tensors, and the model they belong to), check SOURCE (fit them to"
-            " --model), convert SOURCE (write them as --model's safetensors to --out), diff A B"
-            " (exit 1 where they differ); a SOURCE is pkg:DISTRIBUTION/path, file:PATH or"
-            " hf:OWNER/NAME[@REVISION][/PATH]",
+            "show SOURCE (tensors, and the model they belong to), check SOURCE (fit them to their"
+            " model, run it, and certify what it computes), convert SOURCE (write them as --model's"
+            " safetensors to --out), diff A B (exit 1 where they differ); a SOURCE is"
+            " pkg:DISTRIBUTION/path, file:PATH or hf:OWNER/NAME[@REVISION][/PATH]",
         ),
     ),
     "data": Verb(

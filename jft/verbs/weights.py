@@ -9,16 +9,24 @@ from typing import Any
 
 import numpy as np
 
-from jft.errors import ConfigError, nearest
+from jft.errors import ConfigError, WeightsError, nearest
 from jft.models.zoo import FAMILIES, Model, make_model
-from jft.report.rundir import write_json
+from jft.report.rundir import read_json, write_json
+from jft.weights.certificate import (
+    certified_model,
+    certify,
+    describe_certificate,
+    describe_failure,
+    differences,
+)
 from jft.weights.compare import compare
 from jft.weights.convert import load_pretrained
 from jft.weights.export import export_weights
 from jft.weights.hub import pinned
 from jft.weights.readers import read
-from jft.weights.recognise import CLASSES, Match, fitting_model, recognise
-from jft.weights.source import resolve
+from jft.weights.recognise import CLASSES, Match, fitting_model, recognise, recognised_model
+from jft.weights.reference import MODES, compare_with_original
+from jft.weights.source import Source, resolve
 
 DIFFERENT = 1  # the exit code of `diff`, as of diff(1)
 
@@ -53,7 +61,7 @@ def weights(args: argparse.Namespace) -> int | None:
     usage = f"; written jft weights {action.usage}"
     if len(words) != action.sources:
         raise ConfigError(f"jft weights {name}: {len(words)} sources given{usage}")
-    for flag in ("model", "out", "stats"):
+    for flag in ("model", "out", "stats", "against", "reference"):
         given = bool(getattr(args, flag))
         if given and flag not in action.flags:
             raise ConfigError(f"jft weights {name}: takes no --{flag}{usage}")
@@ -84,21 +92,51 @@ def show(args: argparse.Namespace, text: str) -> None:
 
 
 def check(args: argparse.Namespace, text: str) -> None:
-    """Reads a source whole; with a model, fits it and prints the report."""
+    """Fits a source to its model, runs a fixed input, and writes what came of it.
+
+    Raises:
+      WeightsError: the source does not fit, the original computes something else, or a certificate
+        does not hold any more; what was found is written all the same.
+    """
+    mode = args.reference or "auto"
+    if mode not in MODES:
+        raise ConfigError(f"--reference={mode}: one of {', '.join(MODES)}{nearest(mode, MODES)}")
+    then = _read_certificate(args) if args.against else None
+    if then is not None:
+        model, source = certified_model(then, args.against), _resolve(text)
+    else:
+        model, text, source = _checked_model(args.model, text)
+    checked = certify(model, text, source)
+    print(_model_line(model))
+    print(checked.report.text())
+    compared, why = compare_with_original(source, checked.activations, checked.rerun, mode)
+    certificate = checked.certificate | {"compared_to": compared}
+    if compared is None:
+        certificate["not_compared"] = why
+    print(describe_certificate(certificate))
+    _write(args.out, certificate)
+    problems = [] if then is None else differences(then, checked, args.against)
+    if problems:
+        more = f", and {len(problems) - 3} more differences" if len(problems) > 3 else ""
+        raise WeightsError(f"{args.against} does not hold: {'; '.join(problems[:3])}{more}")
+    if then is not None:
+        print(f"{args.against} holds: {_how_equal(then, certificate)}")
+    if compared is not None and not compared["holds"]:
+        raise WeightsError(f"source {text!r}: {describe_failure(compared)}")
+
+
+def _read_certificate(args: argparse.Namespace) -> dict[str, Any]:
     if args.model:
-        model, text, _ = _model(args.model, text)
-        _, report = load_pretrained(model, text)
-        print(_model_line(model))
-        print(report.text())
-        _write(args.out, report.to_dict())
-        return
-    source = resolve(text)
-    tensors = read(source)
-    rows = [[name, list(array.shape), str(array.dtype)] for name, array in tensors.items()]
-    for name, shape, dtype in rows:
-        print(f"{name} {tuple(shape)} {dtype}")
-    print(f"{len(rows)} tensors; --model=NAME fits them to a model")
-    _write(args.out, {"source": text, "sha256": source.sha256(), "tensors": rows})
+        raise ConfigError("--against and --model: give one; a certificate names its model")
+    content = read_json(Path(args.against))
+    if not isinstance(content, dict):
+        raise WeightsError(f"{args.against}: no such certificate")
+    return content
+
+
+def _how_equal(then: dict[str, Any], now: dict[str, Any]) -> str:
+    same = then["source"]["sha256"] == now["source"]["sha256"]
+    return "the same bytes" if same else "other files, the same numbers"
 
 
 def convert(args: argparse.Namespace, text: str) -> None:
@@ -131,7 +169,10 @@ def diff(args: argparse.Namespace, first: str, second: str) -> int:
 ACTIONS = {
     "show": Action(show, 1, {"stats": False, "out": False}, "show SOURCE [--stats] [--out=FILE]"),
     "check": Action(
-        check, 1, {"model": False, "out": False}, "check SOURCE [--model=NAME] [--out=FILE]"
+        check,
+        1,
+        {"model": False, "out": False, "against": False, "reference": False},
+        "check SOURCE [--model=NAME] [--out=FILE] [--against=FILE] [--reference=WHICH]",
     ),
     "convert": Action(
         convert, 1, {"model": True, "out": True}, "convert SOURCE --model=NAME --out=DIR"
@@ -148,6 +189,21 @@ def _source_text(word: str) -> str:
 def _write(out: str | None, content: dict[str, Any]) -> None:
     if out:
         write_json(Path(out), content)
+
+
+def _resolve(text: str) -> Source | None:
+    return None if text.startswith("random:") else resolve(text)
+
+
+def _checked_model(name: str | None, text: str) -> tuple[Model, str, Source | None]:
+    """(model; source with its commit; files), the model by name or as it is recognised."""
+    if name:
+        model, text, _ = _model(name, text)
+        return model, text, _resolve(text)
+    source = _resolve(text)
+    if source is None:
+        raise ConfigError(f"jft weights check {text}: --model is missing")
+    return recognised_model(source, read(source)), pinned(text, source.revision), source
 
 
 def _model(name: str, text: str) -> tuple[Model, str, dict[str, Any] | None]:
@@ -202,9 +258,14 @@ def _match_line(match: Match, names: int, text: str) -> str:
         return f"{line}; no model has these shapes"
     args = "".join(f" {_override(name, value)}" for name, value in match.args.items())
     classes = f", {match.num_classes:,} classes" if match.num_classes else ", without a head"
+    unsaid = "".join(
+        f"\n  which model.args.{name} it has, nothing here says: {choices}"
+        for name, choices in match.table.unsaid
+        if name not in match.fields
+    )
     return (
         f"{line}{classes}, {match.channels} channels\n"
-        f"  --config.model.name={match.variant}{args} --config.init.source={text}"
+        f"  --config.model.name={match.variant}{args} --config.init.source={text}{unsaid}"
     )
 
 

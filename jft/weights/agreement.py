@@ -1,5 +1,6 @@
 """Whether a source and a model speak of the same function, beyond names and shapes of arrays."""
 
+import math
 import re
 from typing import Any
 
@@ -7,8 +8,13 @@ from jft.errors import WeightsError
 from jft.models.table import Table
 from jft.weights.source import Source
 
+_LARGEST = 1 << 24  # width, depth, size of an image or of a vocabulary
+_MOST_ITEMS = 1_000
+_DEEPEST = 3  # lists in lists
 # Fields of a source's config that shape training, not the function that the weights compute.
 _FREE_FIELDS = re.compile(r".*(_rate|momentum)")
+# Those in which a model may differ from its source: what depends on them is resized.
+_ADAPTED_FIELDS = ("window",)
 
 
 def check_card(source: Source, sha256: str) -> None:
@@ -29,31 +35,66 @@ def stated_fields(family: Any, source: Source, table: Table) -> dict[str, Any]:
       WeightsError: its config.json tells of an architecture that the family does not have.
     """
     try:
-        found = family.variant_from_config(source.config) if source.config is not None else {}
-    except (TypeError, ValueError, KeyError) as error:
+        read = table.fields or family.variant_from_config
+        found = read(source.config) if source.config is not None else {}
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise WeightsError(
             f"source {source.text!r}: its config.json does not fit: {error}"
         ) from error
     fields = dict(table.implies) | found
+    for name, value in fields.items():
+        if not _sensible(value):
+            raise WeightsError(
+                f"source {source.text!r}: its config.json has {name} = {str(value)[:60]!r}"
+            )
     return {name: value for name, value in fields.items() if not _FREE_FIELDS.fullmatch(name)}
 
 
-def check_fields(model: Any, source: Source, table: Table) -> None:
+def _sensible(value: Any, depth: int = _DEEPEST) -> bool:
+    """Whether a field of a config.json is text, or numbers that some model might have."""
+    if isinstance(value, list | tuple):
+        few = depth > 0 and len(value) <= _MOST_ITEMS
+        return few and all(_sensible(item, depth - 1) for item in value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return (
+        value is None or isinstance(value, str) or isinstance(value, int) and abs(value) <= _LARGEST
+    )
+
+
+def check_fields(model: Any, source: Source, table: Table, headless: bool = False) -> list[str]:
     """Refuses a source that tells of another architecture, epsilon or activation than the model's.
+
+    Args:
+      model: a Model.
+      source: with its config.json.
+      table: the style of its names.
+      headless: whether the model's head is made anew.
+
+    Returns:
+      What nothing says that the source holds, and what is taken for it; for the report.
 
     Raises:
       WeightsError: naming the arguments of the model to change.
     """
     family = getattr(model, "family", None)
     if family is None:
-        return
+        return []
+    fields = stated_fields(family, source, table)
     wrong = {
         name: (value, getattr(model.module, name))
-        for name, value in stated_fields(family, source, table).items()
-        if getattr(model.module, name, value) != value
+        for name, value in fields.items()
+        if name not in _ADAPTED_FIELDS
+        and getattr(model.module, name, value) != value
+        and not (headless and name in table.head_fields)
     }
     if not wrong:
-        return
+        return [
+            f"names of {table.title} do not say {name}: taken to be "
+            f"{getattr(model.module, name)!r}, as model.args.{name} has it ({choices})"
+            for name, choices in table.unsaid
+            if name not in fields
+        ]
     where = "its config.json has" if source.config is not None else "weights so named have"
     theirs = " and ".join(f"{name} = {value!r}" for name, (value, _) in wrong.items())
     ours = " and ".join(repr(own) for _, own in wrong.values())

@@ -2,10 +2,9 @@
 
 Every leaf is loaded, fresh because the config or a change of classes says so, or an error that
 names it; every name in the source is read, deliberately ignored, or an error. What no table can see
-are two tensors of equal shape that changed places: golden logits catch those.
+are two tensors of equal shape that changed places: certificates (`jft weights check`) catch those.
 """
 
-import itertools
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft.errors import WeightsError, nearest
-from jft.models import table as tables
+from jft.models import forms
+from jft.models.forms import Origin
 from jft.tree import Flat, count_params, select, unflatten
 from jft.weights import naming as namings
 from jft.weights.agreement import check_card, check_fields
@@ -26,13 +26,13 @@ from jft.weights.naming import Leaves, Naming
 from jft.weights.preprocessing import source_preprocess
 from jft.weights.random_weights import write_random
 from jft.weights.readers import read
+from jft.weights.relative_positions import resize_table
 from jft.weights.report import Report as Report
 from jft.weights.report import Row
 from jft.weights.resize import Grids
 from jft.weights.source import Source, resolve
 
 _SHOWN = 3  # leaves or names in one message
-_NEAREST_OF = 2_000  # names that are searched for a similar one
 
 
 class _MisfitError(Exception):
@@ -73,11 +73,11 @@ def load_pretrained(
     check_card(found, sha256)
     arrays, notes = namings.without_module_prefix(arrays)
     naming = namings.choose_naming(model, leaves, arrays, source)
-    check_fields(model, found, naming.table)
     reasons = {path: f"by {rule!r}" for rule in fresh for path in select(leaves, rule, "fresh")}
     reasons |= _replaced_head(naming, leaves, arrays, reasons)
+    notes += check_fields(model, found, naming.table, headless=_headless(naming, reasons))
     shape = namings.image_shape_of(model, image_shape)
-    fit = _make_fit(model, leaves, naming, Grids(leaves, found.config or {}, shape))
+    fit = _make_fit(model, leaves, naming, found, shape)
     rows, flat = _assign(fit, arrays, reasons, source)
     flat |= _fresh_leaves(model, reasons, key, shape)
     own = getattr(model, "preprocess", None)
@@ -126,15 +126,22 @@ def _open(
 def _replaced_head(
     naming: Naming, leaves: Leaves, arrays: dict[str, np.ndarray], reasons: Mapping[str, str]
 ) -> dict[str, str]:
-    """path -> reason of the head's leaves, where the source has another number of classes."""
+    """path -> reason of the head's leaves, where the source has other classes, or none ever."""
     head = [path for path in naming.head() if path not in reasons]
+    sign = next((name for name in arrays if naming.table.tells_no_head(name)), None)
+    if sign and not any(naming.names[path].name in arrays for path in head):
+        return {path: f"no head in the source, as {sign!r} shows" for path in head}
     counts = set()
     for path in head:
-        name, form = naming.names[path]
-        if name not in arrays or arrays[name].ndim != leaves[path][1].ndim:
+        origin = naming.names[path]
+        if origin.name not in arrays:
             return {}
-        theirs, ours = tables.to_jft(form, arrays[name], naming.heads).shape, leaves[path][1].shape
-        if theirs[:-1] != ours[:-1]:
+        ours = leaves[path][1].shape
+        try:
+            theirs = forms.to_jft(origin, arrays[origin.name], naming.heads).shape
+        except ValueError:
+            return {}
+        if len(theirs) != len(ours) or theirs[:-1] != ours[:-1]:
             return {}
         counts.add((theirs[-1:], ours[-1:]))
     if len(counts) != 1 or min(counts)[0] == min(counts)[1]:
@@ -161,11 +168,14 @@ class _Fit:
             if have and (*value.shape[:2], channels, value.shape[3]) == wanted:
                 note = adaptation_note(have, channels)
                 return adapt_channels(value, channels), "adapted", note
-        resized = self.grids.resize(path, value)
+        resized = self.grids.resize(path, value) or resize_table(path, value, wanted)
         return resized and (resized[0], "resized", resized[1])
 
 
-def _make_fit(model: Any, leaves: Leaves, naming: Naming, grids: Grids) -> _Fit:
+def _make_fit(
+    model: Any, leaves: Leaves, naming: Naming, source: Source, shape: tuple[int, int, int]
+) -> _Fit:
+    grids = Grids(leaves, source.config or {}, shape, antialias=naming.table.antialias)
     family = getattr(model, "family", None)
     return _Fit(leaves, naming, grids, family.first_conv if family else None)
 
@@ -178,22 +188,23 @@ def _assign(
     naming = fit.naming
     extra = _extra_names(naming, arrays, reasons)
     for path, (_, leaf) in fit.leaves.items():
-        name, form = naming.names.get(path, (None, "same"))
+        origin = naming.names.get(path)
+        name = origin and origin.name
         if path in reasons:
             rows.append(
                 Row(path, "fresh", name if name in arrays else None, leaf.shape, reasons[path])
             )
             continue
         try:
-            if name is None:
+            if origin is None or name is None:
                 raise _MisfitError(f"the table has no name for {path!r}")
             if name not in arrays:
                 shown = len(problems) < _SHOWN  # the search is slow, and only these are printed
-                near = nearest(name, itertools.islice(extra, _NEAREST_OF)) if shown else ""
+                near = nearest(name, extra) if shown else ""
                 if path in naming.head():
                     near += f" (a source without a head needs fresh = [{naming.table.head!r}])"
                 raise _MisfitError(f"{path!r} needs {name!r}, which is missing{near}")
-            flat[path], status, note = _convert(fit, path, arrays[name], name, form)
+            flat[path], status, note = _convert(fit, path, arrays[name], origin)
             rows.append(Row(path, status, name, leaf.shape, note))
         except _MisfitError as misfit:
             problems.append(str(misfit))
@@ -207,13 +218,18 @@ def _unread(arrays: Mapping[str, np.ndarray], rows: Sequence[Row]) -> list[str]:
     return [name for name in arrays if name not in used]
 
 
+def _headless(naming: Naming, reasons: Mapping[str, str]) -> bool:
+    """Whether the model's whole head is made anew."""
+    head = naming.head()
+    return bool(head) and all(path in reasons for path in head)
+
+
 def _extra_names(
     naming: Naming, arrays: Mapping[str, np.ndarray], reasons: Mapping[str, str]
 ) -> list[str]:
     """Names in the source that no leaf of the model stands for, and that nothing excuses."""
-    expected = {name for name, _ in naming.names.values()}
-    head = naming.head()
-    headless = bool(head) and all(path in reasons for path in head)
+    expected = {origin.name for origin in naming.names.values()}
+    headless = _headless(naming, reasons)
     return [
         name
         for name in arrays
@@ -228,10 +244,10 @@ def _summary(problems: list[str], extra: list[str], naming: Naming) -> str:
     parts = problems[:_SHOWN]
     if len(problems) > _SHOWN:
         parts.append(f"and {len(problems) - _SHOWN} more leaves")
-    expected = [name for name, _ in naming.names.values()]
+    expected = [origin.name for origin in naming.names.values()]
     for name in extra[:_SHOWN]:
-        known = naming.table.path_of(name, naming.prefix)
-        to = f" (the model has no leaf {known[0]!r})" if known else nearest(name, expected)
+        known = naming.table.paths_of(name, naming.prefix, naming.depths)
+        to = f" (the model has no leaf {known[0][0]!r})" if known else nearest(name, expected)
         if naming.table.only_before_head(name):
             to = f" (only its own head reads it: fresh = [{naming.table.head!r}] leaves both out)"
         parts.append(f"{name!r} in the source belongs to no leaf{to}")
@@ -241,14 +257,14 @@ def _summary(problems: list[str], extra: list[str], naming: Naming) -> str:
 
 
 def _convert(
-    fit: _Fit, path: str, value: np.ndarray, name: str, form: str
+    fit: _Fit, path: str, value: np.ndarray, origin: Origin
 ) -> tuple[np.ndarray, str, str]:
     """(array in the model's layout, shape and dtype; status; note) of one leaf."""
-    leaf = fit.leaves[path][1]
+    leaf, name = fit.leaves[path][1], origin.name
     status, note = "loaded", ""
     stored = value.shape
     try:
-        value = tables.to_jft(form, value, fit.naming.heads)
+        value = forms.to_jft(origin, value, fit.naming.heads)
     except ValueError as error:
         raise _MisfitError(
             f"{path!r} {leaf.shape} cannot be read from {name!r} {stored}: {error}"

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from jft.errors import ConfigError, WeightsError
 from jft.models.family import Preprocess
+from jft.models.table import Table
 from jft.weights import naming as namings
 from jft.weights.hashes import file_sha256
 from jft.weights.preprocessing import to_hugging_face
@@ -64,18 +65,16 @@ def export_weights(
         raise ConfigError(f"export: {len(label_names)} label names for {num_classes} classes")
     preprocess = preprocess or getattr(model, "preprocess", None)
     leaves = namings.join(variables)
-    family = getattr(model, "family", None)
-    if family is not None and not family.tables[table].exported:
-        table = 0
+    table = namings.exported_table(model, table)
     naming = namings.naming_of(model, leaves, table)
     arrays = namings.to_source_arrays(naming, {path: leaf for path, (_, leaf) in leaves.items()})
+    arrays |= naming.table.constants(model) if naming.table.constants else {}
+    config = _config(model, naming.table, label_names)
     card = _card(model, label_names, preprocess, table) | {"provenance": dict(provenance or {})}
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        _write_folder(
-            temporary, arrays, _config(model, label_names), preprocess, card | dict(extra or {})
-        )
+        _write_folder(temporary, arrays, config, preprocess, card | dict(extra or {}))
         os.replace(temporary, out)  # takes the place of an empty folder too
     except OSError as error:
         raise WeightsError(f"export: cannot write {out}: {error.strerror or error}") from error
@@ -123,10 +122,12 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _config(model: Any, label_names: Sequence[str] | None) -> dict[str, Any]:
+def _config(model: Any, table: Table, label_names: Sequence[str] | None) -> dict[str, Any]:
     """config.json: the architecture as the source's tools read it, and the label names."""
     family = getattr(model, "family", None)
-    config = family.source_config(model) if family else {"model_type": type(model).__name__}
+    config = {"model_type": type(model).__name__}
+    if family is not None:
+        config = (table.config or family.source_config)(model)
     num_classes = getattr(model, "num_classes", None)
     names = list(label_names or [f"LABEL_{i}" for i in range(num_classes or 0)])
     if not names:
@@ -144,7 +145,7 @@ def _card(
         "format_version": FORMAT_VERSION,
         "family": family.name if family else None,
         "variant": getattr(model, "variant", None),
-        "model_args": _model_args(model),
+        "model_args": args_of(model),
         "num_classes": getattr(model, "num_classes", None),
         "label_names": list(label_names) if label_names is not None else None,
         "preprocess": preprocess.to_dict() if preprocess else None,
@@ -152,7 +153,7 @@ def _card(
     }
 
 
-def _model_args(model: Any) -> dict[str, Any]:
+def args_of(model: Any) -> dict[str, Any]:
     """Fields of the module as `make_model(args=...)` takes them, and the image size."""
     module = getattr(model, "module", None)
     if getattr(model, "family", None) is None or not isinstance(module, nn.Module):

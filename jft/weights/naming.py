@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft.errors import ConfigError, WeightsError
+from jft.models import forms
 from jft.models import table as tables
+from jft.models.forms import Origin
 from jft.models.table import Table
 from jft.tree import flatten
 
@@ -25,18 +27,20 @@ class Naming:
     """The names of one model's leaves in one naming style.
 
     Attributes:
-      names: path -> (source name, form); a path that the table does not know is left out.
+      names: path -> where it comes from; a path that the table does not know is left out.
       table: the naming style.
       prefix: what "{p}" stands for.
       index: of the table in its family.
       heads: attention heads of the model, for forms that show them.
+      depths: blocks of each stage of the model, where the source counts by stages.
     """
 
-    names: dict[str, tuple[str, str]]
+    names: dict[str, Origin]
     table: Table
     prefix: str
     index: int = 0
     heads: int | None = None
+    depths: tuple[int, ...] = ()
 
     def head(self) -> list[str]:
         """Paths that are made anew when the class counts differ."""
@@ -88,13 +92,15 @@ def naming_of(
     """The naming of a model's own table; jft's own paths for a model without a family."""
     family = getattr(model, "family", None)
     if family is None:
-        return Naming({path: (path, "same") for path in paths}, Table(entries=()), "")
+        return Naming({path: Origin(path) for path in paths}, Table(entries=()), "")
     table = family.tables[index]
     used = table.prefixes[0] if prefix is None else prefix
-    found = {path: table.source_of(path, used) for path in paths}
-    names = {path: name for path, name in found.items() if name}
-    heads = getattr(getattr(model, "module", None), "heads", None)
-    return Naming(names, table, used, index, heads)
+    module = getattr(model, "module", None)
+    depths = tuple(getattr(module, "depths", ()))
+    found = {path: table.source_of(path, used, depths) for path in paths}
+    names = {path: origin for path, origin in found.items() if origin}
+    heads = getattr(module, "heads", None)
+    return Naming(names, table, used, index, heads if isinstance(heads, int) else None, depths)
 
 
 def choose_naming(model: Any, paths: Iterable[str], names: Iterable[str], source: str) -> Naming:
@@ -107,16 +113,35 @@ def choose_naming(model: Any, paths: Iterable[str], names: Iterable[str], source
     family = getattr(model, "family", None)
     if family is None:
         return naming_of(model, paths)
-    table = tables.choose_table(family.tables, names)
-    if table is None:
-        expected = next(iter(naming_of(model, paths).names.values()))[0]
+    found = [
+        naming_of(model, paths, family.tables.index(table), table.prefix_for(names)[0])
+        for table in tables.best_tables(family.tables, names)
+    ]
+    if not found:
+        expected = next(iter(naming_of(model, paths).names.values())).name
         held = f"{names[0]!r}" if names else "nothing at all"
         raise WeightsError(
             f"source {source!r} does not fit the model: family {family.name} expects names such as "
             f"{expected!r}, the source has {held}"
         )
-    prefix, _ = table.prefix_for(names)
-    return naming_of(model, paths, family.tables.index(table), prefix)
+    # Of styles that know the names alike, the one that knows the model best; the first of equals.
+    return max(found, key=lambda naming: len(naming.names))
+
+
+def exported_table(model: Any, index: int) -> int:
+    """The index of the table that a model is exported under, where it was read under another's.
+
+    Raises:
+      WeightsError: no table can express the model.
+    """
+    family = getattr(model, "family", None)
+    if family is None:
+        return index
+    order = [index, *(at for at in range(len(family.tables)) if at != index)]
+    for at in order:
+        if family.tables[at].writes(model):
+            return at
+    raise WeightsError(f"export: no other tool has a {family.name} with these arguments")
 
 
 def without_module_prefix(
@@ -135,16 +160,27 @@ def to_source_arrays(naming: Naming, flat: Mapping[str, Any]) -> dict[str, np.nd
     Raises:
       WeightsError: a leaf has no name in the table.
     """
-    arrays = {}
+    arrays, parts = {}, {}
     for path, leaf in flat.items():
         if path not in naming.names:
             raise WeightsError(
                 f"the leaf {path!r} has no name in the family's table, no way to write it"
             )
-        name, form = naming.names[path]
-        value = tables.to_source(form, np.asarray(leaf), naming.heads)
-        arrays[name] = np.ascontiguousarray(value)
-        if name.endswith(_RUNNING):
-            # torch's counter of batches: nothing reads it, but a strict load asks for it.
-            arrays[name.removesuffix(_RUNNING) + _COUNTER] = np.zeros((), np.int64)
-    return arrays
+        name, form, part = naming.names[path]
+        value = forms.to_source(form, np.asarray(leaf), naming.heads)
+        if part is None:
+            arrays[name] = np.ascontiguousarray(value)
+            continue
+        arrays.setdefault(name, None)  # keeps the order of the leaves
+        parts.setdefault(name, {})[part[0]] = value
+        if len(parts[name]) == part[1]:
+            held = parts.pop(name)
+            # Of transposed parts numpy makes a transposed whole, whose memory has another order.
+            whole = np.concatenate([held[at] for at in range(part[1])])
+            arrays[name] = np.ascontiguousarray(whole)
+    if parts:
+        raise WeightsError(f"a part of {next(iter(parts))!r} is missing, no way to write it")
+    # torch's counters of batches: nothing reads them, but a strict load asks for them.
+    running = [name for name in arrays if name.endswith(_RUNNING)]
+    counters = {n.removesuffix(_RUNNING) + _COUNTER: np.zeros((), np.int64) for n in running}
+    return arrays | counters

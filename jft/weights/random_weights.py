@@ -33,16 +33,18 @@ def write_random(
     leaves = namings.abstract_leaves(model, image_shape)
     rng = np.random.default_rng(seed)
     flat = {name: _random_leaf(rng, name, leaf) for name, (_, leaf) in leaves.items()}
-    naming = namings.naming_of(model, leaves)
+    naming = namings.naming_of(model, leaves, namings.exported_table(model, 0))
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     arrays = namings.to_source_arrays(naming, flat)
+    arrays |= naming.table.constants(model) if naming.table.constants else {}
     # By a name of its own and a rename: several processes may write the same folder.
     temporary = folder / f".{os.getpid()}.tmp"
     save_file(arrays, temporary, metadata={"format": "pt"})
     os.replace(temporary, folder / "model.safetensors")
     if getattr(model, "family", None) is not None:
-        temporary.write_text(json.dumps(model.family.source_config(model), indent=2))
+        config = naming.table.config or model.family.source_config
+        temporary.write_text(json.dumps(config(model), indent=2))
         os.replace(temporary, folder / "config.json")
     return folder
 

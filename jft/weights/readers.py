@@ -7,6 +7,7 @@ format allows it.
 
 import json
 import math
+import mmap
 import os
 import zipfile
 from pathlib import Path
@@ -127,6 +128,8 @@ def _read_npy(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np
             }[version]
             shape, fortran, dtype = reader(file)
             start = file.tell()
+    except MemoryError:
+        raise
     except Exception as error:  # zipfile, zlib, numpy and its tokenizer: each raises its own kinds
         refuse(path, f"the member {name!r} is no readable .npy: {str(error)[:120]!r}")
     if dtype == np.dtype("V2"):
@@ -173,6 +176,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
             path, f"its header lists {len(header)} tensors; at most {limits.TENSORS} are allowed"
         )
     extents = [_extent(path, name, entry, size - 8 - length) for name, entry in header.items()]
+    del header, text  # a hundred megabytes, where there are very many tensors
     end = 0
     for start, stop, name, _, _ in sorted(extents, key=lambda extent: extent[:2]):
         if start != end:
@@ -184,10 +188,11 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         refuse(path, f"it has {size - 8 - length} bytes of data, its header tells of {end} (cut?)")
     if not end:
         return {name: np.zeros(shape, dtype) for _, _, name, dtype, shape in extents}
-    mapped = np.memmap(path, np.uint8, mode="r", offset=8 + length)
+    with open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     return {
-        name: np.frombuffer(mapped[start:stop], dtype).reshape(shape)
-        for start, stop, name, dtype, shape in extents
+        name: np.frombuffer(mapped, dtype, math.prod(shape), 8 + length + start).reshape(shape)
+        for start, _, name, dtype, shape in extents
     }
 
 

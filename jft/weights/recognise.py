@@ -1,14 +1,18 @@
 """Which model a source's arrays belong to, told from their names and shapes."""
 
+import functools
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jft.errors import ConfigError, WeightsError
+from jft.models import forms
 from jft.models import table as tables
 from jft.models.family import Family, adapt_preprocess
 from jft.models.table import Table
@@ -18,7 +22,12 @@ from jft.weights.agreement import stated_fields
 from jft.weights.source import Source
 
 CLASSES = 1000  # where no head says how many there are
+# A hostile file could have jft build models without end: none is tried beyond these.
+_LEAVES = 20_000
+_SIDE = 4_096  # of an image or a grid, where no tensor is as large
 _CHANNELS = 3
+_PREFIX = ("cls_token", "dist_token", "registers")  # [1, count, D], beside the position embeddings
+_MOST_PIXELS = 2048  # a side that is believed
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -33,9 +42,11 @@ class Match:
       known: names that it knows.
       ignored: names that it deliberately leaves unread.
       shapes: {path: shape} of what it knows, in the model's layout.
+      optional: paths among them whose source name may be left unread.
       fields: module fields that the source states.
       variant: whose leaves have just these shapes; None where none has.
       args: what `make_model` must be given for that, beside the name and the classes.
+      stated_size: side of the images that the source's config.json states.
     """
 
     family: Family
@@ -43,9 +54,11 @@ class Match:
     known: int
     ignored: int
     shapes: Shapes = field(repr=False)
+    optional: frozenset[str] = field(repr=False)
     fields: Mapping[str, Any]
     variant: str | None = None
     args: Mapping[str, Any] = field(default_factory=dict)
+    stated_size: int | None = None
 
     @property
     def num_classes(self) -> int | None:
@@ -61,15 +74,27 @@ class Match:
 
     @property
     def image_size(self) -> int | None:
-        """Side of the images in pixels, where position embeddings show a square grid."""
+        """Side of the images in pixels, where position embeddings or the source's config tell it.
+
+        What the config states counts where the embeddings have as many whole patches.
+        """
         patch = self.shapes.get(self.family.first_conv or "", (0,))[0]
         for path, shape in self.shapes.items():
             folder, _, name = path.rpartition("/")
             if name == "pos_embedding" and len(shape) == 3 and patch:
-                tokens = shape[1] - int(f"{folder}/cls_token" in self.shapes)
-                side = math.isqrt(max(tokens, 0))
-                return side * patch if side and side * side == tokens else None
-        return None
+                for extra in self._prefix_tokens(folder):
+                    side = math.isqrt(max(shape[1] - extra, 0))
+                    if side and side * side == shape[1] - extra:
+                        stated = self.stated_size or 0
+                        return stated if stated // patch == side else side * patch
+                return None
+        return self.stated_size
+
+    def _prefix_tokens(self, folder: str) -> tuple[int, int, int]:
+        """How many tokens before the patches may have a position: the class token, all, none."""
+        shapes = [self.shapes.get(f"{folder}/{name}", ()) for name in _PREFIX]
+        counts = [shape[1] if len(shape) == 3 else 0 for shape in shapes]
+        return counts[0], sum(counts), 0
 
 
 def recognise(source: Source, arrays: Mapping[str, np.ndarray]) -> list[Match]:
@@ -80,10 +105,12 @@ def recognise(source: Source, arrays: Mapping[str, np.ndarray]) -> list[Match]:
     Raises:
       WeightsError: the source's config.json is of none of the family's architectures.
     """
-    found = [match for family in FAMILIES.values() if (match := _match(family, source, arrays))]
+    found = [match for family in FAMILIES.values() for match in _matches(family, source, arrays)]
     most = max((match.known for match in found), default=0)
     matches = [_with_variant(match) for match in found if match.known == most]
-    return [match for match in matches if match.variant] or matches
+    fitting = [match for match in matches if match.variant] or matches
+    # Of one family's tables that tie, the first.
+    return list({match.family.name: match for match in reversed(fitting)}.values())[::-1]
 
 
 def fitting_model(name: str, source: Source, arrays: Mapping[str, np.ndarray]) -> Model:
@@ -97,9 +124,10 @@ def fitting_model(name: str, source: Source, arrays: Mapping[str, np.ndarray]) -
       WeightsError: the source's config.json is not of the variant's family.
     """
     plain = make_model(name=name, num_classes=CLASSES)
-    match = plain.family and _match(plain.family, source, arrays)
-    if not match:
+    matches = _matches(plain.family, source, arrays) if plain.family else []
+    if not matches:
         return plain
+    match = next((match for match in map(_with_variant, matches) if match.variant), matches[0])
     defaults = model_args(name)
     args = {
         key: value
@@ -109,63 +137,131 @@ def fitting_model(name: str, source: Source, arrays: Mapping[str, np.ndarray]) -
     return _model(name, args, match)
 
 
-def _match(family: Family, source: Source, arrays: Mapping[str, np.ndarray]) -> Match | None:
+def recognised_model(source: Source, arrays: Mapping[str, np.ndarray]) -> Model:
+    """The one model that a source's names and shapes belong to.
+
+    Raises:
+      WeightsError: there is none, or more than one.
+    """
+    matches = [match for match in recognise(source, arrays) if match.variant]
+    names = [str(match.variant) for match in matches]
+    if not names:
+        raise WeightsError(
+            f"source {source.text!r}: no model has just these names and shapes; jft weights show"
+            " tells which families know them, --model=NAME fits them to a model"
+        )
+    if len(names) > 1:
+        raise WeightsError(
+            f"source {source.text!r}: could be {', '.join(names)}; choose with --model=NAME"
+        )
+    return _model(names[0], matches[0].args, matches[0])
+
+
+def _matches(family: Family, source: Source, arrays: Mapping[str, np.ndarray]) -> list[Match]:
+    """One match a table that knows most of the names."""
+    if len(arrays) > _LEAVES:
+        return []
     arrays, _ = namings.without_module_prefix(dict(arrays))
-    table = tables.choose_table(family.tables, arrays)
-    if table is None:
-        return None
+    found = tables.best_tables(family.tables, arrays)
+    return [_match(family, table, source, arrays) for table in found]
+
+
+def _match(family: Family, table: Table, source: Source, arrays: Mapping[str, np.ndarray]) -> Match:
     prefix, known = table.prefix_for(arrays)
+    depths = table.depths_of(arrays, prefix)
     shapes: Shapes = {}
-    heads = None
+    optional, heads = set(), None
     for name, array in arrays.items():
-        path, form = table.path_of(name, prefix) or (None, "same")
-        if path is not None:
-            heads = tables.heads_of(form, array) or heads
+        for path, origin in table.paths_of(name, prefix, depths):
+            optional |= {path} if table.ignored(name) else set()
+            heads = forms.heads_of(origin.form, array) or heads
             try:
-                shapes[path] = tables.to_jft(form, array).shape
+                shapes[path] = forms.to_jft(origin, array).shape
             except ValueError:
                 shapes[path] = ()
-    ignored = sum(table.ignored(name) or table.only_before_head(name) for name in arrays)
+    left = [name for name in arrays if table.ignored(name) or table.only_before_head(name)]
+    ignored = sum(not table.knows(name, prefix) for name in left)
     try:
         fields = stated_fields(family, source, table)
     except WeightsError:
         fields = {}
     if heads:
         fields = fields | {"heads": heads}
-    return Match(family, table, known, ignored, shapes, fields)
+    if depths and hasattr(family.module, "depths"):
+        fields = {"depths": depths} | fields
+    stated = (source.config or {}).get("image_size")
+    size = stated if type(stated) is int and 0 < stated <= _MOST_PIXELS else None
+    return Match(
+        family, table, known, ignored, shapes, frozenset(optional), fields, stated_size=size
+    )
 
 
 def _with_variant(match: Match) -> Match:
     """The match with the variant that needs the fewest arguments for the source's shapes."""
     stages = {path.split("/")[0] for path in match.shapes}
+    needed = {path.split("/")[0] for path in match.shapes.keys() - match.optional}
     wanted = []
     for order, name in enumerate(match.family.variants):
         defaults = model_args(name)
         args = {k: v for k, v in match.fields.items() if k in defaults and defaults[k] != v}
-        wanted.append((len(args), order, name, args))
+        wanted.append((len(args) + len(_resized(name, match)), order, name, args))
     for _, _, name, args in sorted(wanted, key=lambda one: one[:2]):
+        if not _plausible(args, match):
+            continue
         try:
             model = _model(name, args, match)
         except ConfigError:
             continue
-        if stages | {"head"} == set(model.stages) | {"head"} and _shapes_agree(model, match):
-            size = model.preprocess.image_size
-            if size != model_args(name)["image_size"]:
-                args = args | {"image_size": size}
-            return replace(match, variant=name, args=args)
+        blocks = {stage for stage in model.stages if stage[-1].isdigit()}
+        fits = blocks <= stages and needed <= set(model.stages)  # quickly, before shapes are traced
+        if fits and _shapes_agree(model, match):
+            return replace(match, variant=name, args=args | _resized(name, match))
     return match
 
 
+def _resized(name: str, match: Match) -> dict[str, int]:
+    """{"image_size": pixels} where the source's grid of patches is not that of the variant."""
+    size = match.image_size
+    if size is None:
+        return {}
+    patch = match.shapes[match.family.first_conv or ""][0]
+    # Pixels beyond the last whole patch play no part: several sizes have one grid.
+    same = model_args(name)["image_size"] // patch == size // patch
+    return {} if same else {"image_size": size}
+
+
+def _plausible(args: Any, match: Match) -> bool:
+    """Whether the source could hold a model of such numbers, which is made and compared if so."""
+    if isinstance(args, Mapping):
+        return all(_plausible(value, match) for value in args.values())
+    if isinstance(args, tuple | list):
+        return all(_plausible(value, match) for value in args)
+    largest = max((side for shape in match.shapes.values() for side in shape), default=0)
+    return not isinstance(args, int) or args <= max(_SIDE, largest)
+
+
 def _model(name: str, args: Mapping[str, Any], match: Match) -> Model:
-    args = dict(args)
-    if match.image_size is not None:
-        args["image_size"] = match.image_size
+    args = {**args, **_resized(name, match)}
     made = make_model(name=name, args=args, num_classes=match.num_classes or CLASSES)
     return replace(made, preprocess=adapt_preprocess(made.preprocess, match.channels))
 
 
 def _shapes_agree(model: Model, match: Match) -> bool:
+    if not _starts_alike(model, match):  # which rules out most variants in little time
+        return False
     leaves = {path: leaf.shape for path, (_, leaf) in namings.abstract_leaves(model).items()}
     if match.num_classes is None:
         leaves = {p: s for p, s in leaves.items() if not re.fullmatch(match.table.head, p)}
-    return leaves == match.shapes
+    unread = match.optional - leaves.keys()
+    return leaves == {p: shape for p, shape in match.shapes.items() if p not in unread}
+
+
+def _starts_alike(model: Model, match: Match) -> bool:
+    """Whether the leaves of the first stage have the source's shapes."""
+    image = jax.ShapeDtypeStruct((1, *namings.image_shape_of(model, None)), jnp.float32)
+    first = functools.partial(model.module.init, stop=1)
+    joined = namings.join(jax.eval_shape(first, jax.random.key(0), image))
+    leaves = {path: leaf.shape for path, (_, leaf) in joined.items()}
+    unread = match.optional - leaves.keys()
+    own = {p: shape for p, shape in match.shapes.items() if p.split("/")[0] == model.stages[0]}
+    return leaves == {p: shape for p, shape in own.items() if p not in unread}

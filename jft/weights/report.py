@@ -14,8 +14,8 @@ class Row(NamedTuple):
     Attributes:
       path: in the model; parameters and statistics share the path space.
       status: "loaded" (bitwise, but for the layout), "cast" (another dtype in the source),
-        "resized" (position embeddings), "adapted" (the first convolution, to other channels) or
-        "fresh" (from the module's own init).
+        "resized" (position embeddings, tables of relative positions), "adapted" (the first
+        convolution, to other channels) or "fresh" (from the module's own init).
       source_name: in the source; None when it has no such tensor.
       shape: in the model.
       note: what was changed, or why the leaf is fresh.

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from jft.errors import WeightsError
+from jft.weights.limits import TENSORS, check_name
 
 JSON_BYTES = 16 << 20
 INDEX = "model.safetensors.index.json"
 SHARDS = 1_000
+_NAME_BYTES = 255  # of a file's name, on the usual file systems
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -42,9 +44,14 @@ def read_index(source: str, index: Path) -> Mapping[str, str]:
     weight_map = (read_json(index) or {}).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(f"source {source!r}: {INDEX} has no weight_map")
-    for name in weight_map.values():
-        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name:
-            raise WeightsError(f"source {source!r}: {INDEX} names {name!r}, not a file beside it")
+    if len(weight_map) > TENSORS:
+        raise WeightsError(f"source {source!r}: {INDEX} lists more than {TENSORS} tensors")
+    for tensor, name in weight_map.items():
+        check_name(index, tensor)
+        plain = isinstance(name, str) and name.isprintable() and len(name.encode()) <= _NAME_BYTES
+        if not plain or name in ("", ".", "..") or "/" in name or "\\" in name:
+            shown = str(name)[:_NAME_BYTES]
+            raise WeightsError(f"source {source!r}: {INDEX} names {shown!r}, not a file beside it")
     if len(set(weight_map.values())) > SHARDS:
         raise WeightsError(f"source {source!r}: {INDEX} names more than {SHARDS} files")
     return weight_map

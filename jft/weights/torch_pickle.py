@@ -84,6 +84,9 @@ class Tensor:
 
 _MARK = object()
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_PLAIN = (
+    "MARK BINPUT LONG_BINPUT BINGET LONG_BINGET EMPTY_DICT EMPTY_LIST GLOBAL PROTO STOP".split()
+)
 _LITERALS = frozenset(
     "BINUNICODE SHORT_BINSTRING BINSTRING BININT BININT1 BININT2 LONG1 BINFLOAT".split()
 )
@@ -103,11 +106,11 @@ class PickleReader:
         """Reads one pickle and leaves `stream` behind its STOP."""
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        content, opcodes = stream.getbuffer(), pickletools.genops(stream)
         try:
-            for opcode, argument, _ in pickletools.genops(stream):
-                self.opcodes += 1
-                if self.opcodes > _OPCODES:
-                    refuse(self.path, f"its pickle has more than {_OPCODES} opcodes")
+            while True:
+                self._look_at(content, stream)
+                opcode, argument, _ = next(opcodes)
                 if opcode.name == "STOP":
                     (result,) = self.stack
                     return result
@@ -116,7 +119,23 @@ class PickleReader:
             if isinstance(error, WeightsError):
                 raise
             refuse(self.path, f"its pickle is damaged: {str(error)[:120] or type(error).__name__}")
-        refuse(self.path, "its pickle has no end")
+
+    def _look_at(self, content: memoryview, stream: io.BytesIO) -> None:
+        """Refuses an opcode that torch does not write before anything decodes its argument."""
+        start = stream.tell()
+        code = bytes(content[start : start + 1])
+        if code == b"c":
+            names = stream.readline() + stream.readline()
+            stream.seek(start)
+            if b"\\" in names:  # genops would unescape it; names of classes need none
+                refuse(self.path, f"refused: it names {names[:200]!r}")
+        self.opcodes += 1
+        if self.opcodes > _OPCODES:
+            refuse(self.path, f"its pickle has more than {_OPCODES} opcodes")
+        if code and code not in _CODES:
+            known = pickletools.code2op.get(code.decode("latin-1"))
+            what = known.name if known else f"{code[0]:#x}"
+            refuse(self.path, f"refused: the pickle opcode {what}, which torch does not write")
 
     def _step(self, name: str, argument: Any) -> None:
         stack = self.stack
@@ -138,11 +157,8 @@ class PickleReader:
             stack.append(self._global(argument))
         elif name in _ACTIONS:
             _ACTIONS[name](self)
-        elif name == "PROTO":
-            if argument != 2:
-                refuse(self.path, f"pickle protocol {argument}; torch.save writes protocol 2")
-        else:
-            refuse(self.path, f"refused: the pickle opcode {name}, which torch does not write")
+        elif argument != 2:  # of PROTO, the only one left
+            refuse(self.path, f"pickle protocol {argument}; torch.save writes protocol 2")
 
     def _global(self, name: str) -> _Global:
         if name not in _ALLOWED:
@@ -287,3 +303,8 @@ _ACTIONS: dict[str, Callable[[PickleReader], None]] = {
     "BINPERSID": PickleReader._persistent,
     "REDUCE": PickleReader._reduce,
 }
+_CODES = frozenset(
+    opcode.code.encode("latin-1")
+    for opcode in pickletools.opcodes
+    if opcode.name in (*_LITERALS, *_CONSTANTS, *_ACTIONS, *_PLAIN)
+)

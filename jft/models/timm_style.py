@@ -1,0 +1,75 @@
+"""config.json as timm writes it beside the weights that it shares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jft.errors import WeightsError
+
+
+def timm_config(
+    model: Any, architecture: str, *, first_conv: str, classifier: str, **model_args: Any
+) -> dict[str, Any]:
+    """The content of a config.json from which `timm.create_model("local-dir:...")` builds a model.
+
+    Args:
+      model: a Model.
+      architecture: timm's name of the model.
+      first_conv: timm's module that reads the image.
+      classifier: timm's module that gives the logits.
+      model_args: what its constructor must be given beside the classes.
+    """
+    preprocess = model.preprocess
+    side, channels = preprocess.image_size, len(preprocess.mean)
+    described = {
+        "input_size": [channels, side, side],
+        "interpolation": preprocess.interpolation,
+        "crop_pct": preprocess.crop_fraction,
+        "crop_mode": "center",
+        "mean": [round(value / 255, 6) for value in preprocess.mean],
+        "std": [round(value / 255, 6) for value in preprocess.std],
+        "num_classes": model.num_classes,
+        "first_conv": first_conv,
+        "classifier": classifier,
+    }
+    config = {"architecture": architecture, "num_classes": model.num_classes}
+    if channels != 3:
+        model_args = {"in_chans": channels} | model_args
+    if model_args:
+        config["model_args"] = model_args
+    return config | {"pretrained_cfg": described}
+
+
+def timm_architecture(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(name without its tag, arguments) of the model that a timm config.json tells of.
+
+    Raises:
+      WeightsError: it tells of none.
+    """
+    name, args = config.get("architecture"), config.get("model_args", {})
+    if not isinstance(name, str) or not isinstance(args, Mapping):
+        raise WeightsError("config.json names no timm architecture")
+    return name.partition(".")[0], dict(args)
+
+
+def is_timm(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is one of timm's."""
+    return "architecture" in config and "model_type" not in config
+
+
+def renamed(args: Mapping[str, Any], names: Mapping[str, str], where: str) -> dict[str, Any]:
+    """Arguments under our names; those of no meaning for the function are left out.
+
+    Args:
+      args: timm's.
+      names: {timm's name: ours}; an empty name stands for one that plays no part.
+      where: the architecture, for the message.
+
+    Raises:
+      WeightsError: an argument is not among the names.
+    """
+    unknown: Iterable[str] = set(args) - set(names)
+    if unknown:
+        raise WeightsError(f"{where} with model_args {min(unknown)!r} is not known here")
+    return {names[name]: value for name, value in args.items() if names[name]}

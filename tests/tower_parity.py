@@ -1,0 +1,89 @@
+"""What the parity tests of CLIP's and SigLIP's image towers share."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from parity import LOGITS, convert, distance, from_torch, pictures, saved_names, torch_images
+
+from jft.models.zoo import make_model
+from jft.weights.convert import load_pretrained
+from jft.weights.export import export_weights
+
+# The most that bfloat16 may move the predicted distribution, in nats.
+DIVERGENCE = 1e-2
+SWAPS = {"query and key": ("query", "key"), "key and value": ("key", "value")}
+
+
+def ours(tiny, peer, folder, classes=7, **changed):
+    """(model, variables, image size) of a peer that transformers saved, its head included."""
+    family = make_model(name=tiny, num_classes=1).family
+    config = peer.config.to_dict()
+    size = config.get("vision_config", config)["image_size"]
+    args = family.variant_from_config(config) | {"image_size": size, **changed}
+    model = make_model(name=tiny, args=args, num_classes=classes)
+    return model, convert(model, saved_names(peer, folder), size), size
+
+
+def hidden_states(peer, x, first):
+    """{stage: torch tensor} of a transformers tower in float64, up to its last block."""
+    found = peer.double()(torch_images(x).double(), output_hidden_states=True)
+    names = [first, *(f"blocks_{i}" for i in range(len(found.hidden_states) - 1))]
+    return dict(zip(names, found.hidden_states, strict=True))
+
+
+def mutated(variables, mutant):
+    """The variables with layers or matrices in each other's place."""
+    params = dict(variables["params"])
+    if mutant == "layers":
+        params["blocks_0"], params["blocks_1"] = params["blocks_1"], params["blocks_0"]
+    if mutant in SWAPS:
+        attn = dict(params["blocks_1"]["attn"])
+        one, other = SWAPS[mutant]
+        attn[one], attn[other] = attn[other], attn[one]
+        params["blocks_1"] = {**params["blocks_1"], "attn": attn}
+    return {"params": params}
+
+
+def divergence(logits, wanted):
+    """The largest Kullback-Leibler divergence of a row's prediction from the wanted one."""
+    ours, theirs = (jax.nn.log_softmax(jnp.asarray(x, jnp.float32)) for x in (logits, wanted))
+    return float(jnp.max(jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1)))
+
+
+def fine_tuned(model, variables, image_size, steps=3):
+    """The variables after a few steps of gradient descent on all leaves."""
+    x, label = pictures(image_size, 4), np.arange(4) % model.num_classes
+
+    @jax.jit
+    def step(params):
+        def loss(params):
+            rows = jax.nn.log_softmax(model.apply({"params": params}, x))
+            return -jnp.take_along_axis(rows, label[:, None], 1).mean()
+
+        return jax.tree.map(lambda p, g: p - 0.05 * g, params, jax.grad(loss)(params))
+
+    params = variables["params"]
+    for _ in range(steps):
+        params = step(params)
+    return {"params": jax.tree.map(np.asarray, params)}
+
+
+def assert_exports_strictly(tiny, kind, folder):
+    """A fine-tuned model in jft's own folder is the same function in transformers."""
+    import torch
+
+    model = make_model(name=tiny, num_classes=5)
+    size = model.preprocess.image_size
+    start, report = load_pretrained(model, "random:0")
+    variables = fine_tuned(model, start, size)
+    out = export_weights(model, variables, folder / "out", table=report.table)
+    peer, info = kind.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+    x = pictures(size)
+    with torch.no_grad():
+        wanted = from_torch(peer.eval()(torch_images(x)).logits)
+    assert distance(model.apply(variables, jnp.asarray(x)), wanted) <= LOGITS
+    assert distance(model.apply(start, jnp.asarray(x)), wanted) > LOGITS, "it was fine-tuned"
+    again, second = load_pretrained(model, f"file:{out}")
+    jax.tree.map(np.testing.assert_array_equal, variables, again)
+    assert second.coverage == 1.0
