@@ -327,6 +327,15 @@ def test_a_crop_of_everything_is_the_evaluation_picture():
         got = jax.jit(transform)(images, jax.random.key(0), jnp.arange(1))
         whole = make_eval_transform(preprocess, crop_fraction=1.0)(images)
         np.testing.assert_allclose(got, whole, atol=1e-3)
+    square = replace(preprocess, resize="square")
+    transform = make_train_transform(
+        square, crop="random_resized", scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=False
+    )
+    wide = photo(50, 70)[None]
+    got = jax.jit(transform)(wide, jax.random.key(0), jnp.arange(1))
+    canvas = fit_image(wide[0], (32, 32, 3), Fit("bilinear", "square"))
+    seen = np.asarray(got)[0] * np.float32(RGB.std) + np.float32(RGB.mean)
+    assert np.abs(seen - canvas).max() <= 1.0
 
 
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)

@@ -1,6 +1,7 @@
 """Preprocessing that travels with weights: read from every kind of source, and written again."""
 
 import json
+import random
 from dataclasses import replace
 
 import jax
@@ -11,6 +12,7 @@ from PIL import Image
 
 from jft import trained
 from jft.config import load_config
+from jft.data.images import make_eval_transform
 from jft.errors import WeightsError
 from jft.models.family import INTERPOLATIONS, Preprocess
 from jft.models.zoo import make_model
@@ -404,3 +406,46 @@ def test_a_run_evaluates_and_predicts_on_the_pixels_of_its_source(tmp_path):
     exported = trained.export(workdir, tmp_path / "out")
     written = json.loads((exported / "preprocessor_config.json").read_text())
     assert from_hugging_face(written, used) == (used, [])
+
+
+def test_whatever_a_file_holds_is_read_or_is_one_line(tmp_path):
+    """Seeded; the same for anybody who raises the count."""
+    rng = random.Random(0)
+    junk = [None, True, False, 0, 1, -1, 3, 224, 0.5, 1e-320, 1e308, float("nan"), float("inf")]
+    junk += [10**400, "", "bicubic", [], [0.5], [0.5] * 3, [None], [[1]], {}, {"height": 9}]
+    junk += [
+        "a\nb",
+        {"shortest_edge": 9},
+        {"shortest_edge": -1},
+        {"height": 9, "width": 9},
+        "x" * 10**4,
+    ]
+    keys = sorted({key for content, _ in FILES.values() for key in content})
+    keys += ["do_pad", "do_flip_channel_order", "max_num_patches", "default_to_square"]
+    timm = ["mean", "std", "input_size", "interpolation", "crop_pct", "crop_mode"]
+    model = make_model(name="vit_tiny", num_classes=3)
+    plain = resolve(f"file:{write_random(model, tmp_path, 0)}")
+    read, refused = 0, 0
+    for _ in range(6000):
+        some = {rng.choice(keys): rng.choice(junk) for _ in range(rng.randrange(1, 4))}
+        cfg = {rng.choice(timm): rng.choice(junk) for _ in range(rng.randrange(1, 4))}
+        base = rng.choice([content for content, _ in FILES.values()])
+        card = {**OWN.to_dict(), rng.choice(list(OWN.to_dict())): rng.choice(junk)}
+        source = rng.choice(
+            [
+                replace(plain, preprocess={**base, **some}),
+                replace(plain, config={"architecture": "a", "pretrained_cfg": cfg}),
+                replace(plain, card={"preprocess": card}),
+            ]
+        )
+        try:
+            found, notes = source_preprocess(source, OWN)
+        except WeightsError as error:
+            assert "\n" not in str(error) and len(str(error)) < 400
+            refused += 1
+            continue
+        assert 1 / 16 <= found.crop_fraction <= 1 and min(found.std) > 0
+        assert np.isfinite([*found.mean, *found.std]).all() and notes
+        make_eval_transform(found)
+        read += 1
+    assert read > 500 and refused > 500

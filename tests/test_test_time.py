@@ -1,5 +1,7 @@
 """Views at test time: what they show, and that the mean is one of probabilities."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,6 +73,16 @@ def test_crops_are_corners_and_centre_of_the_whole_picture():
     ten = np.rint(seen("ten_crop", given))
     np.testing.assert_array_equal(ten[0::2], found)
     np.testing.assert_array_equal(ten[1::2], found[:, :, :, ::-1])
+
+
+def test_views_of_a_square_are_views_of_the_whole_picture():
+    squashed = replace(RGB, resize="square", rounding="down")
+    given = np.repeat(images(side=32), 2, axis=2)  # twice as wide: every column stands twice
+    box = replace(squashed, interpolation="box")
+    for text in ("five_crop", "flip | rot90"):
+        np.testing.assert_allclose(seen(text, given, box), seen(text), atol=1e-3)
+    zoomed = seen("scales(1.2, 1.3)", given, squashed)
+    assert zoomed.shape == (2, 2, 28, 28, 3) and np.isfinite(zoomed).all()
 
 
 def test_scales_enlarge_about_the_centre():

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _SHOWN = 60  # characters of a wrong value
+_LONGEST_NAME = 100
 MOST_PIXELS = 65_536
 MOST_CHANNELS = 1_024
 
@@ -72,11 +73,13 @@ class Values:
             raise wrong(key, value, f"one of {', '.join(known)}")
         return value
 
-    def text(self, key: str) -> str | None:
-        """A string, or None where there is none."""
+    def name(self, key: str) -> str | None:
+        """A string that can be shown, or None where there is none."""
         value = self.get(key)
-        if value is not None and not isinstance(value, str):
-            raise wrong(key, value, "a string")
+        if value is None:
+            return None
+        if not isinstance(value, str) or len(value) > _LONGEST_NAME or not value.isprintable():
+            raise wrong(key, value, "a string, the name of a class")
         return value
 
 

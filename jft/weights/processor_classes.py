@@ -110,9 +110,9 @@ def class_of(content: Mapping[str, Any], model_type: Any) -> str | None:
       ValueError: a name that is none.
     """
     values = Values(content)
-    name = values.text("image_processor_type")
+    name = values.name("image_processor_type")
     if name is None:
-        extractor = values.text("feature_extractor_type")
+        extractor = values.name("feature_extractor_type")
         if extractor is not None:
             name = extractor.replace("FeatureExtractor", "ImageProcessor")
     if name is None:
