@@ -667,9 +667,8 @@ MODELS = {"vit4": vit(4), "vit12": vit(12)}
 MODELS |= {"lite": groups_of("efficientnet_lite_tiny"), "se": groups_of("efficientnet_tiny")}
 MODELS |= {"clip": groups_of("clip_tiny")}  # without a final norm
 MODELS |= {"swin": groups_of("swin_tiny"), "resnet": groups_of("resnet_tiny")}
-UNFIT = {(name, "attention_only") for name in ("lite", "se", "resnet")} | {
-    ("vit12", "chain_thaw", 8)
-}
+UNFIT = {(name, "attention_only") for name in ("lite", "se", "resnet")}
+UNFIT |= {("vit12", "chain_thaw", 8)}
 
 
 @pytest.mark.parametrize("total", [8, 1000])
