@@ -369,7 +369,7 @@ def test_an_export_in_timms_names_says_it_in_timms_words(tmp_path):
     model = make_model(name="vit_tiny", args={"epsilon": 1e-6}, num_classes=3)
     titles = [table.title for table in model.family.tables]
     variables, _ = load_pretrained(model, "random:0")
-    used = replace(wanted("square", 0.875, rounding="nearest"), image_size=32)
+    used = replace(wanted("square", 0.8, rounding="nearest"), image_size=32)
     out = export_weights(
         model, variables, tmp_path / "out", preprocess=used, table=titles.index("timm")
     )
