@@ -15,6 +15,7 @@ from jft.config import load_config
 from jft.data.images import make_eval_transform
 from jft.errors import WeightsError
 from jft.models.family import INTERPOLATIONS, Preprocess
+from jft.models.timm_style import to_timm
 from jft.models.zoo import make_model
 from jft.prepare import setup
 from jft.task import make_data
@@ -25,7 +26,7 @@ from jft.weights.export import export_weights, write_random
 from jft.weights.preprocessing import describe, source_preprocess
 from jft.weights.processor_file import from_hugging_face, to_hugging_face
 from jft.weights.source import resolve
-from jft.weights.timm_pixels import from_timm, to_timm
+from jft.weights.timm_pixels import from_timm
 from jft.weights.torchvision_pixels import torchvision_preprocess
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -362,6 +363,23 @@ def test_the_report_and_the_export_say_what_was_taken(folder, tmp_path):
     np.testing.assert_allclose(written["image_mean"], IMAGENET["image_mean"], rtol=1e-9)
     assert load_pretrained(model, f"file:{out}")[1].preprocess == report.preprocess
     assert describe(wanted("shortest", 0.875)).startswith("shorter side to 32 (bicubic), centre 28")
+
+
+def test_an_export_in_timms_names_says_it_in_timms_words(tmp_path):
+    model = make_model(name="vit_tiny", args={"epsilon": 1e-6}, num_classes=3)
+    titles = [table.title for table in model.family.tables]
+    variables, _ = load_pretrained(model, "random:0")
+    used = replace(wanted("square", 0.8, rounding="nearest"), image_size=32)
+    out = export_weights(
+        model, variables, tmp_path / "out", preprocess=used, table=titles.index("timm")
+    )
+    cfg = json.loads((out / "config.json").read_text())["pretrained_cfg"]
+    assert cfg["crop_mode"] == "squash" and cfg["mean"] == IMAGENET["image_mean"]
+    assert from_timm(cfg, used) == (used, [])
+    (out / "jft.json").unlink()
+    (out / "preprocessor_config.json").unlink()
+    _, report = load_pretrained(model, f"file:{out}")
+    assert report.preprocess == used and "pretrained_cfg of config.json" in report.text()
 
 
 def test_a_run_evaluates_and_predicts_on_the_pixels_of_its_source(tmp_path):

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jft.errors import WeightsError
+from jft.models.family import Preprocess
+from jft.models.percent import crop_percent
 
 
 def timm_config(
@@ -20,15 +22,9 @@ def timm_config(
       classifier: timm's module that gives the logits.
       model_args: what its constructor must be given beside the classes.
     """
-    preprocess = model.preprocess
-    side, channels = preprocess.image_size, len(preprocess.mean)
+    channels = len(model.preprocess.mean)
     described = {
-        "input_size": [channels, side, side],
-        "interpolation": preprocess.interpolation,
-        "crop_pct": preprocess.crop_fraction,
-        "crop_mode": "center",
-        "mean": [round(value / 255, 6) for value in preprocess.mean],
-        "std": [round(value / 255, 6) for value in preprocess.std],
+        **to_timm(model.preprocess),
         "num_classes": model.num_classes,
         "first_conv": first_conv,
         "classifier": classifier,
@@ -39,6 +35,22 @@ def timm_config(
     if model_args:
         config["model_args"] = model_args
     return config | {"pretrained_cfg": described}
+
+
+def to_timm(preprocess: Preprocess) -> dict[str, Any]:
+    """The keys of `pretrained_cfg` of which timm makes the same pixels.
+
+    Half pixels (`rounding="none"`) it cannot keep, as transformers cannot.
+    """
+    size, side = preprocess.image_size, round(preprocess.image_size / preprocess.crop_fraction)
+    return {
+        "input_size": [len(preprocess.mean), size, size],
+        "interpolation": preprocess.interpolation,
+        "crop_pct": crop_percent(size, side) or preprocess.crop_fraction,
+        "crop_mode": "squash" if preprocess.resize == "square" else "center",
+        "mean": [round(x / 255, 10) for x in preprocess.mean],
+        "std": [round(x / 255, 10) for x in preprocess.std],
+    }
 
 
 def timm_architecture(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

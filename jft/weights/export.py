@@ -69,7 +69,7 @@ def export_weights(
     naming = namings.naming_of(model, leaves, table)
     arrays = namings.to_source_arrays(naming, {path: leaf for path, (_, leaf) in leaves.items()})
     arrays |= naming.table.constants(model) if naming.table.constants else {}
-    config = _config(model, naming.table, label_names)
+    config = _config(_with(model, preprocess), naming.table, label_names)
     card = _card(model, label_names, preprocess, table) | {"provenance": dict(provenance or {})}
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
@@ -120,6 +120,13 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _with(model: Any, preprocess: Preprocess | None) -> Any:
+    """The model with its source's preprocessing, which some styles keep in config.json."""
+    if preprocess is None or getattr(model, "family", None) is None:
+        return model
+    return dataclasses.replace(model, preprocess=preprocess)
 
 
 def _config(model: Any, table: Table, label_names: Sequence[str] | None) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jft.models.family import INTERPOLATIONS, Preprocess
+from jft.models.percent import crop_percent, percent_fraction
 from jft.weights.json_values import RefusedError, Values, is_side, wrong
-from jft.weights.percent import crop_percent, percent_fraction
 from jft.weights.processor_classes import (
     ALL,
     BY_MODEL,

@@ -1,4 +1,4 @@
-"""Preprocessing in timm's words: `pretrained_cfg` of a model, in the config.json of its hub."""
+"""Preprocessing as timm tells it: `pretrained_cfg` of a model, in the config.json of its hub."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jft.models.family import INTERPOLATIONS, Preprocess
+from jft.models.percent import percent_fraction
 from jft.weights.json_values import Values, is_side, wrong
-from jft.weights.percent import crop_percent, percent_fraction
 from jft.weights.processor_file import LEAST_FRACTION
 
 # What timm 1.0 takes where the file is silent (timm/data/config.py; ImageNet's mean and std).
@@ -68,19 +68,3 @@ def from_timm(content: Any, own: Preprocess) -> tuple[Preprocess, list[str]]:
         rounding="nearest",
     )
     return found, notes
-
-
-def to_timm(preprocess: Preprocess) -> dict[str, Any]:
-    """The keys of `pretrained_cfg` of which timm makes the same pixels.
-
-    Half pixels (`rounding="none"`) it cannot keep, as in `to_hugging_face`.
-    """
-    size, side = preprocess.image_size, round(preprocess.image_size / preprocess.crop_fraction)
-    return {
-        "input_size": [len(preprocess.mean), size, size],
-        "interpolation": preprocess.interpolation,
-        "crop_pct": crop_percent(size, side) or preprocess.crop_fraction,
-        "crop_mode": "squash" if preprocess.resize == "square" else "center",
-        "mean": [round(x / 255, 10) for x in preprocess.mean],
-        "std": [round(x / 255, 10) for x in preprocess.std],
-    }
