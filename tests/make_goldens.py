@@ -428,7 +428,115 @@ CONVNEXT = {
     ),
 }
 
-CASES = EFFICIENTNET | VIT | DINOV2 | CONVNEXT
+# --- CLIP and SigLIP --------------------------------------------------------------------------
+
+
+def timm_clip_stages(model):
+    found = timm_vit_stages(model)
+    found |= {"embed": ("norm_pre", "in", same), "pre_norm": ("norm_pre", "out", same)}
+    if model.global_pool == "avg":
+        found["pool"] = found.pop("norm")
+    return found
+
+
+def timm_siglip_stages(model):
+    found = timm_vit_stages(model)
+    if model.attn_pool is not None:
+        found |= {"norm": ("norm", "out", same), "pool": ("head", "in", same)}
+    return found
+
+
+CLIP = {
+    "timm-clip-exact": Case(
+        f"timm.create_model('vit_base_patch16_clip_224', {VIT_45}, num_classes={CLASSES})",
+        timm_clip_stages,
+        (2, 45, 45, 3),
+        small=TOWER_SMALL,
+    ),
+    "timm-clip-quick-mean": Case(
+        f"timm.create_model('vit_base_patch32_clip_quickgelu_224', {VIT_32}, "
+        f"global_pool='avg', final_norm=False, num_classes={CLASSES})",
+        timm_clip_stages,
+        (2, 32, 32, 3),
+        small=TOWER_SMALL,
+    ),
+}
+SIGLIP = {
+    "timm-siglip-probe": Case(
+        f"timm.create_model('vit_base_patch16_siglip_224', {VIT_45}, num_classes={CLASSES})",
+        timm_siglip_stages,
+        (2, 45, 45, 3),
+        small=TOWER_SMALL,
+    ),
+    "timm-siglip-mean-tanh": Case(
+        f"timm.create_model('vit_base_patch32_siglip_gap_256', {VIT_32}, num_classes={CLASSES})",
+        timm_siglip_stages,
+        (2, 32, 32, 3),
+        small=TOWER_SMALL,
+    ),
+}
+
+# --- Swin -------------------------------------------------------------------------------------
+
+
+def swin_stages(depths, block, down, embed, head):
+    """Blocks and merges under their names, which hold "{s}" and "{b}"."""
+    found, at = {"embed": (embed, "out", same)}, 0
+    for s, depth in enumerate(depths):
+        if s:
+            found[f"down_{s}"] = (down(s), "out", same)
+        for b in range(depth):
+            found[f"blocks_{at}"] = (block(s, b), "out", same)
+            at += 1
+    return found | {"norm": (head, "in", same)}
+
+
+def timm_swin_stages(model):
+    return swin_stages(
+        [len(layer.blocks) for layer in model.layers],
+        "layers.{}.blocks.{}".format,
+        "layers.{}.downsample".format,
+        "patch_embed",
+        "head.fc",
+    )
+
+
+def torchvision_swin_stages(model):
+    return swin_stages(
+        [len(stage) for stage in list(model.features)[1::2]],
+        lambda s, b: f"features.{2 * s + 1}.{b}",
+        lambda s: f"features.{2 * s}",
+        "features.0",
+        "head",
+    )
+
+
+SWIN = {
+    **{
+        f"timm-swin-{name}": Case(
+            f"timm.create_model('swin_tiny_patch4_window7_224', img_size={side}, "
+            f"window_size={window}, embed_dim=24, depths=(2, 2), num_heads=(2, 3), mlp_ratio=2.5, "
+            f"num_classes={CLASSES})",
+            timm_swin_stages,
+            (2, side, side, 3),
+            small=r"patch_embed\.proj\..*",
+        )
+        for name, side, window in (("whole", 48, 3), ("padded", 52, 4))
+    },
+    **{
+        f"torchvision-swin-{name}": Case(
+            "torchvision.models.SwinTransformer(patch_size=[4, 4], embed_dim=24, depths=[2, 2], "
+            f"num_heads=[2, 3], window_size=[{window}, {window}], mlp_ratio=2.5, "
+            f"num_classes={CLASSES})",
+            torchvision_swin_stages,
+            (2, side, side, 3),
+            small=r"features\.0\.0\..*",
+        )
+        for name, side, window in (("whole", 48, 3), ("padded", 52, 4))
+    },
+}
+
+CASES = EFFICIENTNET | VIT | DINOV2 | CONVNEXT | CLIP | SIGLIP | SWIN
 
 # --- published sizes --------------------------------------------------------------------------
 
