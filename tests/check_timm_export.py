@@ -155,6 +155,12 @@ EXPORTS = [
         for gelu, pooling in (("exact", "probe"), ("tanh", "mean"))
     ),
     Export("swin_tiny", "timm", args={"padding": "after"}),
+    Export("resnet_tiny", "timm and torchvision"),
+    *(
+        Export(f"resnet{depth}", "timm and torchvision", loader, SIZED)
+        for depth in (18, 50)
+        for loader in (LOCAL, f"torchvision.models.resnet{depth}(num_classes={CLASSES})")
+    ),
     Export("swin_tiny", "timm", args={"qkv_bias": False, "padding": "after"} | _ODD_SWIN),
     Export("swin_tiny", "torchvision", TORCHVISION_SWIN, _ODD_SWIN),
     Export(

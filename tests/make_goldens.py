@@ -536,7 +536,47 @@ SWIN = {
     },
 }
 
-CASES = EFFICIENTNET | VIT | DINOV2 | CONVNEXT | CLIP | SIGLIP | SWIN
+# --- ResNet -----------------------------------------------------------------------------------
+
+
+def resnet_stages(model):
+    layers = [model.layer1, model.layer2, model.layer3, model.layer4]
+    blocks = [f"layer{s}.{b}" for s, layer in enumerate(layers, 1) for b in range(len(layer))]
+    found = {f"blocks_{at}": (name, "out", last) for at, name in enumerate(blocks)}
+    # The stem ends behind the pooling, and the last block's map is averaged.
+    pooled = {f"blocks_{len(blocks) - 1}": ("fc", "in", same)}
+    return {"stem": ("maxpool", "out", last)} | found | pooled
+
+
+RESNET = {
+    "timm-resnet-basic": Case(
+        "timm.create_model('resnet18', layers=(1, 2, 1, 1), channels=(16, 24, 32, 40), "
+        f"num_classes={CLASSES})",
+        resnet_stages,
+        (2, 45, 45, 3),
+    ),
+    "timm-resnet-bottleneck": Case(
+        "timm.create_model('resnet50', layers=(1, 1, 2, 1), channels=(8, 16, 24, 32), "
+        f"act_layer='silu', num_classes={CLASSES})",
+        resnet_stages,
+        (2, 64, 64, 3),
+    ),
+    "torchvision-resnet-basic": Case(
+        "torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], "
+        f"num_classes={CLASSES})",
+        resnet_stages,
+        (2, 45, 45, 3),
+        gain=1.1,
+    ),
+    "torchvision-resnet-bottleneck": Case(
+        "torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1], "
+        f"width_per_group=64, num_classes={CLASSES})",
+        resnet_stages,
+        (2, 38, 38, 3),
+    ),
+}
+
+CASES = EFFICIENTNET | VIT | DINOV2 | CONVNEXT | CLIP | SIGLIP | SWIN | RESNET
 
 # --- published sizes --------------------------------------------------------------------------
 

@@ -103,6 +103,13 @@ TWINS = {
     "timm-swin-padded": Twin("swin_tiny", _SWIN | {"window": 4, "padding": "after"}),
     "torchvision-swin-whole": Twin("swin_tiny", _SWIN | {"window": 3}),
     "torchvision-swin-padded": Twin("swin_tiny", _SWIN | {"window": 4}),
+    "timm-resnet-basic": Twin("resnet18", {"depths": (1, 2, 1, 1), "widths": (16, 24, 32, 40)}),
+    "timm-resnet-bottleneck": Twin(
+        "resnet50",
+        {"depths": (1, 1, 2, 1), "widths": (32, 64, 96, 128), "act": "silu", "inner_act": "silu"},
+    ),
+    "torchvision-resnet-basic": Twin("resnet18", {"depths": (1, 1, 1, 1)}),
+    "torchvision-resnet-bottleneck": Twin("resnet50", {"depths": (1, 1, 1, 1)}),
     "timm-dinov2-token": Twin("dinov2_tiny", _VIT_45 | {"registers": 0, "pooling": "cls"}),
     "timm-dinov2-gated-registers": Twin(
         "dinov2_tiny",
@@ -227,6 +234,11 @@ WRONG = {
     },
     "timm-swin-padded": {"padding": {"padding": "before"}},
     "torchvision-swin-padded": {"padding": {"padding": "after"}},
+    "timm-resnet-basic": {
+        "epsilon": {"norm_epsilon": 1e-3},
+        "layers": functools.partial(swap, parts=("layer2.1.conv1", "layer2.1.conv2")),
+    },
+    "timm-resnet-bottleneck": {"stride": {"stride_in": "conv1"}},
     "torchvision-vit-45": {
         "query and value": functools.partial(roll, part="in_proj"),
         "gelu": {"gelu": "tanh"},
