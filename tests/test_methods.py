@@ -665,16 +665,11 @@ def test_child_tuning_f_draws_elements_at_every_step():
 
 MODELS = {"vit4": vit(4), "vit12": vit(12)}
 MODELS |= {"lite": groups_of("efficientnet_lite_tiny"), "se": groups_of("efficientnet_tiny")}
-<<<<<<< HEAD
 MODELS |= {"clip": groups_of("clip_tiny")}  # without a final norm
-MODELS |= {"swin": groups_of("swin_tiny")}
-UNFIT = {("lite", "attention_only"), ("se", "attention_only"), ("vit12", "chain_thaw", 8)}
-=======
 MODELS |= {"swin": groups_of("swin_tiny"), "resnet": groups_of("resnet_tiny")}
 UNFIT = {(name, "attention_only") for name in ("lite", "se", "resnet")} | {
     ("vit12", "chain_thaw", 8)
 }
->>>>>>> 4ea401c (ResNet 18 to 152 in the names of Hugging Face, timm and torchvision, both ways)
 
 
 @pytest.mark.parametrize("total", [8, 1000])

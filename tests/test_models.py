@@ -22,12 +22,8 @@ from jft.models.zoo import FAMILIES, list_models, make_model
 from jft.tree import count_params, flatten, unflatten
 from jft.weights.naming import Naming, exported_table, to_source_arrays
 
-<<<<<<< HEAD
 TINY = ("efficientnet_lite_tiny", "efficientnet_tiny", "vit_tiny", "swin_tiny")
-TINY += ("clip_tiny", "siglip_tiny")
-=======
-TINY = ("efficientnet_lite_tiny", "efficientnet_tiny", "vit_tiny", "swin_tiny", "resnet_tiny")
->>>>>>> 4ea401c (ResNet 18 to 152 in the names of Hugging Face, timm and torchvision, both ways)
+TINY += ("clip_tiny", "siglip_tiny", "resnet_tiny")
 SMALL = {
     "efficientnet_tiny": {"blocks": ((2, 5, 2, 2, 32),)},
     "efficientnet_lite_tiny": {"blocks": ((1, 3, 1, 1, 8), (1, 5, 2, 2, 8)), "final_features": 16},
@@ -95,12 +91,9 @@ def test_a_part_needs_only_its_own_leaves(name):
 # Of each row of sizes the first and the last: between them only numbers differ.
 ENDS = [name for name in list_models() if name[-5:] not in ("lite1", "lite2", "lite3")]
 ENDS = [name for name in ENDS if name[-2:] not in ("b1", "b2", "b3")]
-<<<<<<< HEAD
 ENDS = [n for n in ENDS if not re.fullmatch(r"deit_[sb]16.*|deit3_([bl]16|h14)|vit_mae_.*", n)]
 ENDS = [name for name in ENDS if not re.fullmatch(r"siglip2?_(b|l|so).*_(?!224)\d+", name)]
-=======
 ENDS = [name for name in ENDS if name not in ("resnet34", "resnet101", "resnet152")]
->>>>>>> 4ea401c (ResNet 18 to 152 in the names of Hugging Face, timm and torchvision, both ways)
 
 
 @pytest.mark.parametrize("name", ENDS)
