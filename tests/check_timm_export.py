@@ -52,6 +52,18 @@ class Export:
 
 
 SYMMETRIC = {"padding": "symmetric", "norm_epsilon": 1e-5}
+_ODD_SWIN = {
+    "features": 24,
+    "depths": (2, 2),
+    "heads": (2, 3),
+    "window": 4,
+    "mlp_ratio": 2.5,
+    "image_size": 52,
+}
+TORCHVISION_SWIN = (
+    "torchvision.models.SwinTransformer(patch_size=[4, 4], embed_dim=24, depths=[2, 2], "
+    f"num_heads=[2, 3], window_size=[4, 4], mlp_ratio=2.5, num_classes={CLASSES})"
+)
 _SIX = {"epsilon": 1e-6}
 SIZED = {"image_size": 64}
 EPSILON = {"epsilon": 1e-6}
@@ -134,6 +146,23 @@ EXPORTS = [
         )
         for second in ("", "v2")
     ),
+    *(
+        Export("clip_tiny", "timm", args={"gelu": gelu, "pooling": pooling})
+        for gelu, pooling in (("exact", "cls"), ("quick", "mean"))
+    ),
+    *(
+        Export("siglip_tiny", "timm", args={"gelu": gelu, "pooling": pooling})
+        for gelu, pooling in (("exact", "probe"), ("tanh", "mean"))
+    ),
+    Export("swin_tiny", "timm", args={"padding": "after"}),
+    Export("resnet_tiny", "timm and torchvision"),
+    *(
+        Export(f"resnet{depth}", "timm and torchvision", loader, SIZED)
+        for depth in (18, 50)
+        for loader in (LOCAL, f"torchvision.models.resnet{depth}(num_classes={CLASSES})")
+    ),
+    Export("swin_tiny", "timm", args={"qkv_bias": False, "padding": "after"} | _ODD_SWIN),
+    Export("swin_tiny", "torchvision", TORCHVISION_SWIN, _ODD_SWIN),
     Export(
         "efficientnet_b0",
         "torchvision",

@@ -428,7 +428,155 @@ CONVNEXT = {
     ),
 }
 
-CASES = EFFICIENTNET | VIT | DINOV2 | CONVNEXT
+# --- CLIP and SigLIP --------------------------------------------------------------------------
+
+
+def timm_clip_stages(model):
+    found = timm_vit_stages(model)
+    found |= {"embed": ("norm_pre", "in", same), "pre_norm": ("norm_pre", "out", same)}
+    if model.global_pool == "avg":
+        found["pool"] = found.pop("norm")
+    return found
+
+
+def timm_siglip_stages(model):
+    found = timm_vit_stages(model)
+    if model.attn_pool is not None:
+        found |= {"norm": ("norm", "out", same), "pool": ("head", "in", same)}
+    return found
+
+
+CLIP = {
+    "timm-clip-exact": Case(
+        f"timm.create_model('vit_base_patch16_clip_224', {VIT_45}, num_classes={CLASSES})",
+        timm_clip_stages,
+        (2, 45, 45, 3),
+        small=TOWER_SMALL,
+    ),
+    "timm-clip-quick-mean": Case(
+        f"timm.create_model('vit_base_patch32_clip_quickgelu_224', {VIT_32}, "
+        f"global_pool='avg', final_norm=False, num_classes={CLASSES})",
+        timm_clip_stages,
+        (2, 32, 32, 3),
+        small=TOWER_SMALL,
+    ),
+}
+SIGLIP = {
+    "timm-siglip-probe": Case(
+        f"timm.create_model('vit_base_patch16_siglip_224', {VIT_45}, num_classes={CLASSES})",
+        timm_siglip_stages,
+        (2, 45, 45, 3),
+        small=TOWER_SMALL,
+    ),
+    "timm-siglip-mean-tanh": Case(
+        f"timm.create_model('vit_base_patch32_siglip_gap_256', {VIT_32}, num_classes={CLASSES})",
+        timm_siglip_stages,
+        (2, 32, 32, 3),
+        small=TOWER_SMALL,
+    ),
+}
+
+# --- Swin -------------------------------------------------------------------------------------
+
+
+def swin_stages(depths, block, down, embed, head):
+    """Blocks and merges under their names, which hold "{s}" and "{b}"."""
+    found, at = {"embed": (embed, "out", same)}, 0
+    for s, depth in enumerate(depths):
+        if s:
+            found[f"down_{s}"] = (down(s), "out", same)
+        for b in range(depth):
+            found[f"blocks_{at}"] = (block(s, b), "out", same)
+            at += 1
+    return found | {"norm": (head, "in", same)}
+
+
+def timm_swin_stages(model):
+    return swin_stages(
+        [len(layer.blocks) for layer in model.layers],
+        "layers.{}.blocks.{}".format,
+        "layers.{}.downsample".format,
+        "patch_embed",
+        "head.fc",
+    )
+
+
+def torchvision_swin_stages(model):
+    return swin_stages(
+        [len(stage) for stage in list(model.features)[1::2]],
+        lambda s, b: f"features.{2 * s + 1}.{b}",
+        lambda s: f"features.{2 * s}",
+        "features.0",
+        "head",
+    )
+
+
+SWIN = {
+    **{
+        f"timm-swin-{name}": Case(
+            f"timm.create_model('swin_tiny_patch4_window7_224', img_size={side}, "
+            f"window_size={window}, embed_dim=24, depths=(2, 2), num_heads=(2, 3), mlp_ratio=2.5, "
+            f"num_classes={CLASSES})",
+            timm_swin_stages,
+            (2, side, side, 3),
+            small=r"patch_embed\.proj\..*",
+        )
+        for name, side, window in (("whole", 48, 3), ("padded", 52, 4))
+    },
+    **{
+        f"torchvision-swin-{name}": Case(
+            "torchvision.models.SwinTransformer(patch_size=[4, 4], embed_dim=24, depths=[2, 2], "
+            f"num_heads=[2, 3], window_size=[{window}, {window}], mlp_ratio=2.5, "
+            f"num_classes={CLASSES})",
+            torchvision_swin_stages,
+            (2, side, side, 3),
+            small=r"features\.0\.0\..*",
+        )
+        for name, side, window in (("whole", 48, 3), ("padded", 52, 4))
+    },
+}
+
+# --- ResNet -----------------------------------------------------------------------------------
+
+
+def resnet_stages(model):
+    layers = [model.layer1, model.layer2, model.layer3, model.layer4]
+    blocks = [f"layer{s}.{b}" for s, layer in enumerate(layers, 1) for b in range(len(layer))]
+    found = {f"blocks_{at}": (name, "out", last) for at, name in enumerate(blocks)}
+    # The stem ends behind the pooling, and the last block's map is averaged.
+    pooled = {f"blocks_{len(blocks) - 1}": ("fc", "in", same)}
+    return {"stem": ("maxpool", "out", last)} | found | pooled
+
+
+RESNET = {
+    "timm-resnet-basic": Case(
+        "timm.create_model('resnet18', layers=(1, 2, 1, 1), channels=(16, 24, 32, 40), "
+        f"num_classes={CLASSES})",
+        resnet_stages,
+        (2, 45, 45, 3),
+    ),
+    "timm-resnet-bottleneck": Case(
+        "timm.create_model('resnet50', layers=(1, 1, 2, 1), channels=(8, 16, 24, 32), "
+        f"act_layer='silu', num_classes={CLASSES})",
+        resnet_stages,
+        (2, 64, 64, 3),
+    ),
+    "torchvision-resnet-basic": Case(
+        "torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], "
+        f"num_classes={CLASSES})",
+        resnet_stages,
+        (2, 45, 45, 3),
+        gain=1.1,
+    ),
+    "torchvision-resnet-bottleneck": Case(
+        "torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1], "
+        f"width_per_group=64, num_classes={CLASSES})",
+        resnet_stages,
+        (2, 38, 38, 3),
+    ),
+}
+
+CASES = EFFICIENTNET | VIT | DINOV2 | CONVNEXT | CLIP | SIGLIP | SWIN | RESNET
 
 # --- published sizes --------------------------------------------------------------------------
 

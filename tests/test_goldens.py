@@ -48,6 +48,7 @@ def _lite(width, depth):
 _SYMMETRIC = {"padding": "symmetric", "norm_epsilon": 1e-5}
 _VIT_45 = {"patch": 9, "features": 60, "depth": 3, "heads": 5, "mlp_features": 90}
 _VIT_32 = {"patch": 8, "features": 48, "depth": 2, "heads": 3, "mlp_features": 96}
+_SWIN = {"features": 24, "depths": (2, 2), "heads": (2, 3), "mlp_ratio": 2.5}
 TWINS = {
     "timm-efficientnet-symmetric": Twin(
         "efficientnet_b0", {"width": 0.3, "depth": 0.6, "divisor": 4} | _SYMMETRIC
@@ -94,6 +95,21 @@ TWINS = {
         "convnextv2_tiny",
         {"depths": (1, 1, 2, 1), "widths": (8, 16, 24, 40), "final_epsilon": 1e-6},
     ),
+    "timm-clip-exact": Twin("clip_tiny", _VIT_45 | {"gelu": "exact", "pooling": "cls"}),
+    "timm-clip-quick-mean": Twin("clip_tiny", _VIT_32 | {"gelu": "quick", "pooling": "mean"}),
+    "timm-siglip-probe": Twin("siglip_tiny", _VIT_45 | {"gelu": "exact", "pooling": "probe"}),
+    "timm-siglip-mean-tanh": Twin("siglip_tiny", _VIT_32 | {"gelu": "tanh", "pooling": "mean"}),
+    "timm-swin-whole": Twin("swin_tiny", _SWIN | {"window": 3}),
+    "timm-swin-padded": Twin("swin_tiny", _SWIN | {"window": 4, "padding": "after"}),
+    "torchvision-swin-whole": Twin("swin_tiny", _SWIN | {"window": 3}),
+    "torchvision-swin-padded": Twin("swin_tiny", _SWIN | {"window": 4}),
+    "timm-resnet-basic": Twin("resnet18", {"depths": (1, 2, 1, 1), "widths": (16, 24, 32, 40)}),
+    "timm-resnet-bottleneck": Twin(
+        "resnet50",
+        {"depths": (1, 1, 2, 1), "widths": (32, 64, 96, 128), "act": "silu", "inner_act": "silu"},
+    ),
+    "torchvision-resnet-basic": Twin("resnet18", {"depths": (1, 1, 1, 1)}),
+    "torchvision-resnet-bottleneck": Twin("resnet50", {"depths": (1, 1, 1, 1)}),
     "timm-dinov2-token": Twin("dinov2_tiny", _VIT_45 | {"registers": 0, "pooling": "cls"}),
     "timm-dinov2-gated-registers": Twin(
         "dinov2_tiny",
@@ -173,7 +189,7 @@ def swap(arrays, parts):
 
 def roll(arrays, part):
     """The arrays with the leaves that those named so hold in another order."""
-    held = {"attn.qkv": 3, "in_proj": 3, "mlp.fc1": 2}[part]
+    held = {"attn.qkv": 3, "in_proj": 3, "mlp.fc1": 2, "attn_pool.kv": 2}[part]
     found = {n: np.roll(a, len(a) // held, axis=0) if part in n else a for n, a in arrays.items()}
     assert any(found[name] is not arrays[name] for name in arrays)
     return found
@@ -207,6 +223,22 @@ WRONG = {
         "query and value": functools.partial(roll, part="attn.qkv"),
     },
     "timm-deit-distilled": {"tokens": functools.partial(swap, parts=("cls_token", "dist_token"))},
+    "timm-clip-exact": {"gelu": {"gelu": "quick"}, "epsilon": {"epsilon": 1e-6}},
+    "timm-siglip-probe": {
+        "key and value": functools.partial(roll, part="attn_pool.kv"),
+        "gelu": {"gelu": "tanh"},
+    },
+    "timm-swin-whole": {
+        "epsilon": {"epsilon": 1e-2},
+        "tables": functools.partial(swap, parts=("0.attn.relative", "1.attn.relative")),
+    },
+    "timm-swin-padded": {"padding": {"padding": "before"}},
+    "torchvision-swin-padded": {"padding": {"padding": "after"}},
+    "timm-resnet-basic": {
+        "epsilon": {"norm_epsilon": 1e-3},
+        "layers": functools.partial(swap, parts=("layer2.1.conv1", "layer2.1.conv2")),
+    },
+    "timm-resnet-bottleneck": {"stride": {"stride_in": "conv1"}},
     "torchvision-vit-45": {
         "query and value": functools.partial(roll, part="in_proj"),
         "gelu": {"gelu": "tanh"},
@@ -304,6 +336,32 @@ PUBLISHED = {
             )
         },
     },
+    "clip": {
+        f"timm/vit_{theirs}_clip_{side}": (f"clip_vit_{ours}", {"gelu": "exact", "pooling": "cls"})
+        for theirs, side, ours in (
+            ("base_patch32", 224, "b32"),
+            ("base_patch16", 224, "b16"),
+            ("large_patch14", 224, "l14"),
+            ("large_patch14", 336, "l14_336"),
+        )
+    },
+    "siglip": {
+        f"timm/vit_{theirs}": (f"siglip_{ours}", {"gelu": "exact"} | args)
+        for theirs, ours, args in (
+            ("base_patch16_siglip_224", "b16_224", {"pooling": "probe"}),
+            ("large_patch16_siglip_256", "l16_256", {"pooling": "probe"}),
+            ("so400m_patch14_siglip_384", "so400m14_384", {"pooling": "probe"}),
+            ("base_patch16_siglip_gap_224", "b16_224", {}),
+        )
+    },
+    "swin": {
+        **{
+            f"timm/swin_{size}_patch4_window7_224": (f"swin_{size[0]}", {})
+            for size in ("tiny", "small", "base", "large")
+        },
+        "timm/swin_base_patch4_window12_384": ("swin_b_384", {}),
+        **{f"torchvision/swin_{of}": (f"swin_{of}", {}) for of in "tsb"},
+    },
     "dinov2": {
         f"timm/vit_{size}_patch14_{registers}dinov2": (
             f"dinov2_{size[0]}14{registers and '_reg4'}",
@@ -324,7 +382,9 @@ _QUICK = (
     *("timm/efficientnet_lite0", "timm/tf_efficientnet_lite4", "timm/vit_small_patch14_dinov2"),
     *("timm/vit_small_patch14_reg4_dinov2", "timm/vit_tiny_patch16_224", "torchvision/vit_b_16"),
     *("timm/vit_base_patch16_224.mae", "timm/deit_small_patch16_224", "timm/convnext_tiny"),
-    *("timm/convnextv2_atto", "timm/resnet18", "torchvision/resnet50"),
+    *("timm/convnextv2_atto", "timm/resnet18", "torchvision/resnet50", "torchvision/swin_t"),
+    *("timm/vit_base_patch16_clip_224", "timm/vit_base_patch16_siglip_224"),
+    *("timm/swin_tiny_patch4_window7_224",),
 )
 
 

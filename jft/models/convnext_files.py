@@ -196,8 +196,8 @@ _TIMM_ARGS = {
     "norm_eps": "final_epsilon",
     "use_grn": "response_norm",
     "ls_init_value": "layer_scale",
-    **dict.fromkeys(("conv_mlp", "drop_rate", "drop_path_rate"), ""),
-    **dict.fromkeys(("in_chans", "num_classes", "global_pool"), ""),
+    "conv_mlp": "",
+    "global_pool": "",
 }
 
 

@@ -74,8 +74,7 @@ TORCHVISION_IMPLIES = (("padding", _OWN[0]), ("norm_epsilon", _OWN[1]))
 _ARGUMENTS = {
     "bn_eps": "norm_epsilon",
     "pad_type": "padding",
-    **dict.fromkeys(("in_chans", "num_classes", "global_pool"), ""),
-    **dict.fromkeys(("drop_rate", "drop_path_rate", "bn_momentum"), ""),
+    "global_pool": "",
 }
 
 

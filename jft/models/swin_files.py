@@ -246,13 +246,8 @@ _TIMM_FIELDS = {
     "patch_size": "patch",
     "mlp_ratio": "mlp_ratio",
     "qkv_bias": "qkv_bias",
-    "in_chans": "",
     "strict_img_size": "",
     "dynamic_img_size": "",
-    "drop_rate": "",
-    "proj_drop_rate": "",
-    "attn_drop_rate": "",
-    "drop_path_rate": "",
 }
 _TIMM_DEFAULTS = {"patch": 4, "mlp_ratio": 4.0, "qkv_bias": True}
 
@@ -283,6 +278,8 @@ def _timm_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     name, args = timm_architecture(config)
     if name not in _TIMM:
         raise WeightsError(f"timm's {name} is none of {', '.join(_TIMM)}")
+    if args.pop("global_pool", "avg") != "avg":
+        raise WeightsError(f"timm's {name} with another global_pool than 'avg' is not known here")
     if args.get("always_partition") is False:
         args.pop("always_partition")
     fields = _typed(_timm_known(name) | renamed(args, _TIMM_FIELDS, name))

@@ -53,8 +53,16 @@ def to_timm(preprocess: Preprocess) -> dict[str, Any]:
     }
 
 
+# Arguments that say nothing of the function: they stand in the arrays, or matter in training. timm
+# writes the first two beside every model.
+_IDLE = ("in_chans", "num_classes", "bn_momentum", "drop_path_rate")
+_IDLE += tuple(f"{what}drop_rate" for what in ("", "pos_", "patch_", "proj_", "attn_"))
+
+
 def timm_architecture(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """(name without its tag, arguments) of the model that a timm config.json tells of.
+
+    Arguments that say nothing of its function are left out.
 
     Raises:
       WeightsError: it tells of none.
@@ -62,7 +70,7 @@ def timm_architecture(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     name, args = config.get("architecture"), config.get("model_args", {})
     if not isinstance(name, str) or not isinstance(args, Mapping):
         raise WeightsError("config.json names no timm architecture")
-    return name.partition(".")[0], dict(args)
+    return name.partition(".")[0], {k: v for k, v in args.items() if k not in _IDLE}
 
 
 def is_timm(config: Mapping[str, Any]) -> bool:
