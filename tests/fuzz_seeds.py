@@ -125,7 +125,8 @@ def _configs() -> list[Files]:
     for family in FAMILIES.values():
         tiny = next(name for name in family.variants if name.endswith("_tiny"))
         model = make_model(name=tiny, num_classes=2)
-        for write in {family.source_config, *(t.config for t in family.tables if t.config)}:
+        writers = [family.source_config, *(table.config for table in family.tables)]
+        for write in filter(None, dict.fromkeys(writers)):
             processor = to_hugging_face(model.preprocess)
             documents.append({"config.json": write(model), "preprocessor_config.json": processor})
     documents.append({"config.json": CONFIG, "preprocessor_config.json": twice})

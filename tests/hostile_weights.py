@@ -122,7 +122,7 @@ def _many(needed: list[str]) -> dict[str, Arrays]:
     numbered = [key for key in needed if ".1." in key] or [key for key in needed if ".0." in key]
     template = numbered[0].replace(".1.", ".{}.", 1).replace(".0.", ".{}.", 1)
     return {
-        "more": {f"x{i}": empty for i in range(99_000)},
+        "more": {f"x{i}": empty for i in range(49_000)},
         "deeper": {template.format(i): empty for i in range(100, 30_100)},
     }
 

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from jft.errors import WeightsError
+from jft.weights import guarded_json
 from jft.weights.readers import read, read_file
 from jft.weights.source import resolve
 
@@ -244,3 +245,16 @@ def test_damaged_files_never_raise_anything_but_weights_error(tmp_path):
                 read_file(damaged_path)
             except WeightsError:
                 pass
+
+
+def test_guarded_json_is_equal_but_never_repeated():
+    content = {"a": ["b", 1, {"c": [2.5, None, True]}], "d": "e"}
+    guarded = guarded_json.guarded(content)
+    assert guarded == content and guarded_json.plain(guarded) == content
+    assert type(guarded_json.plain((guarded["d"],))[0]) is str
+    for value in (guarded["d"], guarded["a"]):
+        for times in (2, 1 << 60):
+            with pytest.raises(TypeError, match="stands where a number is needed"):
+                value * times
+            with pytest.raises(TypeError, match="stands where a number is needed"):
+                times * value

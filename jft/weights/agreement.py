@@ -6,8 +6,11 @@ from typing import Any
 
 from jft.errors import WeightsError
 from jft.models.table import Table
+from jft.weights.guarded_json import guarded, plain
 from jft.weights.source import Source
 
+# What families raise on fields of another type or size than they take for granted.
+_MALFORMED = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError)
 _LARGEST = 1 << 24  # width, depth, size of an image or of a vocabulary
 _MOST_ITEMS = 1_000
 _DEEPEST = 3  # lists in lists
@@ -36,8 +39,8 @@ def stated_fields(family: Any, source: Source, table: Table) -> dict[str, Any]:
     """
     try:
         read = table.fields or family.variant_from_config
-        found = read(source.config) if source.config is not None else {}
-    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
+        found = {} if source.config is None else plain(read(guarded(source.config)))
+    except _MALFORMED as error:
         raise WeightsError(
             f"source {source.text!r}: its config.json does not fit: {error}"
         ) from error

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from jft.errors import WeightsError
 
 HEADER_BYTES = 8 << 20  # a safetensors header, or all the pickles of a torch file
-TENSORS = 100_000
+TENSORS = 50_000  # of one file: the shards of the largest models have fewer than 1,000
 FILE_BYTES = 1 << 38  # one file of weights; hubs part larger ones
 RANK = 16
 NAME_CHARACTERS = 512

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from jft.errors import WeightsError
-from jft.weights.limits import TENSORS, check_name
+from jft.weights.limits import check_name
 
 JSON_BYTES = 16 << 20
 INDEX = "model.safetensors.index.json"
 SHARDS = 1_000
+_TENSORS = 200_000  # of all shards
 _NAME_BYTES = 255  # of a file's name, on the usual file systems
 
 
@@ -44,8 +45,8 @@ def read_index(source: str, index: Path) -> Mapping[str, str]:
     weight_map = (read_json(index) or {}).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(f"source {source!r}: {INDEX} has no weight_map")
-    if len(weight_map) > TENSORS:
-        raise WeightsError(f"source {source!r}: {INDEX} lists more than {TENSORS} tensors")
+    if len(weight_map) > _TENSORS:
+        raise WeightsError(f"source {source!r}: {INDEX} lists more than {_TENSORS} tensors")
     for tensor, name in weight_map.items():
         check_name(index, tensor)
         plain = isinstance(name, str) and name.isprintable() and len(name.encode()) <= _NAME_BYTES
