@@ -5,6 +5,7 @@ executed. What it returns is checked against `jft.keys.KEYS`, so an unknown key 
 fails here, and the result is locked. A run directory keeps the config as JSON, never executed.
 """
 
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -122,7 +123,9 @@ def arg_keys(section: str, name: str, where: str = "") -> dict[str, Key]:
     given = {*_GIVEN, *(key.rpartition(".")[2] for key in KEYS if key.startswith(f"{section}."))}
     if section == "data":
         given.discard("num_classes")  # of data only the user can say it
-    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    # Of a dataclass, so that inherited fields are read where they were written.
+    own = inspect.isclass(target) and not dataclasses.is_dataclass(target)
+    hints = typing.get_type_hints(target.__init__ if own else target)
     keys: dict[str, Key] = {}
     for parameter in parameters:
         default = fixed.get(parameter.name, parameter.default)

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 from test_convert import assert_bitwise
 from towers import assert_scanned_is_unrolled, exported, written_as
 
+from jft.config import arg_keys
 from jft.errors import WeightsError
 from jft.models.zoo import FAMILIES, make_model
 from jft.weights.convert import load_pretrained
@@ -220,3 +221,8 @@ def test_timm_architectures_have_their_sizes():
 
 def test_a_loop_over_blocks_is_the_blocks():
     assert_scanned_is_unrolled("clip_tiny", "block[2:] + head")
+
+
+def test_the_config_knows_every_argument():
+    known = set(arg_keys("model", "clip_tiny"))
+    assert known >= {"pooling", "projection", "epsilon", "gelu", "drop_path_rate"}

@@ -52,7 +52,7 @@ def _matching(pattern: str) -> list[str]:
 def table(names: list[str]) -> str:
     """Returns a line a model: size, input, and what is known of its published weights."""
     titles = ("model", "params", "pixels", "stages", "top-1", "licence", "weights (init.source)")
-    rows = [titles]
+    rows: list[tuple[str, ...]] = [titles]
     cites: list[str] = []
     for name in names:
         model = make_model(name=name, args={}, num_classes=CLASSES)
