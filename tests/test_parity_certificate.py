@@ -5,9 +5,12 @@ import json
 import numpy as np
 import pytest
 from parity import randomise
+from safetensors.numpy import load_file, save_file
+from test_convert import tiny
 from test_parity_efficientnet import hugging_face
 from test_weights_verb import error_of, run
 
+from jft.models.zoo import FAMILIES
 from jft.weights import certificate, reference
 from jft.weights.export import write_random
 
@@ -56,14 +59,29 @@ def test_a_convolutional_network_and_a_backbone_without_a_head_are_compared(caps
     assert list(compared["stages"])[-1] == "norm" and not compared["without_counterpart"]
 
 
-def test_the_gradient_is_of_the_last_stage_that_the_original_has(capsys, tmp_path):
-    from test_parity_dinov2 import peer_of
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"image_size": 32, "patch_size": 8}
+TEXT = {**SIZES, "vocab_size": 99, "max_position_embeddings": 16}
+TOWERS = {
+    "Dinov2": SIZES,
+    "CLIPVision": SIZES,
+    "ViTMAE": SIZES,
+    "CLIP": {"vision_config": SIZES, "text_config": TEXT},
+    "Siglip": {"vision_config": SIZES, "text_config": TEXT},
+}
 
-    peer_of().dinov2.save_pretrained(tmp_path / "tower")  # it does not pool as its classifier does
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_of_a_tower_all_is_compared_but_how_it_is_pooled(capsys, tmp_path, kind):
+    """Of two towers that for images, of a masked autoencoder all patches in their order."""
+    config = getattr(transformers, f"{kind}Config")(**TOWERS[kind])
+    randomise(getattr(transformers, f"{kind}Model")(config)).save_pretrained(tmp_path / "tower")
     text = run(capsys, "check", tmp_path / "tower", f"--out={tmp_path}/t.json")
     compared = json.loads((tmp_path / "t.json").read_text())["compared_to"]
-    assert compared["without_counterpart"] == ["norm"] and compared["holds"]
-    assert compared["input_gradient"]["of"] == "blocks_2" and "within the bars" in text
+    assert compared["holds"] and "within the bars" in text
+    assert {"embed", "blocks_0", "blocks_1"} <= compared["stages"].keys()
+    assert set(compared["without_counterpart"]) <= {"norm"}
+    assert compared["input_gradient"]["of"] == list(compared["stages"])[-1]
 
 
 @pytest.mark.parametrize("lie", ["layers", "query and key", "epsilon", "gelu"])
@@ -98,9 +116,28 @@ def test_a_conversion_that_computes_something_else_exits_4_and_is_written(
     assert not json.loads((tmp_path / "c.json").read_text())["compared_to"]["holds"]
 
 
-def test_what_transformers_cannot_load_is_said_and_must_be_only_where_asked(capsys, tmp_path):
-    from test_convert import tiny
+TINIES = [
+    name
+    for family in FAMILIES.values()
+    for name in family.variants
+    if name.endswith("_tiny") and "model_type" in family.source_config(tiny(name))
+]
 
+
+@pytest.mark.parametrize("name", [name for name in TINIES if "lite" not in name])
+def test_what_each_family_exports_first_is_what_transformers_computes(capsys, tmp_path, name):
+    """With no word of the family on which module is which stage."""
+    folder = write_random(tiny(name), tmp_path / "weights", 0)
+    out = tmp_path / "c.json"
+    run(capsys, "check", folder, f"--model={name}", "--reference=transformers", f"--out={out}")
+    compared = json.loads(out.read_text())["compared_to"]
+    assert compared["holds"] and compared["made_anew"] == []
+    # DeiT's norm keeps two tokens together, which its original takes apart first.
+    assert set(compared["without_counterpart"]) <= ({"norm"} if name == "deit_tiny" else set())
+    assert len({stage["original"] for stage in compared["stages"].values()}) > 3
+
+
+def test_what_transformers_cannot_load_is_said_and_must_be_only_where_asked(capsys, tmp_path):
     lite = write_random(tiny("efficientnet_lite_tiny"), tmp_path / "lite", 0)
     assert "not compared: transformers has no model 'efficientnet_lite'" in run(
         capsys, "check", lite
@@ -119,3 +156,11 @@ def test_what_transformers_cannot_load_is_said_and_must_be_only_where_asked(caps
     (folder / "other.safetensors").rename(folder / "model.safetensors")
     text = run(capsys, "check", folder)
     assert "not compared: transformers has no model 'Trainer'" in text
+    arrays = load_file(folder / "model.safetensors")
+    config |= {"id2label": {"0": "a", "1": "b"}}  # two classes: the weights have five
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "not compared: source" in (text := run(capsys, "check", folder))
+    assert "transformers refuses it" in text
+    error = error_of(capsys, "check", folder, "--reference=transformers", code=4)
+    assert "transformers refuses it" in error

@@ -259,10 +259,13 @@ def _missing_head(model: Model, source: Source | None) -> list[str]:
 
 
 def _last_stage(model: Model, report: Report) -> str:
-    """The last stage before the first that the source says nothing about."""
+    """The last stage that the source says something about, before the first that is fresh."""
     fresh = {path.split("/")[0] for path in report.paths("fresh")}
+    read = {row.path.split("/")[0] for row in report.rows} - fresh
     known = model.stages
     stop = next((at for at, stage in enumerate(known) if stage in fresh), len(known))
+    while stop and fresh and known[stop - 1] not in read:
+        stop -= 1
     if stop == 0:
         raise WeightsError(f"source {report.source!r}: nothing of the model comes from it")
     return known[stop - 1]

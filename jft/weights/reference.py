@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jft.errors import ConfigError, WeightsError
-from jft.weights.activations import Activations, rounding
+from jft.weights.activations import IMAGES, Activations, rounding
 from jft.weights.source import Source
 
 Rerun = Callable[[str], Activations]
@@ -34,11 +34,13 @@ class Nearest:
     Attributes:
       distance: to it.
       where: "NAME output" or "NAME input" of a module.
+      largest: of its absolute values; what is below 1 is compared as if it were 1.
       value: the torch tensor, of the last stage alone.
     """
 
     distance: float
     where: str
+    largest: float
     value: Any
 
 
@@ -55,6 +57,7 @@ def compare_with_original(
 
     Raises:
       ConfigError: an unknown mode, or "transformers" where it cannot.
+      WeightsError: "transformers", which does not load or run the source.
     """
     if mode not in MODES:
         raise ConfigError(f"--reference={mode}: should be one of {', '.join(MODES)}")
@@ -67,7 +70,12 @@ def compare_with_original(
         return None, why
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of other packages, about their own ways
-        return _compare(source, found, rerun), ""
+        try:
+            return _compare(source, found, rerun), ""
+        except WeightsError as error:
+            if mode == "transformers":
+                raise
+            return None, str(error)
 
 
 def _obstacle(source: Source | None) -> str:
@@ -97,8 +105,13 @@ def _compare(source: Source, found: Activations, rerun: Rerun) -> dict[str, Any]
     import torch
     import transformers
 
-    peer, every = _load(source), list(found.stages)
+    every, head = list(found.stages), found.stages.get("head")
+    peer, fresh = _load(source, None if head is None else head.shape[-1])
     nearest, x = _look(source, peer, found)
+    if head is None:
+        # The head is made anew, and how its input is pooled belongs to it.
+        other = [n for n in nearest if nearest[n].distance > BARS["hidden"]]
+        nearest = {n: each for n, each in nearest.items() if n not in other or not _pools(found, n)}
     if nearest and found.last not in nearest:
         # The original does not come that far: the gradient is that of the last it has.
         found = rerun(list(nearest)[-1])
@@ -116,18 +129,32 @@ def _compare(source: Source, found: Activations, rerun: Rerun) -> dict[str, Any]
         "class": f"transformers.{type(peer).__name__}",
         "versions": {"transformers": transformers.__version__, "torch": torch.__version__},
         "stages": {
-            name: {"distance": rounding(each.distance), "bar": bars[name], "original": each.where}
+            name: {
+                "distance": rounding(each.distance),
+                "bar": bars[name],
+                "original": each.where,
+                "largest": rounding(each.largest),
+            }
             for name, each in nearest.items()
         },
+        "made_anew": fresh,
         "without_counterpart": [name for name in every if name not in nearest],
         "input_gradient": {
             "of": found.last,
             "distance": None if gradient is None else rounding(gradient),
             "bar": BARS["input_gradient"],
+            "largest": rounding(np.abs(found.gradient).max()),
         },
         "distance": "max abs(a - b) / max(1, max abs(b)), float32",
         "holds": bool(holds),
     }
+
+
+def _pools(found: Activations, name: str) -> bool:
+    """Whether a stage makes a vector of what was a map or a row of tokens before."""
+    names = list(found.stages)
+    before = names[max(names.index(name) - 1, 0)]
+    return found.stages[name].ndim == 2 and found.stages[before].ndim > 2
 
 
 def _look(source: Source, peer: Any, found: Activations) -> tuple[dict[str, Nearest], Any]:
@@ -142,7 +169,7 @@ def _look(source: Source, peer: Any, found: Activations) -> tuple[dict[str, Near
     ]
     try:
         call = getattr(peer, "get_image_features", peer)  # of two towers the one for images
-        call(pixel_values=x)
+        call(pixel_values=x, **_unmasked(peer))
     except Exception as error:  # whatever stands in a foreign forward pass
         text = " ".join(str(error).split())
         raise WeightsError(f"source {source.text!r}: the original does not run: {text}") from error
@@ -150,6 +177,16 @@ def _look(source: Source, peer: Any, found: Activations) -> tuple[dict[str, Near
         for hook in hooks:
             hook.remove()
     return {name: nearest[name] for name in found.stages if name in nearest}, x
+
+
+def _unmasked(peer: Any) -> dict[str, Any]:
+    """What keeps a masked autoencoder from shuffling its patches."""
+    import torch
+
+    if "noise" not in inspect.signature(peer.forward).parameters:
+        return {}
+    patches = (peer.config.image_size // peer.config.patch_size) ** 2
+    return {"noise": torch.arange(patches).repeat(IMAGES, 1) / patches}
 
 
 def _names(config: Mapping[str, Any]) -> list[str]:
@@ -168,24 +205,39 @@ def _class_of(config: Mapping[str, Any]) -> Any:
     return kind if known or kind is transformers.AutoModel else None
 
 
-def _load(source: Source) -> Any:
+def _load(source: Source, classes: int | None) -> tuple[Any, list[str]]:
+    """(the original with a source's weights, names of what it had to make anew).
+
+    Args:
+      source: of the weights.
+      classes: width of its logits, told where its config.json does not; None without a head.
+
+    Raises:
+      WeightsError: transformers does not load it.
+    """
     import torch
     import transformers
 
-    kind = _class_of(source.config or {})
+    config: Mapping[str, Any] = source.config or {}
+    kind = _class_of(config)
+    options: dict[str, Any] = {"mask_ratio": 0.0} if "mask_ratio" in config else {}
+    if classes is not None and not {"id2label", "num_labels"} & config.keys():
+        options["num_labels"] = classes
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        peer = kind.from_pretrained(
+        peer, about = kind.from_pretrained(
             str(_folder(source)),
             local_files_only=True,
             dtype=torch.float32,
             attn_implementation="eager",
+            output_loading_info=True,
+            **options,
         )
     except Exception as error:  # every kind of complaint about files
         text = " ".join(str(error).split())
         raise WeightsError(f"source {source.text!r}: transformers refuses it: {text}") from error
-    return peer.eval()
+    return peer.eval(), sorted(map(str, about["missing_keys"]))
 
 
 def _looker(name: str, found: Activations, nearest: dict[str, Nearest]) -> Any:
@@ -203,7 +255,8 @@ def _looker(name: str, found: Activations, nearest: dict[str, Nearest]) -> Any:
                 if stage not in nearest or apart < nearest[stage].distance:
                     # A copy: a layer that follows may work in place.
                     kept = value.clone() if stage == found.last else None
-                    nearest[stage] = Nearest(apart, f"{name} {side}", kept)
+                    largest = float(np.abs(array).max())
+                    nearest[stage] = Nearest(apart, f"{name} {side}", largest, kept)
 
     return look
 
