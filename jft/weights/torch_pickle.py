@@ -19,6 +19,7 @@ from jft.errors import WeightsError
 from jft.weights import limits
 from jft.weights.limits import refuse
 
+_NAMES = {opcode.code: opcode.name for opcode in pickletools.opcodes}
 _OPCODES = 500_000  # about 12,000 tensors; a second of reading
 
 # Global name -> dtype of the storages of that class; None: bytes, the tensor names its own dtype.
@@ -133,8 +134,8 @@ class PickleReader:
         if self.opcodes > _OPCODES:
             refuse(self.path, f"its pickle has more than {_OPCODES} opcodes")
         if code and code not in _CODES:
-            known = pickletools.code2op.get(code.decode("latin-1"))
-            what = known.name if known else f"{code[0]:#x}"
+            known = _NAMES.get(code.decode("latin-1"))
+            what = known if known else f"{code[0]:#x}"
             refuse(self.path, f"refused: the pickle opcode {what}, which torch does not write")
 
     def _step(self, name: str, argument: Any) -> None:
