@@ -236,7 +236,7 @@ def _preprocess(variant: str) -> Preprocess:
     mean, std = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
     if variant.endswith("_tiny"):
         return Preprocess(mean, std, 32)
-    return Preprocess(mean, std, 224, 0.875, "bicubic")
+    return Preprocess(mean, std, 224, 0.875, "bicubic", rounding="down")
 
 
 def _faults(module: ConvNeXt, image_size: int) -> dict[str, str]:

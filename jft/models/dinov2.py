@@ -112,7 +112,7 @@ def _preprocess(variant: str) -> Preprocess:
     mean, std = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
     if variant == "dinov2_tiny":
         return Preprocess(mean, std, 28)
-    return Preprocess(mean, std, 224, 224 / 256, "bicubic")
+    return Preprocess(mean, std, 224, 224 / 256, "bicubic", rounding="down")
 
 
 def _faults(module: Dinov2, image_size: int) -> dict[str, str]:

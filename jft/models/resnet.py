@@ -186,7 +186,7 @@ def _preprocess(variant: str) -> Preprocess:
     mean, std = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
     if variant == "resnet_tiny":
         return Preprocess(mean, std, 32)
-    return Preprocess(mean, std, 224, 0.875, "bicubic")
+    return Preprocess(mean, std, 224, 0.875, "bicubic", rounding="down")
 
 
 _BASIC = {"widths": (64, 128, 256, 512), "bottleneck": False}

@@ -57,7 +57,8 @@ def preprocess_of(variant: str) -> Preprocess:
     side = 32 if variant.endswith("_tiny") else 384 if "_384" in variant else 224
     if variant.startswith("vit_") and "_mae_" not in variant:
         return Preprocess((127.5,) * 3, (127.5,) * 3, side)
-    return Preprocess(_MEAN, _STD, side, 1.0 if side == 384 else 0.875, "bicubic")
+    crop = 1.0 if side == 384 else 0.875
+    return Preprocess(_MEAN, _STD, side, crop, "bicubic", rounding="nearest")
 
 
 _DEIT_CITE = "github.com/facebookresearch/deit, README_deit.md"
