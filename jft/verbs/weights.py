@@ -79,7 +79,8 @@ def show(args: argparse.Namespace, text: str) -> None:
     width = max((len(name) for name in arrays), default=0)
     for tensor in tensors:
         print(_tensor_line(tensor, width))
-    count, size = sum(a.size for a in arrays.values()), sum(a.nbytes for a in arrays.values())
+    outline = arrays.outline().values()
+    count, size = sum(a.size for a in outline), sum(a.nbytes for a in outline)
     print(f"{len(tensors)} tensors, {count:,} numbers, {size:,} bytes")
     print(f"sha256 {found.sha256()}" + (f", commit {found.revision}" if found.revision else ""))
     for match in matches:

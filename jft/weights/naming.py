@@ -15,6 +15,7 @@ from jft.models import table as tables
 from jft.models.forms import Origin
 from jft.models.table import Table
 from jft.tree import flatten
+from jft.weights.arrays import Arrays
 
 # Path -> (collection, shape and dtype). Parameters and statistics share the path space.
 Leaves = dict[str, tuple[str, jax.ShapeDtypeStruct]]
@@ -145,12 +146,13 @@ def exported_table(model: Any, index: int) -> int:
 
 
 def without_module_prefix(
-    arrays: dict[str, np.ndarray],
-) -> tuple[dict[str, np.ndarray], list[str]]:
+    arrays: Mapping[str, np.ndarray],
+) -> tuple[Arrays, list[str]]:
     """Strips the "module." that torch's DataParallel puts before every name, and says so."""
+    arrays = arrays if isinstance(arrays, Arrays) else Arrays(arrays)
     if not arrays or not all(name.startswith(_MODULE) for name in arrays):
         return arrays, []
-    stripped = {name.removeprefix(_MODULE): value for name, value in arrays.items()}
+    stripped = arrays.renamed(lambda name: name.removeprefix(_MODULE))
     return stripped, [f"the prefix {_MODULE!r} was stripped from all {len(arrays)} names"]
 
 
