@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -49,3 +49,9 @@ def leaf_dtypes(dtype: str | None) -> LeafDtype:
         return ours if same else None
 
     return choose
+
+
+def common_float(arrays: Mapping[str, np.ndarray]) -> np.dtype | None:
+    """The dtype of all floating arrays, None where they have several or none."""
+    found = {a.dtype for a in arrays.values() if jnp.issubdtype(a.dtype, jnp.floating)}
+    return found.pop() if len(found) == 1 else None
