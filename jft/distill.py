@@ -132,7 +132,7 @@ def _from_source(task: Task, load: bool) -> _Found:
     shapes = _named(flatten(variables["params"]), flatten(variables.get("batch_stats", {})))
     if not load:
         return model.apply, model.preprocess, shapes, None, ""
-    loaded, report = load_pretrained(model, section.teacher, image_shape=shape)
+    loaded, report = load_pretrained(model, section.teacher, image_shape=shape, dtype="model")
     fresh = report.paths("fresh")
     if fresh:
         raise WeightsError(

@@ -21,6 +21,13 @@ INPUT_KEYS: dict[str, Key] = {
     "init.fresh": Key(
         [], list, "patterns of leaves that may start fresh (a head whose classes differ always may)"
     ),
+    "init.dtype": Key(
+        "float32",
+        str,
+        "of the parameters: float32, exact casts of a source in fewer bits; source, as it has them"
+        " (half the memory of a bfloat16 file, but updates below 1/256 of a number are lost)",
+        choices=("float32", "source"),
+    ),
     "data.name": Key(
         "folder",
         str,

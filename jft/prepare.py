@@ -31,7 +31,7 @@ from jft.report.rundir import read_json
 from jft.report.tables import Overview
 from jft.run_files import check_unchanged, make_writer, write_decisions, write_run_files
 from jft.saved import make_checkpoints
-from jft.task import Task, batch_shapes, initial_leaves, make_data, make_task, with_preprocess
+from jft.task import Task, batch_shapes, converted, initial_leaves, make_data, make_task
 from jft.train.checkpoint import Checkpoints
 from jft.train.optim import OptimSection, make_optim
 from jft.train.parallel import Parallel, check_batch_size, make_parallel
@@ -100,6 +100,9 @@ def make_schedule(
         raise ConfigError(
             f"optim.ema_decay: {config.optim.name} evaluates an average of its own; leave it out"
         )
+    if config.init.dtype == "source" and (parts.averages or optim.optimizer.form == "averaged"):
+        key = "optim.ema_decay" if parts.averages else f"optim.name={config.optim.name}"
+        raise ConfigError(f"{key}: averages need parameters in float32; leave init.dtype as it is")
     check_batch_size(train.batch_size, train.accum_steps, parallel, parts.together)
     return schedule, optim
 
@@ -174,17 +177,20 @@ def setup(
     task = make_task(config, splits.label_names, native, model, splits.kind, splits.pixels)
     check_baselines(config, splits)
     conversion = read_json(workdir / "conversion.json") if resumes else None
-    leaves = None
+    parallel = make_parallel(mode=config.parallel.mode, devices=config.parallel.devices)
+    leaves = []
     if conversion is None and config.init.source is not None:
-        leaves = initial_leaves(task)
-        conversion = leaves[2]
-    task = with_preprocess(task, (conversion or {}).get("preprocess"))
+        leaves.append(initial_leaves(task, place=parallel.place))
+        conversion = leaves[0][2]
+    task = converted(task, conversion)
     splits = cached(task, splits)
 
     def start() -> tuple[Flat, Flat]:
-        return (leaves or initial_leaves(task, conversion))[:2]
+        # Handed out once: a step gives their memory away.
+        found = leaves.pop() if leaves else initial_leaves(task, conversion, parallel.place)
+        return found[:2]
 
-    return _make_run(task, splits, workdir, checkpoints, start, conversion, dry_run)
+    return _make_run(task, splits, workdir, checkpoints, parallel, start, conversion, dry_run)
 
 
 def _make_run(
@@ -192,12 +198,12 @@ def _make_run(
     splits: Splits,
     workdir: Path,
     checkpoints: Checkpoints,
+    parallel: Parallel,
     start: Callable[[], tuple[Flat, Flat]],
     conversion: Mapping[str, Any] | None,
     dry_run: bool,
 ) -> Run:
     config = task.config
-    parallel = make_parallel(mode=config.parallel.mode, devices=config.parallel.devices)
     taught = make_teacher(task)
     parts = make_parts(task, loss_labels(config, splits), taught and taught.teacher)
     schedule, optim = make_schedule(task, splits, parallel, parts)

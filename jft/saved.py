@@ -11,7 +11,7 @@ from jft.data.protocol import KINDS, Kind
 from jft.errors import ConfigError, WeightsError
 from jft.evaluation.measures import check_metric, less_is_better, resolve_metric
 from jft.report.rundir import read_json
-from jft.task import Task, initial_leaves, make_task, with_preprocess
+from jft.task import Task, converted, initial_leaves, make_task
 from jft.train.checkpoint import Checkpoints
 from jft.train.run import model_leaves
 from jft.train.state import Frozen, leaves_by_path
@@ -69,7 +69,7 @@ def read_task(workdir: Path, model: Any = None) -> Task:
     config = read_config(workdir)
     labels, native, kind, pixels = read_data(workdir)
     task = make_task(config, labels, native, model, kind, pixels)
-    return with_preprocess(task, (read_json(workdir / "conversion.json") or {}).get("preprocess"))
+    return converted(task, read_json(workdir / "conversion.json"))
 
 
 def load_leaves(

@@ -1,7 +1,7 @@
 """The model of a config, fitted to its data: what all that make or use a run share."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -219,8 +219,28 @@ def _make_model(
     return make_model(name=config.model.name, args=args, num_classes=num_classes)
 
 
+def converted(task: Task, report: Mapping[str, Any] | None) -> Task:
+    """Returns the task with what the conversion of its source brought along: pixels and dtypes.
+
+    Args:
+      task: fitted to its data.
+      report: of the conversion, as conversion.json holds it; None where there is none.
+    """
+    report = report or {}
+    if task.config.init.dtype == "source":
+        dtypes = {row["path"]: row.get("dtype") for row in report.get("rows", ())}
+        params = {
+            path: jax.ShapeDtypeStruct(leaf.shape, dtypes.get(path) or leaf.dtype)
+            for path, leaf in task.shapes[0].items()
+        }
+        task = replace(task, shapes=(params, task.shapes[1]))
+    return with_preprocess(task, report.get("preprocess"))
+
+
 def initial_leaves(
-    task: Task, recorded: Mapping[str, Any] | None = None
+    task: Task,
+    recorded: Mapping[str, Any] | None = None,
+    place: Callable[[Any], Any] | None = None,
 ) -> tuple[Flat, Flat, dict[str, Any] | None]:
     """Returns (params, model_state, conversion report or None) that a run starts from.
 
@@ -228,6 +248,7 @@ def initial_leaves(
       task: the fitted model.
       recorded: the conversion report of a run that started already: the same commit of a source on
         a hub is taken, and any source must still hold what it held.
+      place: puts each leaf where it belongs as soon as it is there; None leaves numpy arrays.
 
     Raises:
       WeightsError: the source is missing, does not fit, or is not what was recorded.
@@ -237,29 +258,37 @@ def initial_leaves(
         recorded = None  # resumed by force with another one
     key = jax.random.fold_in(jax.random.key(config.seed), INIT_FOLD)
     shape = (size, size, len(task.preprocess.mean))
+    put = place or np.asarray
     if config.init.source is None:
         variables, report = task.model.init(key, jnp.zeros((1, *shape))), None
-    else:
-        # Random weights are the same every time: they need no place in the run directory, which a
-        # wrong config, or another process's run, must find untouched.
-        with tempfile.TemporaryDirectory(prefix="jft-random-") as scratch:
-            variables, found = load_pretrained(
-                task.model,
-                pinned(config.init.source, (recorded or {}).get("revision")),
-                fresh=list(config.init.fresh),
-                key=key,
-                image_shape=shape,
-                scratch_dir=Path(scratch),
-            )
-        then = (recorded or {}).get("sha256")
-        if then is not None and then != found.sha256:
-            raise WeightsError(
-                f"init.source: {found.source} has changed since the run started: its SHA-256 is"
-                f" {found.sha256[:16]}..., it was {str(then)[:16]}..."
-            )
-        report = found.to_dict() | {"text": found.text()}
+        flat = (flatten(variables["params"]), flatten(variables.get("batch_stats", {})))
+        return *({path: put(leaf) for path, leaf in leaves.items()} for leaves in flat), report
+
+    def put_leaf(path: str, leaf: np.ndarray) -> Any:
+        # Moving sums need their bits: statistics are float32 in every run.
+        return put(leaf.astype(task.shapes[1][path].dtype) if path in task.shapes[1] else leaf)
+
+    # Random weights are the same every time: they need no place in the run directory, which a
+    # wrong config, or another process's run, must find untouched.
+    with tempfile.TemporaryDirectory(prefix="jft-random-") as scratch:
+        variables, found = load_pretrained(
+            task.model,
+            pinned(config.init.source, (recorded or {}).get("revision")),
+            fresh=list(config.init.fresh),
+            key=key,
+            image_shape=shape,
+            scratch_dir=Path(scratch),
+            dtype=None if config.init.dtype == "source" else "model",
+            place=put_leaf,
+        )
+    then = (recorded or {}).get("sha256")
+    if then is not None and then != found.sha256:
+        raise WeightsError(
+            f"init.source: {found.source} has changed since the run started: its SHA-256 is"
+            f" {found.sha256[:16]}..., it was {str(then)[:16]}..."
+        )
     flat = (flatten(variables["params"]), flatten(variables.get("batch_stats", {})))
-    return *(jax.tree.map(np.asarray, leaves) for leaves in flat), report
+    return *flat, found.to_dict() | {"text": found.text()}
 
 
 def batch_shapes(task: Task, rows: int) -> dict[str, jax.ShapeDtypeStruct]:

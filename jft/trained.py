@@ -158,9 +158,21 @@ def predict(
 
 
 def export(
-    workdir: str | Path, out: str | Path, model: Any = None, step: str | int = "newest"
+    workdir: str | Path,
+    out: str | Path,
+    model: Any = None,
+    step: str | int = "newest",
+    dtype: str | None = None,
 ) -> Path:
-    """Writes safetensors, config.json, preprocessing and a card, in the names of the source."""
+    """Writes safetensors, config.json, preprocessing and a card, in the names of the source.
+
+    Args:
+      workdir: the run directory.
+      out: a new folder.
+      model: the user's own module, if the run was made with one.
+      step: "newest", "best" or a number.
+      dtype: to round the weights to; None leaves them as they are.
+    """
     trained = load_trained(workdir, model, step)
     conversion = read_json(Path(workdir) / "conversion.json") or {}
     variables = {"params": merge(trained.params)}
@@ -173,6 +185,7 @@ def export(
         label_names=trained.task.label_names,
         preprocess=trained.task.preprocess,
         table=conversion.get("table", 0),
+        dtype=dtype,
         provenance={
             "source": conversion.get("source"),
             "sha256": conversion.get("sha256"),

@@ -181,7 +181,8 @@ def test_dtype_casts_are_exact_and_reported(tmp_path):
     def lower(arrays):
         return {name: value.astype(ml_dtypes.bfloat16) for name, value in arrays.items()}
 
-    variables, report = load_pretrained(tiny(), source_with(tmp_path, tiny(), lower))
+    source = source_with(tmp_path, tiny(), lower)
+    variables, report = load_pretrained(tiny(), source, dtype="float32")
     full, _ = load_pretrained(tiny(), "random:0")
     assert {row.status for row in report.rows} == {"cast"}
     assert "from bfloat16" in report.text() and report.coverage == 1.0

@@ -54,6 +54,7 @@ RANKS: dict[str, float] = {
     "jft.data": 2,
     "jft.train.schedules": 2,
     "jft.train.rates": 2,
+    "jft.train.precision": 2,
     "jft.train.optimizers": 2,
     "jft.train.averages": 2,
     "jft.train.stacks": 2,

@@ -14,6 +14,7 @@ import jax
 
 from jft.costs.flops import Flops, analytic_flops, forward_flops
 from jft.costs.phase_plan import PhasePlan
+from jft.train.precision import gradient_bytes
 from jft.tree import Flat, count_bytes, count_params, split
 
 Mask = Mapping[str, bool]
@@ -187,7 +188,7 @@ def _phase_plan(index: int, phase: PhaseParts, costs: Costs, optimizer: int) -> 
         flops=cost.total,
         full_flops=costs.flops(dict.fromkeys(costs.params, True)).total,
         optimizer_bytes=optimizer,
-        all_reduce_bytes=phase.passes * count_bytes(trainable),
+        all_reduce_bytes=phase.passes * gradient_bytes(trainable),
         argument_bytes=count_bytes(costs.params) + optimizer + phase.average_bytes,
         spoilers=spoilers,
         spoiler_flops=extra,

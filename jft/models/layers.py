@@ -115,6 +115,8 @@ def _normalise(
 ) -> jax.Array:
     """One multiplication and one addition an element, in float32."""
     lead = tuple(range(x.ndim - 1))
+    # Leaves may be kept in bfloat16; no sum of theirs is.
+    mean, var, scale, bias = (leaf.astype(jnp.float32) for leaf in (mean, var, scale, bias))
     factor = jax.lax.rsqrt(var + epsilon) * scale
     offset = bias - mean * factor
     x = x.astype(jnp.float32) * jnp.expand_dims(factor, lead) + jnp.expand_dims(offset, lead)

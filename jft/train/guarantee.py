@@ -113,17 +113,18 @@ class Guard:
         self._scheduled: set[str] = set()
 
     def begin(self, params: Flat) -> None:
-        """Hashes the leaves that the process starts from."""
-        # The step donates its state: on the device a leaf may be gone before the thread reads it.
-        copies = {path: np.array(leaf) for path, leaf in params.items()}
-        self._first = {p: self._pool.submit(digest, leaf) for p, leaf in copies.items()}
+        """Hashes the leaves that the process starts from; `freeze` waits for that."""
+        self._first = {path: self._pool.submit(digest, leaf) for path, leaf in params.items()}
 
     def freeze(self, frozen: Flat, trains: Sequence[str]) -> None:
         """Notes the leaves that a phase freezes, by hash, and those that it trains.
 
         A leaf that was frozen before keeps its hash, and one that was copied to another place is
-        compared with it. Waits for the hashes of leaves that thaw: the next step donates them.
+        compared with it. Waits for the hashes of leaves that thaw, and of those that the process
+        starts from: the next step donates them.
         """
+        for job in self._first.values():
+            job.result()
         self._scheduled |= set(trains)
         thawed = self._known.keys() - frozen.keys()
         if thawed:

@@ -14,6 +14,7 @@ from jft.freeze.phases import Phase
 from jft.stack_names import members
 from jft.train.averages import anchors, averages
 from jft.train.optimizers import Decays, Optimizer, make_optimizer
+from jft.train.precision import full, in_full
 from jft.train.rates import (
     LeafRates,
     leaf_factors,
@@ -97,7 +98,7 @@ def make_tx(
         rest = {TRAINABLE: tx, FROZEN: optax.set_to_zero()}
         mask = phase.mask
         tx = optax.partition(rest, lambda tree: {p: TRAINABLE if mask[p] else FROZEN for p in tree})
-    return optax.with_extra_args_support(tx)
+    return in_full(optax.with_extra_args_support(tx))
 
 
 def make_cohort(
@@ -190,7 +191,7 @@ class OptimSection:
         A switch of phases would wait for each of them.
         """
         for shape, dtype in sorted({(leaf.shape, str(leaf.dtype)) for leaf in leaves}):
-            self.fresh({"leaf": jnp.zeros(shape, dtype)})
+            self.fresh(full({"leaf": jnp.zeros(shape, dtype)}))
 
     def rates(self, phase: Phase) -> Flat:
         """Returns the rates of `phase`, as its step takes them."""

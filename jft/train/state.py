@@ -27,7 +27,8 @@ class TrainState:
 
     Attributes:
       step: [] int32, updates done, skipped ones included.
-      params: {path: leaf} of the trainable leaves, float32 masters.
+      params: {path: leaf} of the trainable leaves: float32 masters, or with `init.dtype=source` in
+        the dtype that their source has, see `jft.train.precision`.
       model_state: {path: leaf} of the BatchNorm statistics that still move.
       opt_state: optax state, over the trainable leaves only.
       window: sums since the last logged step, kept here so that a resumed run logs the same.

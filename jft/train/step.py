@@ -15,6 +15,7 @@ from jft.models.layers import Training
 from jft.train import ema, sharpness
 from jft.train.accumulate import sum_gradients
 from jft.train.draws import add_noise, choose_elements
+from jft.train.precision import add_rounded, full
 from jft.train.state import WINDOW_SUMS, Frozen, TrainState
 from jft.train.step_parts import StepParts
 from jft.tree import Flat, flatten, merge
@@ -158,12 +159,12 @@ def _make_gradients(
 
     def gradients(state: TrainState, frozen: Frozen, batch: Batch, key: jax.Array):
         if parts.sam_rho is None:
-            means, sums, stats = at(state, frozen, batch, key, state.params, None)
+            means, sums, stats = at(state, frozen, batch, key, full(state.params), None)
         else:
             if parts.accum_steps == 1:  # else the prefix of every micro-batch would be kept
                 batch = look_once(parts, cut, frozen, batch, key)
             near = functools.partial(at, state, frozen, batch, key)
-            means, sums, stats = sharpness.two_passes(near, state.params, mask, parts.sam_rho)
+            means, sums, stats = sharpness.two_passes(near, full(state.params), mask, parts.sam_rho)
         if parts.grad_noise:
             means = add_noise(means, mask, key, state.step, parts.grad_noise)
         return means, sums, stats
@@ -257,7 +258,7 @@ def _update(
     for path, chosen in frozen.elements.items():
         updates[path] = jnp.where(chosen, updates[path], 0.0)
     moved = {
-        path: leaf + updates[path].astype(leaf.dtype) if mask[path] else leaf
+        path: add_rounded(leaf, updates[path]) if mask[path] else leaf
         for path, leaf in params.items()
     }
     if decay is not None:

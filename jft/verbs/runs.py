@@ -15,6 +15,7 @@ from jft.evaluation.prediction import check_threshold, to_text
 from jft.prepare import plan_overview, setup
 from jft.report.rundir import read_json, write_atomic, write_json
 from jft.train.loop import fit
+from jft.weights.rounding import Rounding
 
 
 def train(args: argparse.Namespace) -> int:
@@ -86,7 +87,11 @@ def _cell(value: Any) -> str:
 
 def export(args: argparse.Namespace) -> None:
     """Writes the trained weights as safetensors with their config."""
-    print(f"exported to {trained.export(args.workdir, args.out, step=args.step)}")
+    out = trained.export(args.workdir, args.out, step=args.step, dtype=args.dtype)
+    rounding = (read_json(out / "jft.json") or {}).get("rounding")
+    if rounding:
+        print(Rounding(**rounding).text())
+    print(f"exported to {out}")
 
 
 def plan(args: argparse.Namespace) -> None:

@@ -64,6 +64,10 @@ FLAGS: dict[str, dict[str, Any]] = {
         "metavar": "P",
         "help": "several classes an image: those whose probability exceeds it (default: 0.5)",
     },
+    "--dtype": {
+        "choices": ("float32", "bfloat16", "float16"),
+        "help": "round the weights that are written to it (default: as they are)",
+    },
     "--debug": {"action": "store_true", "help": "show the traceback of any error"},
 }
 
@@ -105,7 +109,7 @@ VERBS: dict[str, Verb] = {
     "export": Verb(
         "jft.verbs.runs:export",
         "write safetensors and config.json in the source's names",
-        ("--workdir!", "--step", "--out!"),
+        ("--workdir!", "--step", "--out!", "--dtype"),
     ),
     "push": Verb(
         "jft.verbs.push:push",
@@ -150,7 +154,7 @@ VERBS: dict[str, Verb] = {
     "weights": Verb(
         "jft.verbs.weights:weights",
         "`show`, `check`, `convert` or `diff` weights of a source",
-        ("--model", "--out", "--stats", "--against", "--reference"),
+        ("--model", "--out", "--dtype", "--stats", "--against", "--reference"),
         (
             "ACTION SOURCE",
             "+",

@@ -26,6 +26,7 @@ from jft.weights.hub import pinned
 from jft.weights.readers import read
 from jft.weights.recognise import CLASSES, Match, fitting_model, recognise, recognised_model
 from jft.weights.reference import MODES, compare_with_original
+from jft.weights.rounding import Rounding
 from jft.weights.source import Source, resolve
 
 DIFFERENT = 1  # the exit code of `diff`, as of diff(1)
@@ -61,7 +62,7 @@ def weights(args: argparse.Namespace) -> int | None:
     usage = f"; written jft weights {action.usage}"
     if len(words) != action.sources:
         raise ConfigError(f"jft weights {name}: {len(words)} sources given{usage}")
-    for flag in ("model", "out", "stats", "against", "reference"):
+    for flag in ("model", "out", "dtype", "stats", "against", "reference"):
         given = bool(getattr(args, flag))
         if given and flag not in action.flags:
             raise ConfigError(f"jft weights {name}: takes no --{flag}{usage}")
@@ -79,7 +80,8 @@ def show(args: argparse.Namespace, text: str) -> None:
     width = max((len(name) for name in arrays), default=0)
     for tensor in tensors:
         print(_tensor_line(tensor, width))
-    count, size = sum(a.size for a in arrays.values()), sum(a.nbytes for a in arrays.values())
+    outline = arrays.outline().values()
+    count, size = sum(a.size for a in outline), sum(a.nbytes for a in outline)
     print(f"{len(tensors)} tensors, {count:,} numbers, {size:,} bytes")
     print(f"sha256 {found.sha256()}" + (f", commit {found.revision}" if found.revision else ""))
     for match in matches:
@@ -154,7 +156,10 @@ def convert(args: argparse.Namespace, text: str) -> None:
         preprocess=report.preprocess,
         table=report.table,
         provenance=origin,
+        dtype=args.dtype,
     )
+    if args.dtype:
+        print(Rounding(**(read_json(out / "jft.json") or {})["rounding"]).text())
     print(f"wrote {out}")
 
 
@@ -175,7 +180,10 @@ ACTIONS = {
         "check SOURCE [--model=NAME] [--out=FILE] [--against=FILE] [--reference=WHICH]",
     ),
     "convert": Action(
-        convert, 1, {"model": True, "out": True}, "convert SOURCE --model=NAME --out=DIR"
+        convert,
+        1,
+        {"model": True, "out": True, "dtype": False},
+        "convert SOURCE --model=NAME --out=DIR [--dtype=DTYPE]",
     ),
     "diff": Action(diff, 2, {"out": False}, "diff A B [--out=FILE]"),
 }

@@ -6,10 +6,10 @@ are two tensors of equal shape that changed places: certificates (`jft weights c
 """
 
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,26 +17,24 @@ import numpy as np
 
 from jft.errors import WeightsError, nearest
 from jft.models import forms
-from jft.models.forms import Origin
 from jft.tree import Flat, count_params, select, unflatten
 from jft.weights import naming as namings
-from jft.weights.agreement import check_card, check_fields
-from jft.weights.channels import adapt_channels, adaptation_note
+from jft.weights.agreement import check_fields
+from jft.weights.arrays import Arrays
+from jft.weights.dtypes import LeafDtype, leaf_dtypes
+from jft.weights.fitting import Fit, MisfitError, convert, make_fit
 from jft.weights.naming import Leaves, Naming
 from jft.weights.preprocessing import source_preprocess
 from jft.weights.random_weights import write_random
-from jft.weights.readers import read
-from jft.weights.relative_positions import resize_table
+from jft.weights.readers import open_source
 from jft.weights.report import Report as Report
 from jft.weights.report import Row
-from jft.weights.resize import Grids
 from jft.weights.source import Source, resolve
+from jft.weights.verified import Verified
 
+# (path, array) -> what stands in the array's place
+Place = Callable[[str, np.ndarray], Any]
 _SHOWN = 3  # leaves or names in one message
-
-
-class _MisfitError(Exception):
-    """One leaf that the source cannot fill; collected into one WeightsError."""
 
 
 def load_pretrained(
@@ -47,8 +45,12 @@ def load_pretrained(
     key: jax.Array | None = None,
     image_shape: tuple[int, int, int] | None = None,
     scratch_dir: str | Path | None = None,
+    dtype: str | None = None,
+    place: Place | None = None,
 ) -> tuple[dict[str, Any], Report]:
-    """Loads a source's weights into the shape of a model.
+    """Loads a source's weights into the shape of a model, leaf by leaf.
+
+    Beside the leaves themselves, memory holds one of them at a time: files are mapped.
 
     Args:
       model: a Model; one without a family reads files in its own path names.
@@ -59,72 +61,119 @@ def load_pretrained(
       key: a jax.random.key for the fresh leaves; key(0) by default.
       image_shape: (height, width, channels); by default a square of the model's image size.
       scratch_dir: where "random:SEED" writes its file; a temporary folder by default.
+      dtype: of floating leaves: None keeps float32, bfloat16 and float16 as the source has them,
+        and makes float32 of all others; "float32", "bfloat16" or "float16" casts all; "model" casts
+        to what the module's own init makes. Fresh leaves are as the module makes them, but for a
+        named dtype.
+      place: takes each leaf's path and array once it is converted; what it returns stands in the
+        array's place, which is let go.
 
     Returns:
-      ({"params", "batch_stats"} nested dicts of numpy arrays, the report). The report's
-      `preprocess` is the source's own where it has one: use it in place of the model's.
+      ({"params", "batch_stats"} nested dicts of numpy arrays, or of what `place` returns; the
+      report). The report's `preprocess` is the source's own where it has one: use it in place of
+      the model's.
 
     Raises:
       WeightsError: the source is missing, damaged, or does not fit the model leaf by leaf.
-      ConfigError: a pattern of `fresh` matches no leaf.
+      ConfigError: a pattern of `fresh` matches no leaf, or an unknown dtype.
     """
-    leaves = namings.abstract_leaves(model, image_shape)
-    found, sha256, arrays = _open(model, source, image_shape, scratch_dir)
-    check_card(found, sha256)
-    arrays, notes = namings.without_module_prefix(arrays)
-    naming = namings.choose_naming(model, leaves, arrays, source)
-    reasons = {path: f"by {rule!r}" for rule in fresh for path in select(leaves, rule, "fresh")}
-    reasons |= _replaced_head(naming, leaves, arrays, reasons)
-    notes += check_fields(model, found, naming.table, headless=_headless(naming, reasons))
+    options = _Options(fresh, key, leaf_dtypes(dtype), place or (lambda _, value: value))
     shape = namings.image_shape_of(model, image_shape)
-    fit = _make_fit(model, leaves, naming, found, shape)
-    rows, flat = _assign(fit, arrays, reasons, source)
-    flat |= _fresh_leaves(model, reasons, key, shape)
+    leaves = namings.abstract_leaves(model, shape)
+    opened = _open(model, source, shape, scratch_dir)
+    with Verified(*opened) as verified:
+        flat, report = _load(model, leaves, shape, source, opened, options)
+    return _nested(leaves, flat), replace(report, sha256=verified.sha256())
+
+
+class _Options(NamedTuple):
+    """Arguments of `load_pretrained` that say what becomes of the leaves."""
+
+    fresh: Sequence[str]
+    key: jax.Array | None
+    dtype: LeafDtype
+    place: Place
+
+
+class _Opened(NamedTuple):
+    """A source's files, open; and their hash where they are gone in a moment."""
+
+    source: Source
+    arrays: Arrays
+    sha256: str | None = None
+
+
+def _load(
+    model: Any,
+    leaves: Leaves,
+    shape: tuple[int, int, int],
+    source: str,
+    opened: _Opened,
+    options: _Options,
+) -> tuple[Flat, Report]:
+    """The leaves by path, and the report without the hash."""
+    found = opened.source
+    arrays, notes = namings.without_module_prefix(opened.arrays)
+    naming = namings.choose_naming(model, leaves, arrays, source)
+    reasons = {p: f"by {rule!r}" for rule in options.fresh for p in select(leaves, rule, "fresh")}
+    reasons |= _replaced_head(naming, leaves, arrays.outline(), reasons)
+    notes += check_fields(model, found, naming.table, headless=_headless(naming, reasons))
+    fit = make_fit(model, leaves, naming, found, shape, options.dtype)
+    rows, flat = _assign(fit, arrays, reasons, source, options.place)
+    flat |= _fresh_leaves(model, reasons, shape, options)
     own = getattr(model, "preprocess", None)
     preprocess, remarks = source_preprocess(found, own) if own else (None, [])
-    params = {path: leaf for path, (collection, leaf) in leaves.items() if collection == "params"}
     report = Report(
         source=source,
-        sha256=sha256,
+        sha256="",
         rows=rows,
         unread=_unread(arrays, rows),
-        loaded_params=count_params({p: v for p, v in params.items() if p not in reasons}),
-        all_params=count_params(params),
         notes=notes + remarks,
         table=naming.index,
         preprocess=preprocess,
         revision=found.revision,
+        **_counts(leaves, reasons),
     )
+    return flat, report
+
+
+def _counts(leaves: Leaves, reasons: Mapping[str, str]) -> dict[str, int]:
+    params = {path: leaf for path, (collection, leaf) in leaves.items() if collection == "params"}
+    loaded = {path: leaf for path, leaf in params.items() if path not in reasons}
+    return {"loaded_params": count_params(loaded), "all_params": count_params(params)}
+
+
+def _nested(leaves: Leaves, flat: Flat) -> dict[str, Any]:
     nested = {collection: {} for collection, _ in leaves.values()}
     for path, (collection, _) in leaves.items():
         nested[collection][path] = flat[path]
-    return {collection: unflatten(part) for collection, part in nested.items()}, report
+    return {collection: unflatten(part) for collection, part in nested.items()}
 
 
 def _open(
     model: Any,
     source: str,
-    image_shape: tuple[int, int, int] | None,
+    shape: tuple[int, int, int],
     scratch_dir: str | Path | None,
-) -> tuple[Source, str, dict[str, np.ndarray]]:
-    """The source, its hash and its arrays; "random:SEED" is written first, then read like any."""
+) -> _Opened:
+    """The source and its arrays; "random:SEED" is written first, then read like any."""
     kind, _, seed = source.partition(":")
     if kind != "random":
         found = resolve(source)
-        return found, found.sha256(), read(found)
+        return _Opened(found, open_source(found))
     if not seed.isdecimal():
         raise WeightsError(f"source {source!r}: the seed must be a whole number, as in 'random:0'")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(scratch_dir or temporary) / f"random-{seed}"
-        write_random(model, folder, int(seed), image_shape=image_shape)
+        write_random(model, folder, int(seed), image_shape=shape)
         found = resolve(f"file:{folder}")
         # Copied, since the mapped file may be gone in a moment.
-        arrays = {name: np.array(value) for name, value in read(found).items()}
-        return found, found.sha256(), arrays
+        arrays = Arrays({name: np.array(value) for name, value in open_source(found).items()})
+        return _Opened(found, arrays, found.sha256())
 
 
 def _replaced_head(
-    naming: Naming, leaves: Leaves, arrays: dict[str, np.ndarray], reasons: Mapping[str, str]
+    naming: Naming, leaves: Leaves, arrays: Mapping[str, np.ndarray], reasons: Mapping[str, str]
 ) -> dict[str, str]:
     """path -> reason of the head's leaves, where the source has other classes, or none ever."""
     head = [path for path in naming.head() if path not in reasons]
@@ -150,38 +199,8 @@ def _replaced_head(
     return {path: f"{theirs[0]} classes in the source, {ours[0]} here" for path in head}
 
 
-@dataclass(frozen=True)
-class _Fit:
-    """What the leaves of a model need, and how a source's arrays can be made to fit."""
-
-    leaves: Leaves
-    naming: Naming
-    grids: Grids
-    first_conv: str | None
-
-    def reshape(self, path: str, value: np.ndarray) -> tuple[np.ndarray, str, str] | None:
-        """(value in the model's shape, status, note), or None where nothing can make it fit."""
-        wanted = self.leaves[path][1].shape
-        floating = jnp.issubdtype(value.dtype, jnp.floating)
-        if path == self.first_conv and floating and value.ndim == len(wanted) == 4:
-            have, channels = value.shape[2], wanted[2]
-            if have and (*value.shape[:2], channels, value.shape[3]) == wanted:
-                note = adaptation_note(have, channels)
-                return adapt_channels(value, channels), "adapted", note
-        resized = self.grids.resize(path, value) or resize_table(path, value, wanted)
-        return resized and (resized[0], "resized", resized[1])
-
-
-def _make_fit(
-    model: Any, leaves: Leaves, naming: Naming, source: Source, shape: tuple[int, int, int]
-) -> _Fit:
-    grids = Grids(leaves, source.config or {}, shape, antialias=naming.table.antialias)
-    family = getattr(model, "family", None)
-    return _Fit(leaves, naming, grids, family.first_conv if family else None)
-
-
 def _assign(
-    fit: _Fit, arrays: dict[str, np.ndarray], reasons: Mapping[str, str], source: str
+    fit: Fit, arrays: Arrays, reasons: Mapping[str, str], source: str, place: Place
 ) -> tuple[list[Row], Flat]:
     """Rows and arrays of all leaves; raises on what is missing, misshapen or extra."""
     rows, flat, problems = [], {}, []
@@ -197,17 +216,20 @@ def _assign(
             continue
         try:
             if origin is None or name is None:
-                raise _MisfitError(f"the table has no name for {path!r}")
+                raise MisfitError(f"the table has no name for {path!r}")
             if name not in arrays:
                 shown = len(problems) < _SHOWN  # the search is slow, and only these are printed
                 near = nearest(name, extra) if shown else ""
                 if path in naming.head():
                     near += f" (a source without a head needs fresh = [{naming.table.head!r}])"
-                raise _MisfitError(f"{path!r} needs {name!r}, which is missing{near}")
-            flat[path], status, note = _convert(fit, path, arrays[name], origin)
-            rows.append(Row(path, status, name, leaf.shape, note))
-        except _MisfitError as misfit:
+                raise MisfitError(f"{path!r} needs {name!r}, which is missing{near}")
+            value, status, note = convert(fit, path, arrays[name], origin)
+            rows.append(Row(path, status, name, leaf.shape, note, value.dtype.name))
+            if not problems and not extra:  # else all is let go
+                flat[path] = place(path, value)
+        except MisfitError as misfit:
             problems.append(str(misfit))
+            flat.clear()
     if problems or extra:
         raise WeightsError(f"source {source!r} does not fit: " + _summary(problems, extra, naming))
     return rows, flat
@@ -256,42 +278,8 @@ def _summary(problems: list[str], extra: list[str], naming: Naming) -> str:
     return "; ".join(parts)
 
 
-def _convert(
-    fit: _Fit, path: str, value: np.ndarray, origin: Origin
-) -> tuple[np.ndarray, str, str]:
-    """(array in the model's layout, shape and dtype; status; note) of one leaf."""
-    leaf, name = fit.leaves[path][1], origin.name
-    status, note = "loaded", ""
-    stored = value.shape
-    try:
-        value = forms.to_jft(origin, value, fit.naming.heads)
-    except ValueError as error:
-        raise _MisfitError(
-            f"{path!r} {leaf.shape} cannot be read from {name!r} {stored}: {error}"
-        ) from None
-    if value.shape != leaf.shape:
-        fitted = fit.reshape(path, value)
-        if fitted is None:
-            raise _MisfitError(
-                f"{path!r} has shape {leaf.shape}, {name!r} gives {value.shape} (stored: {stored})"
-            )
-        value, status, note = fitted
-    theirs, ours = value.dtype, np.dtype(leaf.dtype)
-    if theirs != ours:
-        kinds = (jnp.floating, jnp.integer, jnp.bool_)
-        if not any(jnp.issubdtype(theirs, kind) and jnp.issubdtype(ours, kind) for kind in kinds):
-            raise _MisfitError(f"{path!r} is {ours.name}, {name!r} is {theirs.name}")
-        if status == "loaded":
-            status, note = "cast", f"from {theirs.name}"
-    with np.errstate(over="ignore"):  # what overflows is caught below
-        value = np.array(value, dtype=ours, order="C")  # own memory: the file may change later
-    if jnp.issubdtype(ours, jnp.floating) and not np.isfinite(value).all():
-        raise _MisfitError(f"{path!r} gets an infinite or undefined number from {name!r}")
-    return value, status, note
-
-
 def _fresh_leaves(
-    model: Any, reasons: Mapping[str, str], key: jax.Array | None, shape: tuple[int, int, int]
+    model: Any, reasons: Mapping[str, str], shape: tuple[int, int, int], options: _Options
 ) -> Flat:
     """The fresh leaves by the module's own init; the others are dead code and never computed."""
     if not reasons:
@@ -303,5 +291,8 @@ def _fresh_leaves(
             path: leaf for path, (_, leaf) in namings.join(variables).items() if path in reasons
         }
 
-    made = jax.jit(init)(jax.random.key(0) if key is None else key)
-    return {path: np.array(leaf) for path, leaf in made.items()}
+    made = jax.jit(init)(jax.random.key(0) if options.key is None else options.key)
+    return {
+        path: options.place(path, np.array(leaf, options.dtype(leaf.dtype, leaf.dtype)))
+        for path, leaf in made.items()
+    }

@@ -17,9 +17,11 @@ from jft.errors import ConfigError, WeightsError
 from jft.models.family import Preprocess
 from jft.models.table import Table
 from jft.weights import naming as namings
+from jft.weights.dtypes import common_float
 from jft.weights.hashes import file_sha256
 from jft.weights.preprocessing import to_hugging_face
 from jft.weights.random_weights import write_random as write_random
+from jft.weights.rounding import round_leaves
 
 FORMAT_VERSION = 1
 
@@ -34,10 +36,12 @@ def export_weights(
     table: int = 0,
     provenance: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
 ) -> Path:
     """Writes model.safetensors, config.json, preprocessor_config.json and jft.json into a folder.
 
-    The folder appears whole or not at all. Converting it again gives the same arrays bit for bit.
+    The folder appears whole or not at all. Converting it again gives the same arrays bit for bit,
+    each in the dtype that it has.
 
     Args:
       model: a Model; one without a family is written in its own path names.
@@ -49,32 +53,35 @@ def export_weights(
         from safetensors are written in the family's first.
       provenance: where the weights came from: source, sha256, run, ...
       extra: further JSON content for jft.json.
+      dtype: "float32", "bfloat16" or "float16" rounds floating leaves to it; jft.json says under
+        "rounding" what that changed.
 
     Returns:
       `out_dir`.
 
     Raises:
-      WeightsError: the folder has content, or a leaf has no name in the table.
-      ConfigError: the number of label names is not the number of classes.
+      WeightsError: the folder has content, a leaf has no name in the table, or a number is beyond
+        the range of `dtype`.
+      ConfigError: the number of label names is not the number of classes, or an unknown dtype.
     """
     out = Path(out_dir)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise WeightsError(f"export: {out} exists and is not empty; name a new folder")
-    num_classes = getattr(model, "num_classes", None)
-    if label_names is not None and num_classes is not None and len(label_names) != num_classes:
-        raise ConfigError(f"export: {len(label_names)} label names for {num_classes} classes")
+    _check_export(model, out, label_names)
     preprocess = preprocess or getattr(model, "preprocess", None)
-    leaves = namings.join(variables)
+    flat = {path: leaf for path, (_, leaf) in namings.join(variables).items()}
+    card: dict[str, Any] = {}
+    if dtype is not None:
+        flat, rounding = round_leaves(flat, dtype)
+        card = {"rounding": rounding.to_dict()}
     table = namings.exported_table(model, table)
-    naming = namings.naming_of(model, leaves, table)
-    arrays = namings.to_source_arrays(naming, {path: leaf for path, (_, leaf) in leaves.items()})
-    arrays |= naming.table.constants(model) if naming.table.constants else {}
-    config = _config(_with(model, preprocess), naming.table, label_names)
-    card = _card(model, label_names, preprocess, table) | {"provenance": dict(provenance or {})}
+    naming = namings.naming_of(model, flat, table)
+    arrays = namings.to_source_arrays(naming, flat, model)
+    config = _config(_with(model, preprocess), naming.table, label_names, common_float(arrays))
+    card = _card(model, label_names, preprocess, table) | card
+    card |= {"provenance": dict(provenance or {}), **(extra or {})}
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        _write_folder(temporary, arrays, config, preprocess, card | dict(extra or {}))
+        _write_folder(temporary, arrays, config, preprocess, card)
         os.replace(temporary, out)  # takes the place of an empty folder too
     except OSError as error:
         raise WeightsError(f"export: cannot write {out}: {error.strerror or error}") from error
@@ -82,6 +89,14 @@ def export_weights(
         shutil.rmtree(temporary, ignore_errors=True)
     _sync(out.parent)
     return out
+
+
+def _check_export(model: Any, out: Path, label_names: Sequence[str] | None) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise WeightsError(f"export: {out} exists and is not empty; name a new folder")
+    num_classes = getattr(model, "num_classes", None)
+    if label_names is not None and num_classes is not None and len(label_names) != num_classes:
+        raise ConfigError(f"export: {len(label_names)} label names for {num_classes} classes")
 
 
 def _write_folder(
@@ -129,12 +144,16 @@ def _with(model: Any, preprocess: Preprocess | None) -> Any:
     return dataclasses.replace(model, preprocess=preprocess)
 
 
-def _config(model: Any, table: Table, label_names: Sequence[str] | None) -> dict[str, Any]:
+def _config(
+    model: Any, table: Table, label_names: Sequence[str] | None, dtype: np.dtype | None
+) -> dict[str, Any]:
     """config.json: the architecture as the source's tools read it, and the label names."""
     family = getattr(model, "family", None)
     config = {"model_type": type(model).__name__}
     if family is not None:
         config = (table.config or family.source_config)(model)
+    if "architectures" in config and dtype is not None and dtype != np.float32:
+        config = {**config, "dtype": dtype.name}  # what transformers loads it in
     num_classes = getattr(model, "num_classes", None)
     names = list(label_names or [f"LABEL_{i}" for i in range(num_classes or 0)])
     if not names:

@@ -15,6 +15,9 @@ from jft.models import table as tables
 from jft.models.forms import Origin
 from jft.models.table import Table
 from jft.tree import flatten
+from jft.weights.arrays import Arrays
+from jft.weights.copying import own_copy
+from jft.weights.dtypes import common_float
 
 # Path -> (collection, shape and dtype). Parameters and statistics share the path space.
 Leaves = dict[str, tuple[str, jax.ShapeDtypeStruct]]
@@ -145,17 +148,25 @@ def exported_table(model: Any, index: int) -> int:
 
 
 def without_module_prefix(
-    arrays: dict[str, np.ndarray],
-) -> tuple[dict[str, np.ndarray], list[str]]:
+    arrays: Mapping[str, np.ndarray],
+) -> tuple[Arrays, list[str]]:
     """Strips the "module." that torch's DataParallel puts before every name, and says so."""
+    arrays = arrays if isinstance(arrays, Arrays) else Arrays(arrays)
     if not arrays or not all(name.startswith(_MODULE) for name in arrays):
         return arrays, []
-    stripped = {name.removeprefix(_MODULE): value for name, value in arrays.items()}
+    stripped = arrays.renamed(lambda name: name.removeprefix(_MODULE))
     return stripped, [f"the prefix {_MODULE!r} was stripped from all {len(arrays)} names"]
 
 
-def to_source_arrays(naming: Naming, flat: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def to_source_arrays(
+    naming: Naming, flat: Mapping[str, Any], model: Any = None
+) -> dict[str, np.ndarray]:
     """Leaves under their source names and in the source's layout, bitwise.
+
+    Args:
+      naming: of the leaves.
+      flat: {path: leaf}.
+      model: adds the constants of the table, in the dtype of the leaves where they have one.
 
     Raises:
       WeightsError: a leaf has no name in the table.
@@ -169,18 +180,29 @@ def to_source_arrays(naming: Naming, flat: Mapping[str, Any]) -> dict[str, np.nd
         name, form, part = naming.names[path]
         value = forms.to_source(form, np.asarray(leaf), naming.heads)
         if part is None:
-            arrays[name] = np.ascontiguousarray(value)
+            arrays[name] = _contiguous(value)
             continue
         arrays.setdefault(name, None)  # keeps the order of the leaves
         parts.setdefault(name, {})[part[0]] = value
         if len(parts[name]) == part[1]:
             held = parts.pop(name)
             # Of transposed parts numpy makes a transposed whole, whose memory has another order.
-            whole = np.concatenate([held[at] for at in range(part[1])])
-            arrays[name] = np.ascontiguousarray(whole)
+            arrays[name] = _contiguous(np.concatenate([held[at] for at in range(part[1])]))
     if parts:
         raise WeightsError(f"a part of {next(iter(parts))!r} is missing, no way to write it")
     # torch's counters of batches: nothing reads them, but a strict load asks for them.
     running = [name for name in arrays if name.endswith(_RUNNING)]
     counters = {n.removesuffix(_RUNNING) + _COUNTER: np.zeros((), np.int64) for n in running}
-    return arrays | counters
+    return arrays | counters | _constants(naming, model, common_float(arrays))
+
+
+def _contiguous(value: np.ndarray) -> np.ndarray:
+    return value if value.flags.c_contiguous else own_copy(value, value.dtype)
+
+
+def _constants(naming: Naming, model: Any, dtype: np.dtype | None) -> dict[str, np.ndarray]:
+    if model is None or naming.table.constants is None:
+        return {}
+    made = naming.table.constants(model)
+    floats = {n: v for n, v in made.items() if dtype and jnp.issubdtype(v.dtype, jnp.floating)}
+    return made | {name: value.astype(dtype) for name, value in floats.items()}

@@ -11,10 +11,16 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jft.weights import naming as namings
+from jft.weights.dtypes import leaf_dtypes
 
 
 def write_random(
-    model: Any, path: str | Path, seed: int, *, image_shape: tuple[int, int, int] | None = None
+    model: Any,
+    path: str | Path,
+    seed: int,
+    *,
+    image_shape: tuple[int, int, int] | None = None,
+    dtype: str = "float32",
 ) -> Path:
     """Writes random weights of a model under the source's own names, as `load_pretrained` reads.
 
@@ -26,18 +32,22 @@ def write_random(
       path: the folder; made when missing, its model.safetensors and config.json are replaced.
       seed: of the numbers, the same on every machine.
       image_shape: (height, width, channels); by default a square of the model's image size.
+      dtype: of floating leaves, to which the numbers are rounded.
 
     Returns:
       The folder.
     """
     leaves = namings.abstract_leaves(model, image_shape)
     rng = np.random.default_rng(seed)
-    flat = {name: _random_leaf(rng, name, leaf) for name, (_, leaf) in leaves.items()}
+    choose = leaf_dtypes(None if dtype == "float32" else dtype)
+    flat = {
+        name: _random_leaf(rng, name, leaf).astype(choose(leaf.dtype, leaf.dtype))
+        for name, (_, leaf) in leaves.items()
+    }
     naming = namings.naming_of(model, leaves, namings.exported_table(model, 0))
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    arrays = namings.to_source_arrays(naming, flat)
-    arrays |= naming.table.constants(model) if naming.table.constants else {}
+    arrays = namings.to_source_arrays(naming, flat, model)
     # By a name of its own and a rename: several processes may write the same folder.
     temporary = folder / f".{os.getpid()}.tmp"
     save_file(arrays, temporary, metadata={"format": "pt"})

@@ -1,15 +1,16 @@
 """Reads weight files into arrays: safetensors (sharded too), npz without pickle, torch files.
 
 The format is told from the content, never from the name. Every size a file claims is checked
-against the file before anything of that size is made; arrays are views on the mapped file where the
-format allows it.
+against the file before anything of that size is made; arrays are views on the mapped file, and the
+compressed members of an npz are read one by one as they are asked for.
 """
 
+import functools
 import json
 import math
-import mmap
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from numpy.lib import format as npy_format
 
 from jft.errors import WeightsError, nearest
 from jft.weights import limits
+from jft.weights.arrays import Arrays, Later
 from jft.weights.limits import refuse
 from jft.weights.source import Source
-from jft.weights.torch_file import is_legacy, read_torch
+from jft.weights.torch_file import is_legacy, open_torch
 
 _SAFETENSORS_DTYPES = {
     "BOOL": np.dtype("?"),
@@ -52,19 +54,25 @@ _OTHERS = {  # first bytes of what is not read, for a better message
 }
 
 
-def read(source: Source) -> dict[str, np.ndarray]:
-    """Reads all tensors of a source, by name, in the order of its files.
+def read(source: Source) -> Arrays:
+    """The tensors of a source, by name, in the order of its files.
 
     Raises:
       WeightsError: a file is damaged, hostile or of an unknown format, or the shards of a folder
         do not hold what their index says.
     """
-    arrays: dict[str, np.ndarray] = {}
+    return open_source(source).verify()
+
+
+def open_source(source: Source) -> Arrays:
+    """As `read`, but the caller has to `verify` what it gets."""
+    arrays = Arrays({})
     for file in source.files:
-        for name, array in read_file(file).items():
-            if source.weight_map is not None and source.weight_map.get(name) != file.name:
+        found = open_file(file)
+        for name in found if source.weight_map is not None else ():
+            if source.weight_map.get(name) != file.name:
                 raise WeightsError(f"{file}: {name!r} is not where the index says")
-            arrays[name] = array
+        arrays = arrays.joined(found)
     for name in source.weight_map or ():
         if name not in arrays:
             raise WeightsError(
@@ -74,12 +82,17 @@ def read(source: Source) -> dict[str, np.ndarray]:
     return arrays
 
 
-def read_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Reads one weight file of whatever format its content shows.
+def read_file(path: str | os.PathLike[str]) -> Arrays:
+    """The tensors of one weight file, of whatever format its content shows.
 
     Raises:
       WeightsError: it is unreadable, damaged, hostile or of an unknown format.
     """
+    return open_file(path).verify()
+
+
+def open_file(path: str | os.PathLike[str]) -> Arrays:
+    """As `read_file`, but the caller has to `verify` what it gets."""
     path = Path(path)
     try:
         with open(path, "rb") as file:
@@ -88,7 +101,7 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         if head[:4] == b"PK\x03\x04":
             return _read_zip(path)
         if is_legacy(head):
-            return read_torch(path)
+            return open_torch(path)
         if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= max(
             size, limits.HEADER_BYTES
         ):
@@ -103,21 +116,42 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     refuse(path, "of an unknown format; safetensors, npz and torch files are read")
 
 
-def _read_zip(path: Path) -> dict[str, np.ndarray]:
+def _read_zip(path: Path) -> Arrays:
     archive, members = limits.open_zip(path)
     with archive:
         if not members or not all(name.endswith(".npy") for name in members):
             if any(name.endswith("/data.pkl") for name in members):
-                return read_torch(path)
+                return open_torch(path)
             refuse(path, "a zip archive that is neither npz nor a torch checkpoint")
-        return {
-            name.removesuffix(".npy"): _read_npy(path, archive, info)
-            for name, info in members.items()
-        }
+        mapped = limits.map_file(path)
+        held, checks = {}, []
+        for name, info in members.items():
+            view = _npy_view(path, archive, info)
+            if info.compress_type == zipfile.ZIP_STORED:
+                data, check = limits.stored_member(path, mapped, info)
+                held[name.removesuffix(".npy")] = view(data)
+                checks.append(check)
+            else:
+                held[name.removesuffix(".npy")] = _later(path, info, view)
+    return Arrays(held, checks)
 
 
-def _read_npy(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
-    """One member of an npz; its header is compared with its size before the data are read."""
+def _later(path: Path, info: zipfile.ZipInfo, view: Callable[[Any], np.ndarray]) -> Later:
+    """A compressed member."""
+
+    def read_member() -> np.ndarray:
+        archive, _ = limits.open_zip(path)
+        with archive:
+            return view(limits.read_member(path, archive, info))
+
+    shape, dtype = view.keywords["shape"], view.keywords["dtype"]
+    return Later(shape, dtype.newbyteorder("="), read_member)
+
+
+def _npy_view(
+    path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo
+) -> Callable[[Any], np.ndarray]:
+    """What makes an array of the bytes of an npz's member, whose size its header fits."""
     name = info.filename
     try:
         with archive.open(info) as file:
@@ -144,14 +178,19 @@ def _read_npy(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np
             path,
             f"the member {name!r} has {info.file_size - start} bytes, its shape needs {needed}",
         )
-    data = limits.read_member(path, archive, info)
+    return functools.partial(_view, start=start, shape=shape, dtype=dtype, fortran=fortran)
+
+
+def _view(
+    data: Any, *, start: int, shape: tuple[int, ...], dtype: np.dtype, fortran: bool
+) -> np.ndarray:
     array = np.frombuffer(data, dtype, math.prod(shape), start)
     array = array.reshape(shape, order="F" if fortran else "C")
     return array.astype(dtype.newbyteorder("="), copy=False)
 
 
-def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Reads a safetensors file as views on the mapped file.
+def read_safetensors(path: str | os.PathLike[str]) -> Arrays:
+    """Reads a safetensors file as views on the mapped file; there is no checksum in it.
 
     The header is checked as the format's own description demands (offsets in order, without holes
     or overlaps, up to the last byte), so a cut file is always noticed.
@@ -186,14 +225,13 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         end = stop
     if end != size - 8 - length:
         refuse(path, f"it has {size - 8 - length} bytes of data, its header tells of {end} (cut?)")
-    if not end:
-        return {name: np.zeros(shape, dtype) for _, _, name, dtype, shape in extents}
-    with open(path, "rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return {
-        name: np.frombuffer(mapped, dtype, math.prod(shape), 8 + length + start).reshape(shape)
-        for start, _, name, dtype, shape in extents
-    }
+    mapped = limits.map_file(path)
+    return Arrays(
+        {
+            name: np.frombuffer(mapped, dtype, math.prod(shape), 8 + length + start).reshape(shape)
+            for start, _, name, dtype, shape in extents
+        }
+    )
 
 
 def _parse_header(path: Path, text: bytes) -> dict[str, Any]:

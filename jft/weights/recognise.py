@@ -161,7 +161,7 @@ def _matches(family: Family, source: Source, arrays: Mapping[str, np.ndarray]) -
     """One match a table that knows most of the names."""
     if len(arrays) > _LEAVES:
         return []
-    arrays, _ = namings.without_module_prefix(dict(arrays))
+    arrays = namings.without_module_prefix(arrays)[0].outline()  # names, shapes and dtypes
     found = tables.best_tables(family.tables, arrays)
     return [_match(family, table, source, arrays) for table in found]
 

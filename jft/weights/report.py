@@ -1,5 +1,6 @@
 """What a conversion did with every leaf and every source name."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ class Row(NamedTuple):
       source_name: in the source; None when it has no such tensor.
       shape: in the model.
       note: what was changed, or why the leaf is fresh.
+      dtype: of the leaf; "" for a fresh one.
     """
 
     path: str
@@ -26,6 +28,7 @@ class Row(NamedTuple):
     source_name: str | None
     shape: tuple[int, ...]
     note: str = ""
+    dtype: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,10 @@ class Report:
             f"coverage  {100 * self.coverage:.2f} %: {self.loaded_params:,} of "
             f"{self.all_params:,} parameters from the source"
         )
+        counts = Counter(row.dtype for row in self.rows if row.dtype)
+        if set(counts) - {"float32"}:
+            held = ", ".join(f"{count} {name}" for name, count in counts.items())
+            lines.append(f"dtypes    of the leaves: {held}")
         for row in self.rows:
             if row.status != "loaded" or every_leaf:
                 read = row.source_name and row.status != "fresh"

@@ -7,15 +7,14 @@ whatever a file claims.
 
 import io
 import os
-import zipfile
-import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jft.weights import limits
+from jft.weights.arrays import Arrays
 from jft.weights.limits import refuse
 from jft.weights.torch_pickle import PickleReader, Tensor
 
@@ -39,7 +38,7 @@ def is_legacy(head: bytes) -> bool:
     return head[:14] == b"\x80\x02\x8a\x0a" + _MAGIC.to_bytes(10, "little")
 
 
-def read_torch(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+def read_torch(path: str | os.PathLike[str]) -> Arrays:
     """Reads the tensors of a torch checkpoint, in the order of the file.
 
     Returns:
@@ -49,16 +48,22 @@ def read_torch(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     Raises:
       WeightsError: the file is damaged, is no torch checkpoint, or asks for anything but tensors.
     """
+    return open_torch(path).verify()
+
+
+def open_torch(path: str | os.PathLike[str]) -> Arrays:
+    """As `read_torch`, but the caller has to `verify` what it gets."""
     path = Path(path)
     with open(path, "rb") as file:
         head = file.read(14)
     if is_legacy(head):
-        found, raw = _read_legacy(path)
+        found, raw, checks = *_read_legacy(path), []
     elif head[:4] == b"PK\x03\x04":
-        found, raw = _read_archive(path)
+        found, raw, checks = _read_archive(path)
     else:
         refuse(path, "neither of torch's file layouts (a zip archive, or its older magic number)")
-    return {name: _array(path, raw, leaf) for name, leaf in _state_dict(path, found).items()}
+    tensors = _state_dict(path, found)
+    return Arrays({name: _array(path, raw, leaf) for name, leaf in tensors.items()}, checks)
 
 
 def _array(path: Path, raw: Mapping[str, np.ndarray], tensor: Tensor) -> np.ndarray:
@@ -124,7 +129,7 @@ def _read_legacy(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
         refuse(path, "its list of storages is malformed")
     if len(set(keys)) != len(keys) or set(keys) != set(reader.storages):
         refuse(path, "its list of storages does not fit its tensors")
-    mapped = np.memmap(path, np.uint8, mode="r")
+    mapped = limits.map_file(path)
     raw, at = {}, stream.tell()
     for key in keys:
         storage = reader.storages[key]
@@ -140,7 +145,9 @@ def _read_legacy(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
     return found, raw
 
 
-def _read_archive(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
+def _read_archive(
+    path: Path,
+) -> tuple[Any, dict[str, np.ndarray], list[Callable[[], None]]]:
     """The zip layout: NAME/data.pkl and one stored member NAME/data/KEY per storage."""
     archive, members = limits.open_zip(path)
     with archive:
@@ -158,29 +165,15 @@ def _read_archive(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
         pickle = limits.read_member(path, archive, members[f"{root}data.pkl"])
     reader = PickleReader(path, os.path.getsize(path))
     found = reader.load(io.BytesIO(pickle))
-    mapped = np.memmap(path, np.uint8, mode="r")
-    raw = {}
+    mapped = limits.map_file(path)
+    raw, checks = {}, []
     for key, storage in reader.storages.items():
         info = members.get(f"{root}data/{key}")
         if info is None:
             refuse(path, f"storage {key!r} is missing")
-        raw[key] = _stored(path, mapped, info, storage.nbytes)
-    return found, raw
-
-
-def _stored(path: Path, mapped: np.ndarray, info: zipfile.ZipInfo, expected: int) -> np.ndarray:
-    """The bytes of an uncompressed member, in place, after a look at its local header."""
-    name = info.filename
-    if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-        refuse(path, f"the member {name!r} is compressed; torch stores tensors plainly")
-    if info.file_size != expected:
-        refuse(path, f"the member {name!r} has {info.file_size} bytes, its tensors need {expected}")
-    header = mapped[info.header_offset : info.header_offset + 30].tobytes()
-    lengths = [int.from_bytes(header[at : at + 2], "little") for at in (26, 28)]
-    start = info.header_offset + 30 + sum(lengths)
-    data = mapped[start : start + expected]
-    if header[:4] != b"PK\x03\x04" or len(data) != expected:
-        refuse(path, f"the member {name!r} is not where the archive says (a cut download?)")
-    if zlib.crc32(data.data) != info.CRC:
-        refuse(path, f"the member {name!r} is damaged: its checksum differs")
-    return data
+        if info.file_size != storage.nbytes:
+            held = f"{info.file_size} bytes, its tensors need {storage.nbytes}"
+            refuse(path, f"the member {info.filename!r} has {held}")
+        raw[key], check = limits.stored_member(path, mapped, info)
+        checks.append(check)
+    return found, raw, checks
