@@ -187,6 +187,10 @@ def test_sizes_of_one_grid_are_one_model(tmp_path):
     folder = write_random(tiny(**args), tmp_path / "source", seed=0)
     found = resolve(f"file:{folder}")
     (match,) = recognise(found, read(found))
+    assert match.image_size == 384 and "image_size" not in match.args
+    (folder / "config.json").unlink()
+    found = resolve(f"file:{folder}")
+    (match,) = recognise(found, read(found))
     assert match.image_size == 378 and "image_size" not in match.args
     assert match.variant in ("siglip_so400m14_384", "siglip2_so400m14_384")
 

@@ -172,8 +172,8 @@ def recognised_model(source: Source, arrays: Mapping[str, np.ndarray]) -> Model:
             raise WeightsError(found[0].refusal)
         nearest = next((f": {match.reason}" for match in found if match.reason), "")
         raise WeightsError(
-            f"source {source.text!r}: no model has just these names and shapes{nearest}; jft weights"
-            " show tells which families know them, --model=NAME fits them to a model"
+            f"source {source.text!r}: no model has just these names and shapes{nearest}; jft"
+            " weights show tells which families know them, --model=NAME fits them to a model"
         )
     if len(names) > 1:
         raise WeightsError(
