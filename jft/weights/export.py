@@ -51,8 +51,7 @@ def export_weights(
       label_names: one a class.
       preprocess: of the source where it differs from the model's (`Report.preprocess`).
       table: index of the family's naming style (`Report.table`); those that no other tool reads
-        from safetensors are written in the family's first. What no other library computes at all
-        has a config.json that jft alone reads.
+        from safetensors, and models that no other library has, are written in the family's first.
       provenance: where the weights came from: source, sha256, run, ...
       extra: further JSON content for jft.json.
       dtype: "float32", "bfloat16" or "float16" rounds floating leaves to it; jft.json says under
