@@ -24,15 +24,16 @@ WORDS = {
     "padding": ("same", "fixed", "symmetric", "before", "after"),
 }
 IN_TRAINING = ("_rate", "momentum")
+FOUR_STAGES = {"depths": (1, 1, 1, 1), "widths": (8, 8, 16, 16), "final_epsilon": 1e-6}
 # From which the changes start: what most libraries can compute, in few blocks.
 GIVEN = {
     "vit_tiny": {"depth": 2, "epsilon": 1e-6},
     "deit_tiny": {"depth": 2, "epsilon": 1e-6},
-    "dinov2_tiny": {"depth": 2},
+    "dinov2_tiny": {"depth": 2, "registers": 0},
     "clip_tiny": {"depth": 2},
     "siglip_tiny": {"depth": 2},
-    "convnext_tiny": {"final_epsilon": 1e-6},
-    "convnextv2_tiny": {"final_epsilon": 1e-6},
+    "convnext_tiny": FOUR_STAGES,
+    "convnextv2_tiny": FOUR_STAGES,
     # Where windows do not divide the maps, which shows on which side they are padded.
     "swin_tiny": {"image_size": 40},
 }
