@@ -15,6 +15,9 @@ from jft.models.zoo import Model, list_models, make_model
 from jft.weights import export
 from jft.weights.convert import load_pretrained
 from jft.weights.export import export_weights
+from jft.weights.readers import read
+from jft.weights.recognise import recognised_model
+from jft.weights.source import resolve
 
 
 @pytest.mark.parametrize("name", list_models("*_tiny"))
@@ -136,3 +139,35 @@ def test_leaf_without_a_name_is_an_error(tmp_path):
     variables["params"]["adapter"] = {"kernel": np.ones(2, np.float32)}
     with pytest.raises(WeightsError, match="'adapter/kernel' has no name"):
         export_weights(tiny(), variables, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "told"),
+    [
+        ("swin_tiny", {"image_size": 48, "padding": "after", "gelu": "tanh"}, "model.args.gelu"),
+        ("dinov2_tiny", {"pooling": "cls", "registers": 2}, "model.args.pooling"),
+        ("dinov2_tiny", {"mlp_features": 70}, "model.args.mlp_features"),
+        ("resnet_tiny", {"norm_epsilon": 1e-3}, "model.args.norm_epsilon"),
+        ("convnextv2_tiny", {"layer_scale": True}, "model.args.layer_scale"),
+        ("vit_tiny", {"pooling": "mean"}, "model.args.pooling"),
+        ("efficientnet_tiny", {"padding": "symmetric", "blocks": ((1, 3, 1, 6, 16),)}, "model.args"),
+        ("efficientnet_lite_tiny", {"padding": "symmetric", "blocks": ((1, 3, 1, 6, 8),)}, ""),
+    ],
+)
+def test_what_no_other_library_has_trains_and_is_read_again_by_jft(tmp_path, name, args, told):
+    model = tiny(name, **args)
+    assert not any(table.writes(model) for table in model.family.tables)
+    variables, first = load_pretrained(model, "random:0")
+    (note,) = [note for note in first.notes if "no other library has this model" in note]
+    assert told in note
+    out = export_weights(model, variables, tmp_path / "out", table=first.table)
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == f"jft_{model.family.name}"
+    (out / "jft.json").unlink()
+    again, second = load_pretrained(model, f"file:{out}")
+    assert_bitwise(variables, again)
+    assert second.coverage == 1.0
+    source = resolve(f"file:{out}")
+    assert recognised_model(source, read(source)).module == model.module
+    with pytest.raises(WeightsError, match="set model.args"):
+        load_pretrained(tiny(name), f"file:{out}")

@@ -68,11 +68,12 @@ def source(folder, arrays, config=None):
 TORCHVISION = ["torchvision", "torchvision, before 0.14"]
 # arguments -> titles of the tables that can express such a model, the one that it gets first.
 WRITTEN = [
-    ({}, ["Hugging Face", "timm"]),
+    ({}, ["Hugging Face"]),
     (PLAIN, ["Hugging Face", "timm", *TORCHVISION]),
     (PLAIN | {"gelu": "tanh", "qkv_bias": False}, ["Hugging Face", "timm"]),
-    (DEIT, ["Hugging Face's DeiT with two heads", "timm"]),
-    ({"distillation_token": True}, ["Hugging Face's DeiT", "timm"]),
+    (DEIT, ["Hugging Face's DeiT with two heads"]),
+    (PLAIN | DEIT, ["Hugging Face's DeiT with two heads", "timm"]),
+    ({"distillation_token": True}, ["Hugging Face's DeiT"]),
     (DEIT3, ["timm"]),
     (PLAIN | {"pooling": "mean"}, ["timm"]),
     (PLAIN | {"pooling": "mean", "norm_pooled": True}, ["timm, norm after the mean"]),
@@ -80,7 +81,6 @@ WRITTEN = [
         PLAIN | {"pooling": "mean", "class_token": False, "registers": 2, "layer_scale": True},
         ["timm"],
     ),
-    (EVERYTHING, ["timm"]),
 ]
 
 

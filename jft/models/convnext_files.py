@@ -10,7 +10,8 @@ from jft.models.table import Entry, Table
 from jft.models.timm_style import is_timm, renamed, timm_architecture, timm_config
 from jft.models.transformer import GELU_NAMES, HF_GELUS, dense_entries, norm_entries
 
-_SIX = (("final_epsilon", 1e-6),)
+# What timm and the original always have.
+_IMPLIED = (("final_epsilon", 1e-6), ("gelu", "exact"))
 
 
 def _conv_entries(path: str, source: str, form: str = "conv") -> tuple[Entry, Entry]:
@@ -87,14 +88,15 @@ def _plain_table(block: str, names: Mapping[str, str], **options: Any) -> Table:
             *norm_entries("norm", names["final"]),
             *dense_entries("head", names["head"]),
         ),
-        implies=_SIX,
+        implies=_IMPLIED,
         **options,
     )
 
 
 def _in_timm(module: Any) -> bool:
     """Whether timm can build a network: its stages are four, below a stem of 4 pixels."""
-    return module.final_epsilon == 1e-6 and len(module.depths) == 4 and module.patch == 4
+    implied = all(getattr(module, name) == value for name, value in _IMPLIED)
+    return implied and len(module.depths) == 4 and module.patch == 4
 
 
 # timm's names. Of its small ones, whose MLP is saved as convolutions, the same function with dense
@@ -222,7 +224,6 @@ _TIMM_ARGS = {
     "depths": "depths",
     "dims": "widths",
     "patch_size": "patch",
-    "norm_eps": "final_epsilon",
     "use_grn": "response_norm",
     "ls_init_value": "layer_scale",
     "conv_mlp": "",
@@ -255,9 +256,11 @@ def _timm_fields(config: Mapping[str, Any]) -> dict[str, Any]:
             raise WeightsError(f"timm's {name} has a stem, a norm or a head that is not known here")
     if args.get("global_pool", "avg") != "avg":
         raise WeightsError(f"timm's global_pool {args['global_pool']!r} is not 'avg'")
+    if args.pop("norm_eps", None) not in (None, 1e-6):  # it would be that of all norms
+        raise WeightsError(f"timm's {name} with another norm_eps than 1e-6 is not known here")
     fields = renamed(args, _TIMM_ARGS, f"timm's {name}")
     fields = {field: _tupled(value) for field, value in fields.items()}
     fields.setdefault("response_norm", name.startswith("convnextv2"))
     if "layer_scale" in fields:
         fields["layer_scale"] = fields["layer_scale"] is not None
-    return {"final_epsilon": 1e-6} | fields
+    return dict(_IMPLIED) | fields

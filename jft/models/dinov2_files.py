@@ -126,7 +126,13 @@ def _original_entries(registers: str, gated: bool, into: str, down: str) -> tupl
 
 def _in_timm(module: Any) -> bool:
     """Whether timm can express a model: there, registers have positions where the class has one."""
-    return module.pooling != "cls+mean" and not (module.registers and module.class_position)
+    form = module.pooling != "cls+mean" and not (module.registers and module.class_position)
+    return form and all(getattr(module, name) == value for name, value in _implied(module.gated))
+
+
+def _implied(gated: bool) -> tuple[tuple[str, object], ...]:
+    """What timm and the original always have; a gated MLP has SiLU in place of GELU."""
+    return (("epsilon", 1e-6),) if gated else (("epsilon", 1e-6), ("gelu", "exact"))
 
 
 # timm's names, and those of https://github.com/facebookresearch/dinov2, whose files have no head.
@@ -136,6 +142,7 @@ TIMM_TABLES = tuple(
         entries=_original_entries("reg_token", gated, "fc1", "fc2"),
         ignore=("mask_token",),  # files of the original without registers have timm's names
         title="timm",
+        implies=_implied(gated),
         antialias=True,
         config=lambda model: _timm_config(model),
         exported=lambda model: _in_timm(model.module),
@@ -147,6 +154,7 @@ ORIGINAL_TABLES = tuple(
         entries=_original_entries("register_tokens", gated, *names),
         ignore=("mask_token",),
         title="the original",
+        implies=_implied(gated),
         antialias=True,  # in the models with registers, which only these names tell apart
         exported=False,
     )
@@ -256,6 +264,7 @@ def _timm_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         raise WeightsError(f"timm's {name} is no DINOv2")
     fields: dict[str, Any] = {ours: args[o] for o, ours in _TIMM_FIELDS.items() if o in args}
     fields["gated"] = "_giant_" in name
+    fields |= _implied(fields["gated"])
     fields["registers"] = args.get("reg_tokens", 4 if "_reg4_" in name else 0)
     fields["class_position"] = not args.get("no_embed_class", "_reg4_" in name)
     if "mlp_ratio" in args and "features" in fields:

@@ -29,6 +29,7 @@ from jft.models.mbconv_files import (
     timm_name,
     to_timm,
 )
+from jft.models.own_config import own_config
 from jft.models.table import Entry, Table
 
 # variant -> width, depth, image size, dropout: the original's efficientnet_builder.py.
@@ -207,8 +208,6 @@ _TIMM_SIZES = {
     }
     for name, (width, depth, _, _) in SCALES.items()
 }
-_OWN_TYPE = "jft_efficientnet"  # model_type of networks that timm has no name for
-_OWN_FIELDS = (*next(iter(_TIMM_SIZES.values())), "padding", "norm_epsilon")
 
 
 def _in_torch(model: Any) -> bool:
@@ -231,33 +230,19 @@ def _in_torchvision(model: Any) -> bool:
     return all(implied) and _in_torch(model)
 
 
-def _own_config(model: Any) -> dict[str, Any]:
-    """The content of config.json where no other library reads one: the fields of the module."""
-    fields = {name: getattr(model.module, name) for name in _OWN_FIELDS}
-    return {"model_type": _OWN_TYPE, "num_classes": model.num_classes, **fields}
-
-
 def _timm_config(model: Any) -> dict[str, Any]:
     """timm's config.json; for sizes that timm has no name for, jft's own."""
     name = timm_name(model.module, _TIMM_SIZES)
-    return to_timm(model, name) if name else _own_config(model)
+    return to_timm(model, name) if name else own_config(model)
 
 
 def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The module fields that timm's config.json or jft's own fixes; others' say nothing.
+    """The module fields that timm's config.json fixes; others' say nothing.
 
     Raises:
       WeightsError: it is timm's, of another network.
     """
-    fields = from_timm(config, _TIMM_SIZES)
-    if fields is None and config.get("model_type") == _OWN_TYPE:
-        fields = {name: config[name] for name in _OWN_FIELDS if name in config}
-        fields = {k: _tuples(v) if isinstance(v, list) else v for k, v in fields.items()}
-    return fields or {}
-
-
-def _tuples(values: list[Any]) -> tuple[Any, ...]:
-    return tuple(tuple(value) if isinstance(value, list) else value for value in values)
+    return from_timm(config, _TIMM_SIZES) or {}
 
 
 TIMM_TABLE = Table(
@@ -275,7 +260,7 @@ TORCHVISION_TABLE = Table(
     implies=TORCHVISION_IMPLIES,
     exported=_in_torchvision,
     title="torchvision",
-    config=_own_config,
+    config=own_config,
     fields=_fields,
 )
 TABLES = (HF_TABLE, TORCH_TABLE, TIMM_TABLE, TORCHVISION_TABLE)

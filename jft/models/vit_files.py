@@ -12,10 +12,8 @@ from jft.models.transformer import GELU_NAMES, HF_GELUS, dense_entries, norm_ent
 from jft.models.vit_timm import (
     DEIT3_TABLE,
     HEAD_FIELDS,
-    OWN_TYPE,
     TIMM_POOLED_TABLE,
     TIMM_TABLE,
-    own_fields,
     timm_fields,
 )
 from jft.models.vit_torchvision import (
@@ -199,13 +197,9 @@ _TEACHER = "DeiTForImageClassificationWithTeacher"
 def source_config(model: Any) -> dict[str, Any]:
     """The content of config.json for the class of transformers that has the model.
 
-    That is ViTForImageClassification or one of DeiT's two; where transformers has none, it is for
-    timm.
+    That is ViTForImageClassification or one of DeiT's two.
     """
     module = model.module
-    if not any(table.writes(model) for table in (HF_TABLE, DEIT_TABLE, DEIT_TEACHER_TABLE)):
-        assert TIMM_TABLE.config is not None
-        return TIMM_TABLE.config(model)
     kind = "DeiT" if module.distillation_token else "ViT"
     name = _TEACHER if module.distillation_head else f"{kind}ForImageClassification"
     fields = {theirs: getattr(module, ours) for theirs, ours in _HF_FIELDS.items()}
@@ -222,13 +216,11 @@ def source_config(model: Any) -> dict[str, Any]:
 
 
 def variant_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The module fields that a config.json of Hugging Face, timm or jft fixes.
+    """The module fields that a config.json of Hugging Face, timm or torchvision fixes.
 
     Raises:
       WeightsError: the activation is none that this family has, or the model is not known.
     """
-    if config.get("model_type") == OWN_TYPE:
-        return own_fields(config)
     if config.get("library_name") == LIBRARY:
         return torchvision_fields(config)
     if is_timm(config):
@@ -239,6 +231,6 @@ def variant_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
         raise WeightsError(f"hidden_act {form!r} of the source is none of {', '.join(HF_GELUS)}")
     if config.get("model_type") == "deit":
         fields["distillation_token"] = True
-    if _TEACHER in (config.get("architectures") or ()):
-        fields["distillation_head"] = True
+    if config.get("architectures"):
+        fields["distillation_head"] = _TEACHER in config["architectures"]
     return fields | {"gelu": HF_GELUS[form]}

@@ -42,7 +42,6 @@ HEAD_FIELDS = ("pooling", "norm_pooled", "distillation_head")
 
 # --- config.json ------------------------------------------------------------------------------
 
-OWN_TYPE = "jft_vit"  # model_type of models that no other library has
 # Size -> width, depth, heads, inner width of the MLP over the width.
 _SIZES = {
     "tiny": (192, 12, 3, 4.0),
@@ -210,10 +209,8 @@ def _ratio(features: int, mlp_features: int) -> float:
 
 
 def _config(model: Any) -> dict[str, Any]:
-    """The content of config.json: timm's, or jft's own where timm has no such model."""
+    """The content of config.json for timm's create_model."""
     module, side = model.module, model.preprocess.image_size
-    if not _in_timm(module):
-        return own_config(model)
     name, other = _name_of(module)
     args: dict[str, Any] = {} if side == 224 else {"img_size": side}
     if other.keys() & {"mlp_features", "features"}:
@@ -232,20 +229,6 @@ def _config(model: Any) -> dict[str, Any]:
         args["fc_norm"] = module.norm_pooled
     classifier: Any = ["head", "head_dist"] if module.distillation_head else "head"
     return timm_config(model, name, first_conv="patch_embed.proj", classifier=classifier, **args)
-
-
-_OWN_FIELDS = ("patch", "features", "depth", "heads", "mlp_features", "epsilon", *_DEFAULTS)
-
-
-def own_config(model: Any) -> dict[str, Any]:
-    """The content of config.json for a model that no other library has: the module's fields."""
-    fields = {name: getattr(model.module, name) for name in _OWN_FIELDS}
-    return {"model_type": OWN_TYPE, "num_classes": model.num_classes, **fields}
-
-
-def own_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The module fields that `own_config` wrote."""
-    return {name: config[name] for name in _OWN_FIELDS if name in config}
 
 
 def _table(norm: str, scales: tuple[str, str], **options: Any) -> Table:
@@ -267,20 +250,19 @@ def _table(norm: str, scales: tuple[str, str], **options: Any) -> Table:
     )
 
 
-def _pools_first(model: Any) -> bool:
-    return model.module.norm_pooled
-
-
 _LAYER_SCALES = ("ls1.gamma", "ls2.gamma")
 TIMM_TABLE = _table(
-    "norm", _LAYER_SCALES, title="timm", exported=lambda model: not _pools_first(model)
+    "norm",
+    _LAYER_SCALES,
+    title="timm",
+    exported=lambda model: _in_timm(model.module) and not model.module.norm_pooled,
 )
 # The last norm is named by its place: before the mean or after it.
 TIMM_POOLED_TABLE = _table(
     "fc_norm",
     _LAYER_SCALES,
     title="timm, norm after the mean",
-    exported=_pools_first,
+    exported=lambda model: _in_timm(model.module) and model.module.norm_pooled,
     implies=(("norm_pooled", True),),
 )
 # DeiT III's own files, https://github.com/facebookresearch/deit.

@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 from jft.errors import WeightsError
+from jft.models.own_config import own_fields
 from jft.models.table import Table
 from jft.weights.guarded_json import guarded, plain
 from jft.weights.source import Source
@@ -38,8 +39,7 @@ def stated_fields(family: Any, source: Source, table: Table) -> dict[str, Any]:
       WeightsError: its config.json tells of an architecture that the family does not have.
     """
     try:
-        read = table.fields or family.variant_from_config
-        found = {} if source.config is None else plain(read(guarded(source.config)))
+        found = {} if source.config is None else _fields(family, guarded(source.config), table)
     except _MALFORMED as error:
         raise WeightsError(
             f"source {source.text!r}: its config.json does not fit: {error}"
@@ -51,6 +51,11 @@ def stated_fields(family: Any, source: Source, table: Table) -> dict[str, Any]:
                 f"source {source.text!r}: its config.json has {name} = {str(value)[:60]!r}"
             )
     return {name: value for name, value in fields.items() if not _FREE_FIELDS.fullmatch(name)}
+
+
+def _fields(family: Any, config: dict[str, Any], table: Table) -> dict[str, Any]:
+    own = own_fields(family, config)
+    return plain((table.fields or family.variant_from_config)(config) if own is None else own)
 
 
 def _sensible(value: Any, depth: int = _DEEPEST) -> bool:

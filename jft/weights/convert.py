@@ -17,6 +17,7 @@ import numpy as np
 
 from jft.errors import WeightsError, nearest
 from jft.models import forms
+from jft.models.own_config import has_peer, peerless
 from jft.tree import Flat, count_params, select, unflatten
 from jft.weights import naming as namings
 from jft.weights.agreement import check_fields
@@ -117,6 +118,7 @@ def _load(
     naming = namings.choose_naming(model, leaves, arrays, source)
     reasons = {p: f"by {rule!r}" for rule in options.fresh for p in select(leaves, rule, "fresh")}
     reasons |= _replaced_head(naming, leaves, arrays.outline(), reasons)
+    notes += _alone(model)
     notes += check_fields(model, found, naming.table, headless=_headless(naming, reasons))
     fit = make_fit(model, leaves, naming, found, shape, options.dtype)
     rows, flat = _assign(fit, arrays, reasons, source, options.place)
@@ -135,6 +137,16 @@ def _load(
         **_counts(leaves, reasons),
     )
     return flat, report
+
+
+def _alone(model: Any) -> list[str]:
+    """A note where the model's arguments leave it to jft."""
+    if getattr(model, "family", None) is None or has_peer(model):
+        return []
+    named = ", ".join(f"model.args.{name}" for name in peerless(model))
+    return [
+        f"no other library has this model ({named or 'its arguments'}): jft alone reads its export"
+    ]
 
 
 def _counts(leaves: Leaves, reasons: Mapping[str, str]) -> dict[str, int]:

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from jft.errors import ConfigError, WeightsError
 from jft.models.family import Preprocess
+from jft.models.own_config import config_of
 from jft.models.table import Table
 from jft.weights import naming as namings
 from jft.weights.dtypes import common_float
@@ -49,7 +50,7 @@ def export_weights(
       label_names: one a class.
       preprocess: of the source where it differs from the model's (`Report.preprocess`).
       table: index of the family's naming style (`Report.table`); those that no other tool reads
-        from safetensors are written in the family's first.
+        from safetensors, and models that no other library has, are written in the family's first.
       provenance: where the weights came from: source, sha256, run, ...
       extra: further JSON content for jft.json.
       dtype: "float32", "bfloat16" or "float16" rounds floating leaves to it; jft.json says under
@@ -148,7 +149,7 @@ def _config(
     family = getattr(model, "family", None)
     config = {"model_type": type(model).__name__}
     if family is not None:
-        config = (table.config or family.source_config)(model)
+        config = config_of(model, table)
     if "architectures" in config and dtype is not None and dtype != np.float32:
         config = {**config, "dtype": dtype.name}  # what transformers loads it in
     num_classes = getattr(model, "num_classes", None)

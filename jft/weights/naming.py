@@ -134,8 +134,10 @@ def choose_naming(model: Any, paths: Iterable[str], names: Iterable[str], source
 def exported_table(model: Any, index: int) -> int:
     """The index of the table that a model is exported under, where it was read under another's.
 
+    Where none can express the model for others, the family's first that has a name for every leaf.
+
     Raises:
-      WeightsError: no table can express the model.
+      WeightsError: there is none either.
     """
     family = getattr(model, "family", None)
     if family is None:
@@ -144,7 +146,11 @@ def exported_table(model: Any, index: int) -> int:
     for at in order:
         if family.tables[at].writes(model):
             return at
-    raise WeightsError(f"export: no other tool has a {family.name} with these arguments")
+    paths = abstract_leaves(model)
+    for at in range(len(family.tables)):
+        if len(naming_of(model, paths, at).names) == len(paths):
+            return at
+    raise WeightsError(f"export: no table of {family.name} has names for all leaves of this model")
 
 
 def without_module_prefix(

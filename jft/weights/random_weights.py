@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
+from jft.models.own_config import config_of
 from jft.weights import naming as namings
 from jft.weights.dtypes import leaf_dtypes
 
@@ -53,8 +54,7 @@ def write_random(
     save_file(arrays, temporary, metadata={"format": "pt"})
     os.replace(temporary, folder / "model.safetensors")
     if getattr(model, "family", None) is not None:
-        config = naming.table.config or model.family.source_config
-        temporary.write_text(json.dumps(config(model), indent=2))
+        temporary.write_text(json.dumps(config_of(model, naming.table), indent=2))
         os.replace(temporary, folder / "config.json")
     return folder
 

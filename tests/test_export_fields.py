@@ -1,0 +1,104 @@
+"""No export computes another function than its model: a field is written, shown, or refused."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jft.errors import ConfigError
+from jft.models.layers import GELUS
+from jft.models.own_config import config_of
+from jft.models.zoo import list_models, make_model, model_args
+from jft.weights.agreement import stated_fields
+from jft.weights.naming import abstract_leaves
+from jft.weights.source import Source
+
+WORDS = {
+    "gelu": GELUS,
+    "act": ("relu", "gelu", "silu"),
+    "inner_act": ("relu", "gelu", "silu"),
+    "stride_in": ("conv1", "conv2"),
+    "pooling": ("cls", "mean", "cls+mean", "probe"),
+    "padding": ("same", "fixed", "symmetric", "before", "after"),
+}
+IN_TRAINING = ("_rate", "momentum")
+FOUR_STAGES = {"depths": (1, 1, 1, 1), "widths": (8, 8, 16, 16), "final_epsilon": 1e-6}
+# From which the changes start: what most libraries can compute, in few blocks.
+GIVEN = {
+    "vit_tiny": {"depth": 2, "epsilon": 1e-6},
+    "deit_tiny": {"depth": 2, "epsilon": 1e-6},
+    "dinov2_tiny": {"depth": 2, "registers": 0},
+    "clip_tiny": {"depth": 2},
+    "siglip_tiny": {"depth": 2},
+    "convnext_tiny": FOUR_STAGES,
+    "convnextv2_tiny": FOUR_STAGES,
+    # Where windows do not divide the maps, which shows on which side they are padded.
+    "swin_tiny": {"image_size": 40},
+}
+
+
+def other_values(name, value):
+    """Further values of a field; one that its family has not is left out by the caller."""
+    if name in WORDS:
+        return [word for word in WORDS[name] if word != value]
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, float):
+        return [value * 2]
+    if isinstance(value, int):
+        return [value * 2, value // 2] if value else [2]
+    if name == "symmetric_blocks":
+        return [(1,)]
+    assert isinstance(value, tuple), f"how might {name} be changed?"
+    return [value[:-1]] if isinstance(value[0], tuple) else [tuple(2 * x for x in value)]
+
+
+def changes(variant):
+    """(arguments, name, value) of each change alone and after one that no shape shows."""
+    usual = model_args(variant) | GIVEN.get(variant, {})
+    usual = {k: v for k, v in usual.items() if k not in ("image_size", "dtype")}
+    usual = {k: v for k, v in usual.items() if not k.endswith(IN_TRAINING)}
+    single = [(name, new) for name in usual for new in other_values(name, usual[name])]
+    quiet = [(k, v) for k, v in single if isinstance(v, bool | str) or "epsilon" in k]
+    for first in ({}, *({k: v} for k, v in quiet)):
+        yield from ((first, name, value) for name, value in single if name not in first)
+
+
+def same_leaves(*models):
+    first, second = ({k: v[1].shape for k, v in abstract_leaves(m).items()} for m in models)
+    return first == second
+
+
+def same_function(*models):
+    """Whether two models are one computation, as where pooling ends what a field is about."""
+    size = models[0].preprocess.image_size
+    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    variables = jax.eval_shape(models[0].init, jax.random.key(0), image)
+    first, second = (str(jax.make_jaxpr(model.apply)(variables, image)) for model in models)
+    return first == second
+
+
+@pytest.mark.parametrize("variant", list_models("*_tiny"))
+def test_every_field_is_written_or_shown_by_leaves_or_the_model_is_not_exported(variant):
+    checked, given = 0, GIVEN.get(variant, {})
+    for args, name, value in changes(variant):
+        both = args, args | {name: value}
+        try:
+            models = [make_model(name=variant, args=given | a, num_classes=3) for a in both]
+        except ConfigError:
+            continue
+        model, equal = models[1], None
+        for table in model.family.tables:
+            if not table.writes(model) or equal:
+                continue
+            config = json.loads(json.dumps(config_of(model, table)))
+            stated = stated_fields(model.family, Source("", Path(), (), config), table)
+            checked += 1
+            if stated.get(name) == value:
+                continue
+            if equal is None:
+                equal = not same_leaves(*models) or same_function(*models)
+            assert equal, f"{table.title} keeps quiet of {name} = {value!r} beside {args}"
+    assert checked > 10
