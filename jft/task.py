@@ -260,9 +260,10 @@ def initial_leaves(
     shape = (size, size, len(task.preprocess.mean))
     put = place or np.asarray
     if config.init.source is None:
-        variables, report = task.model.init(key, jnp.zeros((1, *shape))), None
-        flat = (flatten(variables["params"]), flatten(variables.get("batch_stats", {})))
-        return *({path: put(leaf) for path, leaf in leaves.items()} for leaves in flat), report
+        variables = task.model.init(key, jnp.zeros((1, *shape)))
+        params, stats = flatten(variables["params"]), flatten(variables.get("batch_stats", {}))
+        fresh = [{path: put(leaf) for path, leaf in leaves.items()} for leaves in (params, stats)]
+        return fresh[0], fresh[1], None
 
     def put_leaf(path: str, leaf: np.ndarray) -> Any:
         # Moving sums need their bits: statistics are float32 in every run.

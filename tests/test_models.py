@@ -470,6 +470,7 @@ def test_forms_are_bitwise_inverse(form):
         "token": (5,),
         "positions": (3, 5),
         "channels": (1, 1, 1, 5),
+        "column": (5, 1, 1),
     }
     shape = shapes.get(form, (4, 3, 2, 5))
     value = np.random.default_rng(0).normal(size=shape).astype(np.float32)

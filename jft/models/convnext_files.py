@@ -158,7 +158,7 @@ TORCHVISION_TABLE = Table(
         *norm_entries("norm", "classifier.0"),
         *dense_entries("head", "classifier.2"),
     ),
-    implies=_SIX,
+    implies=_IMPLIED,
     title="torchvision",
     exported=_in_torchvision,
 )

@@ -69,8 +69,8 @@ def open_source(source: Source) -> Arrays:
     arrays = Arrays({})
     for file in source.files:
         found = open_file(file)
-        for name in found if source.weight_map is not None else ():
-            if source.weight_map.get(name) != file.name:
+        for name in found:
+            if source.weight_map is not None and source.weight_map.get(name) != file.name:
                 raise WeightsError(f"{file}: {name!r} is not where the index says")
         arrays = arrays.joined(found)
     for name in source.weight_map or ():
