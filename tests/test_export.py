@@ -150,7 +150,11 @@ def test_leaf_without_a_name_is_an_error(tmp_path):
         ("resnet_tiny", {"norm_epsilon": 1e-3}, "model.args.norm_epsilon"),
         ("convnextv2_tiny", {"layer_scale": True}, "model.args.layer_scale"),
         ("vit_tiny", {"pooling": "mean"}, "model.args.pooling"),
-        ("efficientnet_tiny", {"padding": "symmetric", "blocks": ((1, 3, 1, 6, 16),)}, "model.args"),
+        (
+            "efficientnet_tiny",
+            {"padding": "symmetric", "blocks": ((1, 3, 1, 6, 16),)},
+            "model.args",
+        ),
         ("efficientnet_lite_tiny", {"padding": "symmetric", "blocks": ((1, 3, 1, 6, 8),)}, ""),
     ],
 )
