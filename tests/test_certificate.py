@@ -257,3 +257,24 @@ def test_weights_whose_outputs_overflow_are_refused(capsys, vit, tmp_path):
 
     error = error_of(capsys, "check", changed(vit, tmp_path, large), ALONE, code=4)
     assert "head gives infinite or undefined numbers" in error
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (("stages", "embed", "mean"), "x"),
+        (("stages", "embed", "sketch"), [1.0]),
+        (("model", "channels"), "x"),
+        (("source",), {}),
+        (("output", "hash", "step"), 0),
+    ],
+)
+def test_a_certificate_with_a_wrong_value_is_one_line(capsys, vit, tmp_path, where, value):
+    content = json.loads(vit[1].read_text())
+    place = content
+    for name in where[:-1]:
+        place = place[name]
+    place[where[-1]] = value
+    (tmp_path / "wrong.json").write_text(json.dumps(content))
+    argv = (vit[0], f"--against={tmp_path / 'wrong.json'}", ALONE)
+    assert "certificate" in error_of(capsys, "check", *argv, code=4)

@@ -18,7 +18,7 @@ from jft.models.forms import FORMS, Origin, to_jft, to_source
 from jft.models.layers import Training
 from jft.models.mbconv import scale_width
 from jft.models.table import Entry, Table, best_tables
-from jft.models.zoo import FAMILIES, list_models, make_model
+from jft.models.zoo import FAMILIES, list_models, make_model, model_args
 from jft.tree import count_params, flatten, unflatten
 from jft.weights.naming import Naming, exported_table, to_source_arrays
 
@@ -33,6 +33,9 @@ SMALL = {
     # Maps of 4 and 2 tokens: one with shifted windows, one that is a window.
     "swin_tiny": {"depths": (2, 1), "window": 2},
     "resnet_tiny": {"widths": (32, 48), "depths": (1, 1)},
+    "dinov2_tiny": {"depth": 2},
+    "convnext_tiny": {},
+    "convnextv2_tiny": {},
 }
 SIZE = 16
 BATCH = 16
@@ -40,6 +43,7 @@ BATCH = 16
 
 @functools.cache
 def tiny(name, **args):
+    args = {k: v for k, v in args.items() if k in model_args(name)}  # ConvNeXt has no dropout
     model = make_model(name=name, args=SMALL[name] | args, num_classes=5)
     return model, model.init(jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))
 

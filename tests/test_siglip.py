@@ -187,6 +187,13 @@ def test_sizes_of_one_grid_are_one_model(tmp_path):
     folder = write_random(tiny(**args), tmp_path / "source", seed=0)
     found = resolve(f"file:{folder}")
     (match,) = recognise(found, read(found))
+    assert match.image_size == 384 and "image_size" not in match.args
+    assert match.variant in ("siglip_so400m14_384", "siglip2_so400m14_384")
+    config = json.loads((folder / "config.json").read_text())
+    del config["vision_config"]["image_size"]
+    (folder / "config.json").write_text(json.dumps(config))
+    found = resolve(f"file:{folder}")
+    (match,) = recognise(found, read(found))
     assert match.image_size == 378 and "image_size" not in match.args
     assert match.variant in ("siglip_so400m14_384", "siglip2_so400m14_384")
 

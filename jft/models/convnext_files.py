@@ -133,7 +133,36 @@ ORIGINAL_TABLE = _plain_table(
     title="the original",
     exported=False,
 )
-TABLES = (_hf_table(False), _hf_table(True), TIMM_TABLE, ORIGINAL_TABLE)
+_TV_BLOCK = "features.{s*2+1}.{b}"
+
+
+def _in_torchvision(model: Any) -> bool:
+    """Whether torchvision computes the same: V1, with one epsilon and the exact GELU."""
+    module = model.module
+    form = (module.layer_scale, module.response_norm, module.patch, module.gelu)
+    return form == (True, False, 4, "exact") and module.final_epsilon == 1e-6
+
+
+# torchvision's names: stages and what lies between them take turns. It has V1 alone.
+TORCHVISION_TABLE = Table(
+    entries=(
+        *_conv_entries("stem/conv", "features.0.0"),
+        *norm_entries("stem/norm", "features.0.1"),
+        *norm_entries("down_{s}/norm", "features.{s*2}.0"),
+        *_conv_entries("down_{s}/conv", "features.{s*2}.1"),
+        *_conv_entries("blocks_{i}/depthwise", f"{_TV_BLOCK}.block.0", "depthwise"),
+        *norm_entries("blocks_{i}/norm", f"{_TV_BLOCK}.block.2"),
+        *_linear_entries("blocks_{i}/fc1", f"{_TV_BLOCK}.block.3"),
+        *_linear_entries("blocks_{i}/fc2", f"{_TV_BLOCK}.block.5"),
+        Entry("blocks_{i}/layer_scale", f"{_TV_BLOCK}.layer_scale", "column"),
+        *norm_entries("norm", "classifier.0"),
+        *dense_entries("head", "classifier.2"),
+    ),
+    implies=_SIX,
+    title="torchvision",
+    exported=_in_torchvision,
+)
+TABLES = (_hf_table(False), _hf_table(True), TIMM_TABLE, ORIGINAL_TABLE, TORCHVISION_TABLE)
 
 _HF_FIELDS = {
     "depths": "depths",

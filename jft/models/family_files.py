@@ -42,11 +42,13 @@ def read_family(path: Path) -> Family:
         spec.loader.exec_module(module)
     except JftError:
         raise
+    except SystemExit as error:
+        raise ConfigError(f"{path}: ends the program ({error.code!r})") from error
     except SyntaxError as error:
         raise ConfigError(f"{error.filename or path}:{error.lineno}: {error.msg}") from error
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        lines = [frame.lineno for frame in frames if frame.filename == spec.origin]
         where = f"{path}:{lines[-1]}" if lines else str(path)
         text = " ".join(str(error).split())
         raise ConfigError(f"{where}: {type(error).__name__}: {text}") from error

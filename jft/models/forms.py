@@ -52,6 +52,8 @@ FORMS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
     "depthwise": (_conv_to_jft, _conv_to_source),  # [C, 1, h, w] <-> [h, w, 1, C]
     # [out, in], or [out, in, 1, 1] where the same layer was saved as a convolution, -> [in, out]
     "linear": (_linear, _transpose),
+    # [C, 1, 1] <-> [C]
+    "column": (_reshaped(3, lambda v: (v.size,)), _reshaped(1, lambda v: (v.size, 1, 1))),
     # [D] <-> [1, 1, D]; [N, D] <-> [1, N, D]; [1, 1, 1, C] <-> [C]
     "token": (_reshaped(1, lambda v: (1, 1, v.size)), _reshaped(3, lambda v: (v.size,))),
     "positions": (_reshaped(2, lambda v: (1, *v.shape)), _reshaped(3, lambda v: v.shape[1:])),

@@ -262,8 +262,10 @@ def _match_line(match: Match, names: int, text: str) -> str:
     line = f"recognised as {match.family.name}{whose}: {match.known} of {names} names"
     if match.ignored:
         line += f", {match.ignored} more are left unread on purpose"
+    if match.refusal:
+        return f"{line}; {match.refusal}"
     if match.variant is None:
-        return f"{line}; no model has these shapes"
+        return f"{line}; no model has these shapes" + (f": {match.reason}" if match.reason else "")
     args = "".join(f" {_override(name, value)}" for name, value in match.args.items())
     classes = f", {match.num_classes:,} classes" if match.num_classes else ", without a head"
     unsaid = "".join(
@@ -292,6 +294,8 @@ def _match_dict(match: Match) -> dict[str, Any]:
         "args": dict(match.args),
         "num_classes": match.num_classes,
         "channels": match.channels,
+        "refusal": match.refusal,
+        "reason": match.reason,
     }
 
 

@@ -7,6 +7,7 @@ source that states none. Their outputs show it: stage by stage, on a fixed input
 import dataclasses
 import functools
 import hashlib
+import math
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jft.errors import WeightsError
+from jft.errors import JftError, WeightsError
 from jft.models.family import adapt_preprocess
 from jft.models.zoo import Model, make_model
 from jft.provenance import package_versions
@@ -139,7 +140,10 @@ def certified_model(certificate: Mapping[str, Any], where: str) -> Model:
         name, args, classes = about["name"], about["args"], about["num_classes"]
         made = make_model(name=name, args=args, num_classes=classes)
         channels = int(about["channels"])
-    except (TypeError, LookupError) as error:
+        certificate["source"]["sha256"]
+    except JftError:
+        raise
+    except (TypeError, LookupError, ValueError, OverflowError) as error:
         raise WeightsError(f"{where}: is no certificate of jft weights check") from error
     return dataclasses.replace(made, preprocess=adapt_preprocess(made.preprocess, channels))
 
@@ -156,9 +160,11 @@ def differences(then: Mapping[str, Any], now: Checked, where: str) -> list[str]:
     try:
         found = _moved_leaves(then["conversion"]["leaves"], new["conversion"]["leaves"])
         for name in ("preprocess", "input"):
-            changed = [key for key in then[name] if new[name].get(key) != then[name][key]]
+            keys = then[name].keys() | new[name].keys()
+            changed = sorted(key for key in keys if new[name].get(key) != then[name].get(key))
             found += [
-                f"{name} {key}: {new[name].get(key)!r}, was {then[name][key]!r}" for key in changed
+                f"{name} {key}: {new[name].get(key)!r}, was {then[name].get(key)!r}"
+                for key in changed
             ]
         if then["stages"].keys() != new["stages"].keys():
             found.append("the model has other stages")
@@ -170,10 +176,12 @@ def differences(then: Mapping[str, Any], now: Checked, where: str) -> list[str]:
             if not apart <= TOLERANCE:
                 found.append(f"{name} is off by {apart:.2g}, at most {TOLERANCE:g} is allowed")
         grid = then["output"]["hash"]
+        if not 0 < float(grid["step"]) < math.inf:
+            raise ValueError(f"a step of {grid['step']!r}")
         output = now.activations.stages[now.activations.last]
         if grid_hash(output, grid) != grid["sha256"]:
             found.append(f"the rounded hash of {now.activations.last} is another")
-    except (TypeError, LookupError, AttributeError) as error:
+    except (TypeError, LookupError, AttributeError, ValueError, OverflowError) as error:
         raise WeightsError(f"{where}: a damaged certificate: {error!r}") from error
     return found
 

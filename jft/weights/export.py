@@ -41,8 +41,7 @@ def export_weights(
 ) -> Path:
     """Writes model.safetensors, config.json, preprocessor_config.json and jft.json into a folder.
 
-    The folder appears whole or not at all. Converting it again gives the same arrays bit for bit,
-    each in the dtype that it has.
+    The folder appears whole or not at all. Converting it again gives the same bits and dtypes.
 
     Args:
       model: a Model; one without a family is written in its own path names.
@@ -69,15 +68,13 @@ def export_weights(
     _check_export(model, out, label_names)
     preprocess = preprocess or getattr(model, "preprocess", None)
     flat = {path: leaf for path, (_, leaf) in namings.join(variables).items()}
-    card: dict[str, Any] = {}
-    if dtype is not None:
-        flat, rounding = round_leaves(flat, dtype)
-        card = {"rounding": rounding.to_dict()}
+    flat, rounding = round_leaves(flat, dtype) if dtype else (flat, None)
     table = namings.exported_table(model, table)
     naming = namings.naming_of(model, flat, table)
     arrays = namings.to_source_arrays(naming, flat, model)
     config = _config(_with(model, preprocess), naming.table, label_names, common_float(arrays))
-    card = _card(model, label_names, preprocess, table) | card
+    card = _card(model, label_names, preprocess, table)
+    card |= {"rounding": rounding.to_dict()} if rounding else {}
     card |= {"provenance": dict(provenance or {}), **(extra or {})}
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))

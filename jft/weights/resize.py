@@ -104,7 +104,7 @@ class Grids:
         folder = path.rpartition("/")[0]
         extra = self._extra(folder, wanted[1])
         new = self._grid(folder, self.image_shape[:2], wanted[1] - extra)
-        old = self._grid(folder, _stated_size(self.config), value.shape[1] - extra)
+        old = self._grid(folder, stated_size(self.config) or (), value.shape[1] - extra)
         if new is None or old is None:
             return None
         moved = resize_positions(np.asarray(value, np.float32), old, new, extra, self.antialias)
@@ -118,15 +118,15 @@ class Grids:
             return positions - patches[0] * patches[1]
         return int(f"{folder}/{_CLASS_TOKEN}" in self.leaves)
 
-    def _patches(self, folder: str, size: Sequence[Any]) -> tuple[int, int] | None:
+    def _patches(self, folder: str, size: Sequence[int]) -> tuple[int, int] | None:
         """(rows, columns) of an image's patches; None where it is not known."""
         kernel = self.leaves.get(f"{folder}/patch/kernel")
-        if kernel is None or not all(type(side) is int for side in size):
+        if kernel is None or not size:
             return None
         rows, columns = (side // p for side, p in zip(size, kernel[1].shape[:2], strict=True))
         return (rows, columns) if rows * columns > 0 else None
 
-    def _grid(self, folder: str, size: Sequence[Any], tokens: int) -> tuple[int, int] | None:
+    def _grid(self, folder: str, size: Sequence[int], tokens: int) -> tuple[int, int] | None:
         """(rows, columns) by image size over patch size where that fits, else a square."""
         patches = self._patches(folder, size)
         if patches and patches[0] * patches[1] == tokens:
@@ -135,8 +135,23 @@ class Grids:
         return (side, side) if side and side * side == tokens else None
 
 
-def _stated_size(config: Mapping[str, Any]) -> Sequence[Any]:
-    """(height, width) of the images of a source, in Hugging Face's or timm's config.json."""
-    args = config.get("model_args")
-    size = config.get("image_size", args.get("img_size") if isinstance(args, Mapping) else None)
-    return size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
+def stated_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(height, width) of a source's images, in Hugging Face's or timm's config.json, or None.
+
+    A model of two towers states it with the image tower; timm with the arguments of the model, or
+    with its preprocessing.
+    """
+    part = {
+        name: value if isinstance(value := config.get(name), Mapping) else {}
+        for name in ("vision_config", "model_args", "pretrained_cfg")
+    }
+    stated = [config.get("image_size"), part["vision_config"].get("image_size")]
+    stated.append(part["model_args"].get("img_size"))
+    for about in (part["pretrained_cfg"], config):  # timm before 0.9 wrote all in one
+        shape = about.get("input_size")
+        stated.append(shape[1:] if isinstance(shape, list | tuple) and len(shape) == 3 else None)
+    for size in stated:
+        sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
+        if len(sides) == 2 and all(type(side) is int and side > 0 for side in sides):
+            return sides
+    return None
