@@ -41,7 +41,7 @@ SUITES: dict[str, tuple[Workload, ...]] = {
         _row("vit_s16", 224, 8),
         _row("deit_ti16", 224, 8),
         _row("dinov2_s14", 112, 8),
-        _row("clip_b32", 224, 8),
+        _row("clip_vit_b32", 224, 8),
         _row("siglip_b16_224", 96, 8, ("pooling", "mean")),
         _row("swin_t", 224, 4, *_OFF),
         _row("convnext_t", 96, 8, *_OFF),
@@ -53,7 +53,7 @@ SUITES: dict[str, tuple[Workload, ...]] = {
     ),
 }
 # Seconds a window, and blocks of two windows an arm.
-SIZES = {"smoke": (0.05, 1), "cpu": (1.5, 5)}
+SIZES = {"smoke": (0.05, 1), "cpu": (1.0, 3)}
 
 
 def measure(workload: Workload, window_seconds: float, blocks: int) -> dict[str, Any]:

@@ -141,6 +141,9 @@ def test_leaf_without_a_name_is_an_error(tmp_path):
         export_weights(tiny(), variables, tmp_path / "out")
 
 
+SYMMETRIC = {"padding": "symmetric"}
+
+
 @pytest.mark.parametrize(
     ("name", "args", "told"),
     [
@@ -150,12 +153,8 @@ def test_leaf_without_a_name_is_an_error(tmp_path):
         ("resnet_tiny", {"norm_epsilon": 1e-3}, "model.args.norm_epsilon"),
         ("convnextv2_tiny", {"layer_scale": True}, "model.args.layer_scale"),
         ("vit_tiny", {"pooling": "mean"}, "model.args.pooling"),
-        (
-            "efficientnet_tiny",
-            {"padding": "symmetric", "blocks": ((1, 3, 1, 6, 16),)},
-            "model.args",
-        ),
-        ("efficientnet_lite_tiny", {"padding": "symmetric", "blocks": ((1, 3, 1, 6, 8),)}, ""),
+        ("efficientnet_tiny", SYMMETRIC | {"blocks": ((1, 3, 1, 6, 16),)}, "model.args.padding"),
+        ("efficientnet_lite_tiny", SYMMETRIC | {"blocks": ((1, 3, 1, 6, 8),)}, "args.blocks"),
     ],
 )
 def test_what_no_other_library_has_trains_and_is_read_again_by_jft(tmp_path, name, args, told):

@@ -114,6 +114,31 @@ def test_a_model_is_only_written_for_tools_that_compute_what_it_does(tmp_path):
             load_pretrained(tiny(**args | {"heads": 4}), f"file:{out}")
 
 
+@pytest.mark.parametrize(
+    ("architectures", "told"),
+    [
+        (["DeiTModel"], False),
+        (["DeiTForImageClassification"], False),
+        (["DeiTForImageClassificationWithTeacher"], True),
+        (None, None),
+    ],
+)
+def test_the_architectures_of_a_deit_tell_its_heads(architectures, told):
+    config = {"model_type": "deit", "architectures": architectures}
+    fields = tiny().family.variant_from_config(config)
+    assert fields["distillation_token"] and fields.get("distillation_head") is told
+
+
+def test_a_bare_deit_is_taken_for_one_with_one_head(tmp_path):
+    model, variables = loaded(**DEIT)
+    arrays = named(model, variables, "Hugging Face's DeiT with two heads")
+    arrays = {k: v for k, v in arrays.items() if "classifier" not in k}
+    config = {"model_type": "deit", "architectures": ["DeiTModel"], "layer_norm_eps": 1e-12}
+    found = resolve(source(tmp_path / "bare", arrays, config))
+    (match,) = recognise(found, read(found))
+    assert match.fields["distillation_token"] and match.fields["distillation_head"] is False
+
+
 @pytest.mark.parametrize("title", [table.title for table in TABLES])
 def test_every_table_writes_what_it_reads(title, tmp_path):
     """Those that are not exported too, and without a config.json, which then says nothing."""

@@ -14,9 +14,9 @@ from jft.models.timm_style import is_timm, timm_architecture, timm_config
 from jft.models.timm_tower import TIMM_ENTRIES, timm_args, timm_fields, timm_size
 from jft.models.transformer import (
     GELU_NAMES,
-    HF_GELUS,
     dense_entries,
     fused_entries,
+    hf_gelu,
     norm_entries,
 )
 
@@ -80,10 +80,7 @@ def tower_fields(config: Mapping[str, Any], kinds: tuple[str, ...], gelu: str) -
     parts = [config.get(name) for name in ("vision_config", "vision_config_dict")]
     tower = {k: v for part in parts if part for k, v in part.items()} if any(parts) else config
     fields = {ours: tower[theirs] for theirs, ours in _HF_FIELDS.items() if theirs in tower}
-    form = tower.get("hidden_act", gelu)
-    if form not in HF_GELUS:
-        raise WeightsError(f"hidden_act {form!r} of the source is none of {', '.join(HF_GELUS)}")
-    return fields | {"gelu": HF_GELUS[form]}
+    return fields | {"gelu": hf_gelu(tower, gelu)}
 
 
 def source_config(model: Any) -> dict[str, Any]:

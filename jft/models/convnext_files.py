@@ -8,7 +8,7 @@ from typing import Any
 from jft.errors import WeightsError
 from jft.models.table import Entry, Table
 from jft.models.timm_style import is_timm, renamed, timm_architecture, timm_config
-from jft.models.transformer import GELU_NAMES, HF_GELUS, dense_entries, norm_entries
+from jft.models.transformer import GELU_NAMES, dense_entries, hf_gelu, norm_entries
 
 # What timm and the original always have.
 _IMPLIED = (("final_epsilon", 1e-6), ("gelu", "exact"))
@@ -207,10 +207,7 @@ def variant_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if is_timm(config):
         return _timm_fields(config)
     found = {ours: config[theirs] for theirs, ours in _HF_FIELDS.items() if theirs in config}
-    form = config.get("hidden_act", "gelu")
-    if form not in HF_GELUS:
-        raise WeightsError(f"hidden_act {form!r} of the source is none of {', '.join(HF_GELUS)}")
-    fields = {name: _tupled(value) for name, value in found.items()} | {"gelu": HF_GELUS[form]}
+    fields = {name: _tupled(value) for name, value in found.items()} | {"gelu": hf_gelu(config)}
     kind = config.get("model_type")
     if kind is not None:
         second = kind == "convnextv2"

@@ -12,9 +12,9 @@ from jft.models.table import Entry, Table
 from jft.models.timm_style import is_timm, timm_architecture, timm_config
 from jft.models.transformer import (
     GELU_NAMES,
-    HF_GELUS,
     dense_entries,
     fused_entries,
+    hf_gelu,
     norm_entries,
 )
 
@@ -206,9 +206,6 @@ def variant_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if is_timm(config):
         return _timm_fields(config)
     fields = {ours: config[theirs] for theirs, ours in _HF_FIELDS.items() if theirs in config}
-    form = config.get("hidden_act", "gelu")
-    if form not in HF_GELUS:
-        raise WeightsError(f"hidden_act {form!r} of the source is none of {', '.join(HF_GELUS)}")
     if "model_type" in config:
         fields["registers"] = int(config.get("num_register_tokens", 4 * _registers(config)))
     if "features" in fields and "mlp_ratio" in config:
@@ -217,7 +214,7 @@ def variant_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
         fields["mlp_features"] = gated_features(width, 1) if gated else width
     if any("ForImageClassification" in str(name) for name in config.get("architectures") or ()):
         fields["pooling"] = "cls+mean"
-    return fields | {"gelu": HF_GELUS[form]}
+    return fields | {"gelu": hf_gelu(config)}
 
 
 def _registers(config: Mapping[str, Any]) -> bool:

@@ -12,9 +12,9 @@ from jft.models.table import Entry, Table
 from jft.models.timm_style import is_timm, renamed, timm_architecture, timm_config
 from jft.models.transformer import (
     GELU_NAMES,
-    HF_GELUS,
     dense_entries,
     fused_entries,
+    hf_gelu,
     norm_entries,
 )
 from jft.models.windows import relative_index, window_and_shift
@@ -206,10 +206,7 @@ def variant_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if is_timm(config):
         return _timm_fields(config)
     fields = {ours: config[theirs] for theirs, ours in _HF_FIELDS.items() if theirs in config}
-    form = config.get("hidden_act", "gelu")
-    if form not in HF_GELUS:
-        raise WeightsError(f"hidden_act {form!r} of the source is none of {', '.join(HF_GELUS)}")
-    return _typed(fields) | {"gelu": HF_GELUS[form]}
+    return _typed(fields) | {"gelu": hf_gelu(config)}
 
 
 def _typed(fields: dict[str, Any]) -> dict[str, Any]:

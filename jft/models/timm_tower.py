@@ -8,7 +8,7 @@ from typing import Any
 from jft.errors import WeightsError
 from jft.models.table import Entry
 from jft.models.timm_style import renamed
-from jft.models.transformer import dense_entries, fused_entries, norm_entries
+from jft.models.transformer import TIMM_GELUS, dense_entries, fused_entries, norm_entries
 
 _BLOCK = "{p}blocks.{i}"
 _ATTENTION = tuple(f"blocks_{{i}}/attn/{part}" for part in ("query", "key", "value"))
@@ -38,7 +38,6 @@ _SIZES = {
     "giantopt": (1536, 40, 16, 6144),
     "gigantic": (1664, 48, 16, 8192),
 }
-_GELUS = {"gelu": "exact", "gelu_tanh": "tanh", "quick_gelu": "quick"}
 _ARGS = {
     "patch_size": "patch",
     "embed_dim": "features",
@@ -71,7 +70,7 @@ def timm_args(model: Any) -> dict[str, Any]:
         "depth": module.depth,
         "num_heads": module.heads,
         "mlp_ratio": ratio,
-        "act_layer": next(name for name, form in _GELUS.items() if form == module.gelu),
+        "act_layer": next(name for name, form in TIMM_GELUS.items() if form == module.gelu),
     }
 
 
@@ -98,7 +97,7 @@ def timm_fields(
     if "mlp_ratio" in args or "embed_dim" in args:
         fields["mlp_features"] = int(fields["features"] * args.get("mlp_ratio", 4.0))
     if "act_layer" in args:
-        if args["act_layer"] not in _GELUS:
+        if args["act_layer"] not in TIMM_GELUS:
             raise WeightsError(f"timm's {name} with act_layer {args['act_layer']!r} is not known")
-        fields["gelu"] = _GELUS[args["act_layer"]]
+        fields["gelu"] = TIMM_GELUS[args["act_layer"]]
     return fields

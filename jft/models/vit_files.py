@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jft.errors import WeightsError
 from jft.models.table import Entry, Table
 from jft.models.timm_style import is_timm
-from jft.models.transformer import GELU_NAMES, HF_GELUS, dense_entries, norm_entries
+from jft.models.transformer import GELU_NAMES, dense_entries, hf_gelu, norm_entries
 from jft.models.vit_timm import (
     DEIT3_TABLE,
     HEAD_FIELDS,
@@ -226,11 +225,8 @@ def variant_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if is_timm(config):
         return timm_fields(config)
     fields = {ours: config[theirs] for theirs, ours in _HF_FIELDS.items() if theirs in config}
-    form = config.get("hidden_act", "gelu")
-    if form not in HF_GELUS:
-        raise WeightsError(f"hidden_act {form!r} of the source is none of {', '.join(HF_GELUS)}")
     if config.get("model_type") == "deit":
         fields["distillation_token"] = True
     if config.get("architectures"):
         fields["distillation_head"] = _TEACHER in config["architectures"]
-    return fields | {"gelu": HF_GELUS[form]}
+    return fields | {"gelu": hf_gelu(config)}

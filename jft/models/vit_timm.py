@@ -9,7 +9,7 @@ from typing import Any
 from jft.errors import WeightsError
 from jft.models.table import Entry, Table
 from jft.models.timm_style import renamed, timm_architecture, timm_config
-from jft.models.transformer import dense_entries, fused_entries, norm_entries
+from jft.models.transformer import TIMM_GELUS, dense_entries, fused_entries, norm_entries
 
 _QKV = tuple(f"blocks_{{i}}/attn/{part}" for part in ("query", "key", "value"))
 _BLOCK = "blocks.{i}"
@@ -83,7 +83,6 @@ _EXPORTED = (
     *(f"deit_{size}_distilled_patch16_224" for size in ("base", "tiny", "small")),
 )
 _POOLING = {"token": "cls", "avg": "mean"}
-_GELUS = {"gelu": "exact", "gelu_tanh": "tanh", "quick_gelu": "quick"}
 # timm's arguments -> ours; "" plays no part in the function.
 _ARGUMENTS = {
     "patch_size": "patch",
@@ -160,7 +159,7 @@ def timm_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         "class_position": lambda value: not value,
         "layer_scale": bool,
         "pooling": lambda value: _known(_POOLING, "global_pool", value),
-        "gelu": lambda value: _known(_GELUS, "act_layer", value),
+        "gelu": lambda value: _known(TIMM_GELUS, "act_layer", value),
     }
     given = {k: changed[k](v) if k in changed else v for k, v in given.items()}
     fields = _settled(fields | given)
@@ -220,7 +219,7 @@ def _config(model: Any) -> dict[str, Any]:
         "class_position": lambda value: not value,
         "layer_scale": lambda value: 1e-5 if value else None,
         "pooling": {ours: theirs for theirs, ours in _POOLING.items()}.__getitem__,
-        "gelu": {ours: theirs for theirs, ours in _GELUS.items()}.__getitem__,
+        "gelu": {ours: theirs for theirs, ours in TIMM_GELUS.items()}.__getitem__,
     }
     names = {ours: theirs for theirs, ours in _ARGUMENTS.items() if ours}
     for field, value in other.items():
