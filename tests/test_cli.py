@@ -212,17 +212,19 @@ def test_a_pattern_without_a_match_names_the_nearest(capsys, pattern, words):
         assert f"no model matches {pattern!r}" in line and words in line and code == 2
 
 
-def test_weights_check_lists_tensors_or_reports_how_they_fit_a_model(capsys, tmp_path):
+def test_weights_show_lists_tensors_and_check_reports_how_they_fit_a_model(capsys, tmp_path):
     np = pytest.importorskip("numpy")
     np.savez(tmp_path / "w.npz", a=np.zeros((2, 3), np.float32))
     source, out = f"file:{tmp_path / 'w.npz'}", tmp_path / "report.json"
-    assert "a (2, 3) float32" in output_of(capsys, "weights", "check", source, f"--out={out}")
-    assert json.loads(out.read_text())["tensors"] == [["a", [2, 3], "float32"]]
-    _, code = error_of(capsys, "weights", "check", source, "--model=vit_tiny")
-    assert code == 4
-    shown = output_of(capsys, "weights", "check", "random:0", "--model=vit_tiny", f"--out={out}")
-    assert "100.00 %" in shown
-    assert json.loads(out.read_text())["source"] == "random:0"
+    assert "2x3" in output_of(capsys, "weights", "show", source, f"--out={out}")
+    (found,) = json.loads(out.read_text())["tensors"]
+    assert (found["name"], found["shape"], found["dtype"]) == ("a", [2, 3], "float32")
+    for model in ((), ("--model=vit_tiny",)):
+        _, code = error_of(capsys, "weights", "check", source, *model)
+        assert code == 4
+    argv = ("--model=vit_tiny", "--reference=none", f"--out={out}")
+    assert "100.00 %" in output_of(capsys, "weights", "check", "random:0", *argv)
+    assert json.loads(out.read_text())["source"]["text"] == "random:0"
 
 
 def test_data_inspect_shows_every_class_of_every_split(capsys):

@@ -179,7 +179,7 @@ def test_half_precision_files_are_cast(tmp_path):
     source, arrays = whole(tmp_path)
     half = {k: v.astype(ml_dtypes.bfloat16) for k, v in as_openai(arrays).items() if v.ndim}
     save_file(half, tmp_path / "half.safetensors")
-    found, report = load_pretrained(tiny(), f"file:{tmp_path}/half.safetensors")
+    found, report = load_pretrained(tiny(), f"file:{tmp_path}/half.safetensors", dtype="float32")
     assert {row.status for row in report.rows} == {"cast", "fresh"}
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(found))
 
