@@ -160,7 +160,7 @@ def stored_member(
         refuse(path, f"the member {name!r} is not where the archive says (a cut download?)")
 
     def check() -> None:
-        if zlib.crc32(data) != info.CRC:
+        if zlib.crc32(data.data) != info.CRC:
             refuse(path, f"the member {name!r} is damaged: its checksum differs")
 
     return data, check
