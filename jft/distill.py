@@ -25,6 +25,7 @@ from jft.task import Task
 from jft.train.teacher import Leaves, Teacher
 from jft.tree import Flat, count_params, flatten
 from jft.weights.convert import load_pretrained
+from jft.weights.naming import abstract_variables
 from jft.weights.source import resolve
 
 _KINDS = ("pkg", "file", "random", "hf")  # of sources; anything else is a run directory
@@ -127,8 +128,7 @@ def _from_source(task: Task, load: bool) -> _Found:
     model = _make_model(task, count)
     size = task.preprocess.image_size
     shape = (size, size, len(model.preprocess.mean))
-    image = jax.ShapeDtypeStruct((1, *shape), np.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    variables = abstract_variables(model, shape)
     shapes = _named(flatten(variables["params"]), flatten(variables.get("batch_stats", {})))
     if not load:
         return model.apply, model.preprocess, shapes, None, ""

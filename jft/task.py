@@ -1,5 +1,6 @@
 """The model of a config, fitted to its data: what all that make or use a run share."""
 
+import functools
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from jft.models.zoo import Model, make_model
 from jft.tree import Flat, flatten
 from jft.weights.convert import load_pretrained
 from jft.weights.hub import pinned
+from jft.weights.naming import abstract_variables
 
 # Folded into the run's key for fresh leaves; no step of a run has this number.
 INIT_FOLD = 0xFFFFFFFF
@@ -164,8 +166,7 @@ def make_task(
     made = _make_model(config, model, len(label_names), pixels)
     used = _fitted(config, made.preprocess, pixels)
     size, channels = used.image_size, len(used.mean)
-    image = jax.ShapeDtypeStruct((1, size, size, channels), np.float32)
-    variables = jax.eval_shape(made.init, jax.random.key(0), image)
+    variables = abstract_variables(made, (size, size, channels))
     shapes = (flatten(variables["params"]), flatten(variables.get("batch_stats", {})))
     canvas = canvas_shape(native_shape, used)
     return Task(config, label_names, kind, native_shape, made, used, canvas, pixels, shapes)
@@ -258,16 +259,18 @@ def initial_leaves(
         recorded = None  # resumed by force with another one
     key = jax.random.fold_in(jax.random.key(config.seed), INIT_FOLD)
     shape = (size, size, len(task.preprocess.mean))
-    put = place or np.asarray
+    put = place or functools.partial(np.asarray, order="C")
     if config.init.source is None:
         variables = task.model.init(key, jnp.zeros((1, *shape)))
-        params, stats = flatten(variables["params"]), flatten(variables.get("batch_stats", {}))
-        fresh = [{path: put(leaf) for path, leaf in leaves.items()} for leaves in (params, stats)]
-        return fresh[0], fresh[1], None
+        flat = (flatten(variables["params"]), flatten(variables.get("batch_stats", {})))
+        params, stats = ({path: put(leaf) for path, leaf in leaves.items()} for leaves in flat)
+        return params, stats, None
 
     def put_leaf(path: str, leaf: np.ndarray) -> Any:
         # Moving sums need their bits: statistics are float32 in every run.
-        return put(leaf.astype(task.shapes[1][path].dtype) if path in task.shapes[1] else leaf)
+        if path in task.shapes[1]:
+            leaf = leaf.astype(task.shapes[1][path].dtype)
+        return jax.block_until_ready(put(leaf))  # so that no two of them are on their way
 
     # Random weights are the same every time: they need no place in the run directory, which a
     # wrong config, or another process's run, must find untouched.

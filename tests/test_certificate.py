@@ -190,7 +190,7 @@ def test_without_a_model_the_source_must_be_one_models(capsys, vit, tmp_path, mo
 def test_a_wrong_flag_or_certificate_is_one_line(capsys, vit, tmp_path, argv, code, words):
     whole = json.loads(vit[1].read_text())
     files = {"list": [], "other": {"a": 1}, "format": {"format": 7}}
-    files["part"] = {name: whole[name] for name in ("format", "model", "conversion")}
+    files["part"] = {name: whole[name] for name in ("format", "model", "source", "conversion")}
     for name, content in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     argv = [one.format(tmp_path) for one in argv]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -20,7 +21,6 @@ from test_convert import assert_bitwise, source_with, tiny
 from jft.errors import ConfigError, WeightsError
 from jft.models.zoo import list_models, make_model
 from jft.tree import flatten
-from jft.weights import verified
 from jft.weights.convert import load_pretrained
 from jft.weights.dtypes import FLOATS
 from jft.weights.export import export_weights, write_random
@@ -170,8 +170,40 @@ def test_files_are_hashed_once_beside_the_conversion(tmp_path, monkeypatch):
     source, hashed = written(tmp_path, tiny(depth=1), "safetensors"), []
     monkeypatch.setattr(Source, "sha256", lambda self: hashed.append(self.text) or "0" * 64)
     _, report = load_pretrained(tiny(depth=1), source)
-    assert hashed == [source] and report.sha256 == "0" * 64
-    assert verified.Verified  # the thread ends with its work, see the class
+    assert report.sha256 == report.to_dict()["sha256"] == "0" * 64 and hashed == [source]
+
+
+def test_arrays_are_there_before_the_hash_and_a_stated_hash_is_waited_for(tmp_path, monkeypatch):
+    model, gate = tiny(depth=1), threading.Event()
+    plain = Source.sha256
+
+    def late(self):
+        assert gate.wait(60)
+        return plain(self)
+
+    source = written(tmp_path / "in", model, "safetensors")
+    variables, _ = load_pretrained(model, source)
+    export_weights(model, variables, tmp_path / "out")
+    monkeypatch.setattr(Source, "sha256", late)
+    variables, report = load_pretrained(model, source)
+    threading.Timer(0.05, gate.set).start()
+    assert jax.tree.leaves(variables) and len(report.sha256) == 64
+    gate.clear()
+    threading.Timer(0.05, gate.set).start()
+    load_pretrained(model, f"file:{tmp_path / 'out'}")  # its jft.json states one
+    assert gate.is_set()
+
+
+def test_a_file_that_is_gone_before_its_hash_is_no_traceback(tmp_path, monkeypatch):
+    source = written(tmp_path, tiny(depth=1), "safetensors")
+
+    def gone(self):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(Source, "sha256", gone)
+    variables, report = load_pretrained(tiny(depth=1), source)
+    with pytest.raises(WeightsError, match="No such file"):
+        _ = report.sha256
 
 
 # --- dtypes -----------------------------------------------------------------------------------

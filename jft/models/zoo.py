@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -113,6 +114,14 @@ class Model:
         # Under jit the forward pass is dead code: only the leaves are computed, in one executable.
         return dict(jax.jit(self.module.init)(key, jnp.zeros(image.shape, jnp.float32)))
 
+    def abstract(self, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+        """Shapes and dtypes of what `init` makes for images [H, W, C]; traced once a process."""
+        try:
+            found = _abstract(self.module, image_shape)
+        except TypeError:  # a field that cannot be hashed
+            found = _abstract.__wrapped__(self.module, image_shape)
+        return jax.tree.map(lambda leaf: leaf, found)  # dicts of its own
+
     def apply(
         self,
         variables: Mapping[str, Any],
@@ -128,6 +137,12 @@ class Model:
         return self.module.apply(
             variables, x, start=start, stop=stop, training=training, rngs=rngs, mutable=mutable
         )
+
+
+@functools.lru_cache(maxsize=16)
+def _abstract(module: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return dict(jax.eval_shape(module.init, jax.random.key(0), image))
 
 
 def _variants() -> dict[str, Family]:

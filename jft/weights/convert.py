@@ -7,7 +7,6 @@ are two tensors of equal shape that changed places: certificates (`jft weights c
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +50,8 @@ def load_pretrained(
 ) -> tuple[dict[str, Any], Report]:
     """Loads a source's weights into the shape of a model, leaf by leaf.
 
-    Beside the leaves themselves, memory holds one of them at a time: files are mapped.
+    Beside the leaves themselves, memory holds one of them at a time: files are mapped. An array has
+    the order in memory that it has in the file, so most kernels are transposed views of it.
 
     Args:
       model: a Model; one without a family reads files in its own path names.
@@ -83,8 +83,8 @@ def load_pretrained(
     leaves = namings.abstract_leaves(model, shape)
     opened = _open(model, source, shape, scratch_dir)
     with Verified(*opened) as verified:
-        flat, report = _load(model, leaves, shape, source, opened, options)
-    return _nested(leaves, flat), replace(report, sha256=verified.sha256())
+        flat, report = _load(model, leaves, shape, source, opened, options, verified.sha256)
+    return _nested(leaves, flat), report
 
 
 class _Options(NamedTuple):
@@ -111,8 +111,9 @@ def _load(
     source: str,
     opened: _Opened,
     options: _Options,
+    hashed: Callable[[], str],
 ) -> tuple[Flat, Report]:
-    """The leaves by path, and the report without the hash."""
+    """The leaves by path, and the report."""
     found = opened.source
     arrays, notes = namings.without_module_prefix(opened.arrays)
     naming = namings.choose_naming(model, leaves, arrays, source)
@@ -127,7 +128,7 @@ def _load(
     preprocess, remarks = source_preprocess(found, own) if own else (None, [])
     report = Report(
         source=source,
-        sha256="",
+        hashed=hashed,
         rows=rows,
         unread=_unread(arrays, rows),
         notes=notes + remarks,
@@ -239,6 +240,7 @@ def _assign(
             rows.append(Row(path, status, name, leaf.shape, note, value.dtype.name))
             if not problems and not extra:  # else all is let go
                 flat[path] = place(path, value)
+            del value  # before the next one is made
         except MisfitError as misfit:
             problems.append(str(misfit))
             flat.clear()

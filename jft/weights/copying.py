@@ -1,4 +1,4 @@
-"""Copies of arrays that a file holds: cast, laid out anew and looked at, at the speed of memory."""
+"""Arrays laid out anew, and looked at, at the speed of memory."""
 
 import math
 from collections.abc import Iterator
@@ -28,8 +28,13 @@ def own_copy(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return out
 
 
+def _order(value: np.ndarray) -> list[int]:
+    """Its axes from the slowest to the fastest."""
+    return sorted(range(value.ndim), key=lambda axis: -abs(value.strides[axis]))
+
+
 def _fill(out: np.ndarray, value: np.ndarray) -> None:
-    order = sorted(range(value.ndim), key=lambda axis: -abs(value.strides[axis]))
+    order = _order(value)
     lies = value.transpose(order)  # as it lies in memory
     last = value.ndim - 1
     if value.nbytes <= _CHUNK_BYTES // 64 or order[:1] != [last] or not lies.flags.c_contiguous:
@@ -59,11 +64,12 @@ def _turn(out: np.ndarray, matrix: np.ndarray) -> None:
 
 
 def is_finite(value: np.ndarray) -> bool:
-    """Whether every number of a contiguous array is finite; needs no array of answers."""
+    """Whether every number of an array is finite; needs no array of answers."""
     if value.dtype not in _EXPONENTS:
         return bool(np.isfinite(value).all())
     kind, magnitude, least = _EXPONENTS[value.dtype]
-    bits = value.reshape(-1).view(kind)
+    # In the order of memory a compact array is flat without a copy.
+    bits = value.transpose(_order(value)).reshape(-1).view(kind)
     return all(int((part & magnitude).max()) < least for part in _parts(bits))
 
 

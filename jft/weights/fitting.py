@@ -11,7 +11,7 @@ import numpy as np
 from jft.models import forms
 from jft.models.forms import Origin
 from jft.weights.channels import adapt_channels, adaptation_note
-from jft.weights.copying import is_finite, own_copy
+from jft.weights.copying import is_finite
 from jft.weights.dtypes import LeafDtype
 from jft.weights.naming import Leaves, Naming
 from jft.weights.relative_positions import resize_table
@@ -78,7 +78,8 @@ def convert(fit: Fit, path: str, value: np.ndarray, origin: Origin) -> tuple[np.
       origin: where it comes from.
 
     Returns:
-      (array in the model's layout and shape, in C order; status; note), see `Row`.
+      (array in the model's layout and shape, in the source's order in memory; status; note), see
+      `Row`.
 
     Raises:
       MisfitError: it has another shape or kind of numbers, or holds one that is not finite.
@@ -105,7 +106,8 @@ def convert(fit: Fit, path: str, value: np.ndarray, origin: Origin) -> tuple[np.
         raise MisfitError(f"{path!r} is {leaf.dtype.name}, {name!r} is {theirs.name}")
     if theirs != wanted and status == "loaded":
         status, note = "cast", f"from {theirs.name}"
-    value = own_copy(value, wanted)  # the file may change later
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is told below
+        value = np.array(value, wanted, order="K")  # own memory: the file may change later
     if jnp.issubdtype(wanted, jnp.floating) and not is_finite(value):
         raise MisfitError(f"{path!r} gets an infinite or undefined number from {name!r}")
     return value, status, note

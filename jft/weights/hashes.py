@@ -5,7 +5,7 @@ import hashlib
 from pathlib import Path
 
 # Large pieces: a thread that hashes beside others waits for the interpreter after each.
-_BUFFER_BYTES = 4 << 20
+_BUFFER_BYTES = 1 << 20
 
 
 def file_sha256(path: Path) -> str:
@@ -16,6 +16,11 @@ def file_sha256(path: Path) -> str:
 def git_sha1(path: Path) -> str:
     """The SHA-1 by which git names a file's content, in hexadecimal."""
     return _hash(path, "sha1", b"blob %d\0" % path.stat().st_size)
+
+
+def forget() -> None:
+    """Lets every file be hashed again."""
+    _cached_hash.cache_clear()
 
 
 def _hash(path: Path, kind: str, prefix: bytes) -> str:

@@ -14,6 +14,7 @@ from jft.models import forms
 from jft.models import table as tables
 from jft.models.forms import Origin
 from jft.models.table import Table
+from jft.models.zoo import Model
 from jft.tree import flatten
 from jft.weights.arrays import Arrays
 from jft.weights.copying import own_copy
@@ -60,6 +61,19 @@ def image_shape_of(model: Any, image_shape: tuple[int, int, int] | None) -> tupl
     return preprocess.image_size, preprocess.image_size, len(preprocess.mean)
 
 
+def abstract_variables(model: Any, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """{"params", "batch_stats"} of a model as shapes and dtypes, without computing any.
+
+    Args:
+      model: a Model, or any object with `init(key, image)`.
+      image_shape: (height, width, channels).
+    """
+    if isinstance(model, Model):
+        return model.abstract(image_shape)
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return dict(jax.eval_shape(model.init, jax.random.key(0), image))
+
+
 def abstract_leaves(model: Any, image_shape: tuple[int, int, int] | None = None) -> Leaves:
     """The leaves of a model in the order of its stages, without computing any.
 
@@ -70,8 +84,7 @@ def abstract_leaves(model: Any, image_shape: tuple[int, int, int] | None = None)
     Raises:
       ConfigError: a path stands for a parameter and a statistic at once.
     """
-    image = jax.ShapeDtypeStruct((1, *image_shape_of(model, image_shape)), jnp.float32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), image)
+    variables = abstract_variables(model, image_shape_of(model, image_shape))
     stages: tuple[str, ...] = getattr(model, "stages", ())
     order = {stage: index for index, stage in enumerate(stages)}
     leaves = join(variables)

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +135,7 @@ def _read_zip(path: Path) -> Arrays:
     return Arrays(held, checks)
 
 
-def _later(path: Path, info: zipfile.ZipInfo, view: Callable[[Any], np.ndarray]) -> Later:
+def _later(path: Path, info: zipfile.ZipInfo, view: functools.partial[np.ndarray]) -> Later:
     """A compressed member."""
 
     def read_member() -> np.ndarray:
@@ -150,7 +149,7 @@ def _later(path: Path, info: zipfile.ZipInfo, view: Callable[[Any], np.ndarray])
 
 def _npy_view(
     path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo
-) -> Callable[[Any], np.ndarray]:
+) -> functools.partial[np.ndarray]:
     """What makes an array of the bytes of an npz's member, whose size its header fits."""
     name = info.filename
     try:

@@ -1,6 +1,7 @@
 """What a conversion did with every leaf and every source name."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ class Report:
 
     Attributes:
       source: as written in the config.
-      sha256: of the source's files.
+      hashed: waits for the SHA-256 of the source's files, which may be under way still.
       rows: one a leaf.
       unread: source names that were deliberately not read.
       loaded_params: parameters (statistics apart) that come from the source.
@@ -49,7 +50,7 @@ class Report:
     """
 
     source: str
-    sha256: str
+    hashed: Callable[[], str]
     rows: list[Row]
     unread: list[str]
     loaded_params: int
@@ -58,6 +59,15 @@ class Report:
     table: int = 0
     preprocess: Preprocess | None = None
     revision: str | None = None
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the source's files.
+
+        Raises:
+          WeightsError: a file was gone before it was hashed.
+        """
+        return self.hashed()
 
     @property
     def coverage(self) -> float:

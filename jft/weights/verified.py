@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from jft.errors import WeightsError
@@ -12,9 +13,11 @@ from jft.weights.source import Source
 
 
 class Verified:
-    """Hashes files and compares their checksums in a thread, while leaves are converted.
+    """Compares files with their checksums and hashes them in threads, while leaves are converted.
 
-    What is wrong with a file is said in place of what does not fit because of it.
+    It ends when all that can be wrong with the files is known, and says that in place of what does
+    not fit because of it. The hash of files that nothing states a hash of may come later still:
+    SHA-256 is slower than reading and casting.
     """
 
     def __init__(self, source: Source, arrays: Arrays, sha256: str | None = None) -> None:
@@ -22,25 +25,27 @@ class Verified:
         self.source, self.arrays, self.known = source, arrays, sha256
 
     def __enter__(self) -> Verified:
-        self.pool = ThreadPoolExecutor(1)
-        self.found = self.pool.submit(self._look)
+        pool = ThreadPoolExecutor(2, thread_name_prefix="jft-weights")
+        self.checked = pool.submit(self.arrays.verify)
+        self.hashed: Future[str] = pool.submit(lambda: self.known or self.source.sha256())
+        pool.shutdown(wait=False)
         return self
 
-    def _look(self) -> str:
-        self.arrays.verify()
-        return self.known or self.source.sha256()
-
     def __exit__(self, kind: Any, error: Any, _: Any) -> None:
-        self.pool.shutdown(wait=False)
         if error is None or isinstance(error, WeightsError):
-            self.sha256()
+            self.checked.result()
+            if self.source.card is not None:
+                check_card(self.source, self.sha256())
 
-    def sha256(self) -> str:
-        """Waits for the hash of the source.
+    @property
+    def sha256(self) -> Callable[[], str]:
+        """What waits for the hash of the source; it raises a WeightsError if a file is gone."""
+        hashed, text = self.hashed, self.source.text
 
-        Raises:
-          WeightsError: a file is damaged, or is not the one that its jft.json was written for.
-        """
-        sha256 = self.found.result()
-        check_card(self.source, sha256)
-        return sha256
+        def wait() -> str:
+            try:
+                return hashed.result()
+            except OSError as error:
+                raise WeightsError(f"source {text!r}: {error.strerror or error}") from error
+
+        return wait
