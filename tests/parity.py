@@ -6,6 +6,8 @@ import numpy as np
 
 from jft.models.forms import to_jft
 from jft.tree import flatten, unflatten
+from jft.weights.convert import load_pretrained
+from jft.weights.export import export_weights
 from jft.weights.naming import choose_naming
 
 # max abs(a - b) / max(1, max abs(b)), in float32.
@@ -107,6 +109,40 @@ def randomise_with_statistics(peer, size):
             norm.running_var.clamp_(min=float(norm.running_var.mean()))
             norm.running_var *= torch.exp(0.2 * torch.randn_like(noise))
     return peer.eval()
+
+
+def assert_loads_strictly(model, variables, table, folder, kind=None):
+    """An export is the same function in transformers, and the same arrays when read again.
+
+    Args:
+      model: a Model.
+      variables: its weights.
+      table: index of the names to export it under.
+      folder: where.
+      kind: class of transformers; by default the classifier that config.json names.
+    """
+    import torch
+    import transformers
+
+    out = export_weights(model, variables, folder / "out", table=table)
+    kind = kind or transformers.AutoModelForImageClassification
+    peer, info = kind.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+    x = pictures(model.preprocess.image_size)
+    with torch.no_grad():
+        wanted = from_torch(peer.eval()(torch_images(x)).logits)
+    found = jax.jit(lambda v, x: model.apply(v, x))(variables, jnp.asarray(x))
+    assert distance(found, wanted) <= LOGITS
+    again, report = load_pretrained(model, f"file:{out}")
+    jax.tree.map(np.testing.assert_array_equal, variables, again)
+    assert report.coverage == 1.0
+    return wanted
+
+
+def moved(model):
+    """(weights that no initialisation gives, index of their names)."""
+    variables, report = load_pretrained(model, "random:0")
+    return jax.tree.map(lambda leaf: leaf + 0.01, variables), report.table
 
 
 def assert_parity(model, variables, x, states, peer_logits):

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from parity import (
     HIDDEN,
+    assert_loads_strictly,
     assert_parity,
     convert,
     distance,
     from_torch,
+    moved,
     pictures,
     randomise,
     saved_names,
@@ -17,8 +19,6 @@ from parity import (
 )
 
 from jft.models.zoo import make_model
-from jft.weights.convert import load_pretrained
-from jft.weights.export import export_weights
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
@@ -126,16 +126,4 @@ def test_a_channel_that_is_zero_everywhere_has_torchs_gradient():
 @pytest.mark.parametrize("name", ["convnext_tiny", "convnextv2_tiny"])
 def test_a_fine_tuned_export_loads_strictly_in_transformers(name, tmp_path):
     model = make_model(name=name, num_classes=5)
-    variables, report = load_pretrained(model, "random:0")
-    variables = jax.tree.map(lambda leaf: leaf + 0.01, variables)
-    out = export_weights(model, variables, tmp_path / "out", table=report.table)
-    peer, info = transformers.AutoModelForImageClassification.from_pretrained(
-        out, output_loading_info=True
-    )
-    assert not any(info.values()), info
-    x = pictures(model.preprocess.image_size)
-    with torch.no_grad():
-        wanted = peer.eval()(torch_images(x)).logits
-    assert distance(model.apply(variables, jnp.asarray(x)), from_torch(wanted)) <= 1e-4
-    again, _ = load_pretrained(model, f"file:{out}")
-    jax.tree.map(np.testing.assert_array_equal, variables, again)
+    assert_loads_strictly(model, *moved(model), tmp_path)

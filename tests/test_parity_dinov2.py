@@ -1,15 +1,15 @@
 """DINOv2 with and without registers against transformers, at odd sizes."""
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from parity import (
     HIDDEN,
+    assert_loads_strictly,
     assert_parity,
     convert,
     distance,
     from_torch,
+    moved,
     pictures,
     randomise,
     saved_names,
@@ -18,7 +18,6 @@ from parity import (
 
 from jft.models.zoo import make_model
 from jft.weights.convert import load_pretrained
-from jft.weights.export import export_weights
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
@@ -101,17 +100,4 @@ def test_dinov2_mutants_fail(mutant, tmp_path):
 @pytest.mark.parametrize("args", [{}, {"registers": 0}, {"gated": True, "mlp_features": 88}])
 def test_a_fine_tuned_export_loads_strictly_in_transformers(args, tmp_path):
     model = make_model(name="dinov2_tiny", args=args, num_classes=5)
-    variables, report = load_pretrained(model, "random:0")
-    variables = jax.tree.map(lambda leaf: leaf + 0.01, variables)
-    out = export_weights(model, variables, tmp_path / "out", table=report.table)
-    peer, info = transformers.AutoModelForImageClassification.from_pretrained(
-        out, output_loading_info=True
-    )
-    assert not any(info.values()), info
-    x = pictures(model.preprocess.image_size)
-    with torch.no_grad():
-        wanted = peer.eval()(torch_images(x)).logits
-    found = model.apply(variables, jnp.asarray(x))
-    assert distance(found, from_torch(wanted)) <= 1e-4
-    again, _ = load_pretrained(model, f"file:{out}")
-    jax.tree.map(np.testing.assert_array_equal, variables, again)
+    assert_loads_strictly(model, *moved(model), tmp_path)

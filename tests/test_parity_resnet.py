@@ -8,10 +8,12 @@ from parity import (
     GRADIENTS,
     HIDDEN,
     LOGITS,
+    assert_loads_strictly,
     assert_parity,
     convert,
     distance,
     from_torch,
+    moved,
     pictures,
     randomise_with_statistics,
     saved_names,
@@ -22,7 +24,6 @@ from jft.models.layers import Training
 from jft.models.zoo import make_model
 from jft.tree import flatten
 from jft.weights.convert import load_pretrained
-from jft.weights.export import export_weights
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
@@ -170,20 +171,7 @@ def test_bfloat16_predicts_the_same(tmp_path):
 )
 def test_a_fine_tuned_export_loads_strictly_in_transformers(args, tmp_path):
     model = make_model(name="resnet_tiny", args=args, num_classes=5)
-    variables, report = load_pretrained(model, "random:0")
-    variables = jax.tree.map(lambda leaf: leaf + 0.01, variables)
-    out = export_weights(model, variables, tmp_path / "out", table=report.table)
-    peer, info = transformers.AutoModelForImageClassification.from_pretrained(
-        out, output_loading_info=True
-    )
-    assert not any(info.values()), info
-    x = pictures(model.preprocess.image_size)
-    with torch.no_grad():
-        wanted = peer.eval()(torch_images(x)).logits
-    found = jax.jit(lambda v, x: model.apply(v, x))(variables, jnp.asarray(x))
-    assert distance(found, from_torch(wanted)) <= LOGITS
-    again, _ = load_pretrained(model, f"file:{out}")
-    jax.tree.map(np.testing.assert_array_equal, variables, again)
+    assert_loads_strictly(model, *moved(model), tmp_path)
 
 
 def test_the_bare_model_that_transformers_saves_is_read_but_for_the_head(tmp_path):

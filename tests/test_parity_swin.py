@@ -1,16 +1,16 @@
 """Swin against transformers: maps that windows do not divide, odd depths, all that it can be."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from parity import (
     HIDDEN,
-    LOGITS,
+    assert_loads_strictly,
     assert_parity,
     convert,
     distance,
     from_torch,
+    moved,
     pictures,
     randomise,
     saved_names,
@@ -20,8 +20,6 @@ from parity import (
 from jft.models import windows
 from jft.models.swin import Merge
 from jft.models.zoo import make_model
-from jft.weights.convert import load_pretrained
-from jft.weights.export import export_weights
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
@@ -182,17 +180,4 @@ def test_bfloat16_is_close_in_what_it_predicts(tmp_path):
 @pytest.mark.parametrize("args", [{}, {"window": 3, "qkv_bias": False}, {"positions": True}])
 def test_a_fine_tuned_export_loads_strictly_in_transformers(args, tmp_path):
     model = make_model(name="swin_tiny", args=args, num_classes=5)
-    variables, report = load_pretrained(model, "random:0")
-    variables = jax.tree.map(lambda leaf: leaf + 0.01, variables)
-    out = export_weights(model, variables, tmp_path / "out", table=report.table)
-    peer, info = transformers.AutoModelForImageClassification.from_pretrained(
-        out, output_loading_info=True
-    )
-    assert not any(info.values()), info
-    x = pictures(model.preprocess.image_size)
-    with torch.no_grad():
-        wanted = peer.eval()(torch_images(x)).logits
-    found = model.apply(variables, jnp.asarray(x))
-    assert distance(found, from_torch(wanted)) <= LOGITS
-    again, _ = load_pretrained(model, f"file:{out}")
-    jax.tree.map(np.testing.assert_array_equal, variables, again)
+    assert_loads_strictly(model, *moved(model), tmp_path)

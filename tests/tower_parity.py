@@ -3,11 +3,18 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from parity import LOGITS, convert, distance, from_torch, pictures, saved_names, torch_images
+from parity import (
+    LOGITS,
+    assert_loads_strictly,
+    convert,
+    distance,
+    pictures,
+    saved_names,
+    torch_images,
+)
 
 from jft.models.zoo import make_model
 from jft.weights.convert import load_pretrained
-from jft.weights.export import export_weights
 
 # The most that bfloat16 may move the predicted distribution, in nats.
 DIVERGENCE = 1e-2
@@ -70,20 +77,10 @@ def fine_tuned(model, variables, image_size, steps=3):
 
 def assert_exports_strictly(tiny, kind, folder):
     """A fine-tuned model in jft's own folder is the same function in transformers."""
-    import torch
-
     model = make_model(name=tiny, num_classes=5)
     size = model.preprocess.image_size
     start, report = load_pretrained(model, "random:0")
     variables = fine_tuned(model, start, size)
-    out = export_weights(model, variables, folder / "out", table=report.table)
-    peer, info = kind.from_pretrained(out, output_loading_info=True)
-    assert not any(info.values()), info
-    x = pictures(size)
-    with torch.no_grad():
-        wanted = from_torch(peer.eval()(torch_images(x)).logits)
-    assert distance(model.apply(variables, jnp.asarray(x)), wanted) <= LOGITS
-    assert distance(model.apply(start, jnp.asarray(x)), wanted) > LOGITS, "it was fine-tuned"
-    again, second = load_pretrained(model, f"file:{out}")
-    jax.tree.map(np.testing.assert_array_equal, variables, again)
-    assert second.coverage == 1.0
+    wanted = assert_loads_strictly(model, variables, report.table, folder, kind)
+    found = model.apply(start, jnp.asarray(pictures(size)))
+    assert distance(found, wanted) > LOGITS, "it was fine-tuned"
