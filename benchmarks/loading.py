@@ -5,7 +5,7 @@
 
 Random weights of a ViT as safetensors and torch files. Three arms take turns in one process, A B C
 C B A, on files that the system has in memory: jft's `load_pretrained` (names, layouts, casts,
-checks; with and without the SHA-256 of the file, which a thread works out), bare numpy (reads the
+checks; with and without the SHA-256 of the file, which follows in a thread), bare numpy (reads the
 file, casts each tensor, and nothing else) and transformers' `from_pretrained`, which leaves float32
 in the file until it is used. Memory is the peak of anonymous pages of a process of its own
 that loads once, over the bytes of the parameters. Exits 1 if an arm does not run. It never fails on

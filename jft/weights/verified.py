@@ -13,11 +13,11 @@ from jft.weights.source import Source
 
 
 class Verified:
-    """Compares files with their checksums and hashes them in threads, while leaves are converted.
+    """Compares files with their checksums in a thread while leaves are converted, and hashes them.
 
     It ends when all that can be wrong with the files is known, and says that in place of what does
-    not fit because of it. The hash of files that nothing states a hash of may come later still:
-    SHA-256 is slower than reading and casting.
+    not fit because of it. Files that nothing states a hash of are hashed after that: SHA-256 takes
+    longer than the leaves, and would take a core from them.
     """
 
     def __init__(self, source: Source, arrays: Arrays, sha256: str | None = None) -> None:
@@ -25,26 +25,36 @@ class Verified:
         self.source, self.arrays, self.known = source, arrays, sha256
 
     def __enter__(self) -> Verified:
-        pool = ThreadPoolExecutor(2, thread_name_prefix="jft-weights")
-        self.checked = pool.submit(self.arrays.verify)
-        self.hashed: Future[str] = pool.submit(lambda: self.known or self.source.sha256())
-        pool.shutdown(wait=False)
+        self.pool = ThreadPoolExecutor(2, thread_name_prefix="jft-weights")
+        self.checked = self.pool.submit(self.arrays.verify)
+        self.hashed: Future[str] | None = None
+        if self.source.card is not None:
+            self.hashed = self._hash()
         return self
 
+    def _hash(self) -> Future[str]:
+        return self.pool.submit(lambda: self.known or self.source.sha256())
+
     def __exit__(self, kind: Any, error: Any, _: Any) -> None:
-        if error is None or isinstance(error, WeightsError):
-            self.checked.result()
-            if self.source.card is not None:
-                check_card(self.source, self.sha256())
+        try:
+            if error is None or isinstance(error, WeightsError):
+                self.checked.result()
+                if self.hashed is not None:
+                    check_card(self.source, self.sha256())
+            if error is None:
+                self.hashed = self.hashed or self._hash()
+        finally:
+            self.pool.shutdown(wait=False)
 
     @property
     def sha256(self) -> Callable[[], str]:
         """What waits for the hash of the source; it raises a WeightsError if a file is gone."""
-        hashed, text = self.hashed, self.source.text
+        text = self.source.text
 
         def wait() -> str:
+            assert self.hashed is not None, "the leaves are not there yet"
             try:
-                return hashed.result()
+                return self.hashed.result()
             except OSError as error:
                 raise WeightsError(f"source {text!r}: {error.strerror or error}") from error
 
