@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -97,7 +97,6 @@ def block_index(name: str) -> int:
     return int(name.rpartition("_")[2])
 
 
-def growing(rate: float, block: int, blocks: int | Sequence[Any]) -> float:
+def growing(rate: float, block: int, blocks: int) -> float:
     """The rate of a block where that of the last is `rate` and it grows linearly from 0."""
-    count = blocks if isinstance(blocks, int) else len(blocks)
-    return rate * block / max(count - 1, 1)
+    return rate * block / max(blocks - 1, 1)
