@@ -1,7 +1,6 @@
 """ViT weights as Google saved them, npz in Flax's names: the same model as Hugging Face's names."""
 
 import functools
-import importlib.util
 import json
 
 import jax
@@ -13,11 +12,9 @@ from safetensors.numpy import load_file
 from test_convert import assert_bitwise, tiny
 
 from jft.errors import WeightsError
-from jft.tree import flatten
 from jft.weights import naming as namings
 from jft.weights.convert import load_pretrained
 from jft.weights.export import export_weights, write_random
-from jft.weights.source import resolve
 
 ARGS = {"epsilon": 1e-6, "gelu": "tanh", "depth": 2}
 HEADS, WIDTH = 4, 32
@@ -229,30 +226,3 @@ def test_exports_are_in_hugging_faces_names_with_the_epsilon_and_gelu_that_were_
     config = json.loads((out / "config.json").read_text())
     assert config["layer_norm_eps"] == 1e-6 and config["hidden_act"] == "gelu_new"
     assert json.loads((out / "jft.json").read_text())["table"] == 0
-
-
-@pytest.mark.parity
-@pytest.mark.skipif(not importlib.util.find_spec("timm"), reason="timm is not installed")
-def test_timm_reads_the_same_arrays_from_the_same_file(tmp_path, model):
-    """timm's own npz reader, whose fused matrices are taken apart again here."""
-    import torch
-    from timm.models.vision_transformer import VisionTransformer
-
-    _, arrays = hugging_face(tmp_path, model)
-    source = npz(tmp_path, as_flax(arrays))
-    theirs = VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=WIDTH, depth=2, num_heads=HEADS, num_classes=5,
-        mlp_ratio=2, act_layer=lambda: torch.nn.GELU(approximate="tanh"),
-    ).eval()  # fmt: skip
-    theirs.load_pretrained(str(resolve(source).path))
-    ours, _ = load_pretrained(model, source)
-    flat = flatten(ours["params"])
-    for i in range(2):
-        fused = theirs.blocks[i].attn.qkv.weight.detach().numpy()
-        parts = [flat[f"blocks_{i}/attn/{part}/kernel"].T for part in ("query", "key", "value")]
-        np.testing.assert_array_equal(fused, np.concatenate(parts))
-    image = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
-    with torch.no_grad():
-        wanted = theirs(torch.from_numpy(image.transpose(0, 3, 1, 2))).numpy()
-    found = jax.jit(model.apply)(ours, image)
-    assert np.abs(found - wanted).max() / max(1, np.abs(wanted).max()) <= 1e-5
