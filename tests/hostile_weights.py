@@ -26,8 +26,14 @@ Arrays = dict[str, np.ndarray]
 FORMATS = ("safetensors", "npz", "torch-zip", "torch-legacy")
 CUTS = 50  # random places of each file
 FEW_SWAPS = 1  # partners of each tensor in the short form
-# Of the models, the smallest that have every kind of leaf: a family of each naming style.
-MODELS = {"vit_tiny": {"depth": 1}, "efficientnet_tiny": {}}
+# Of the models, the smallest that have every kind of leaf, {variant: (arguments, naming style)}:
+# one chain of blocks, one with statistics, and one of timm's whose query, key and value are one
+# tensor and whose blocks are counted by stages.
+MODELS: dict[str, tuple[dict[str, Any], int]] = {
+    "vit_tiny": ({"depth": 1}, 0),
+    "efficientnet_tiny": ({}, 0),
+    "swin_tiny": ({"depths": (1, 2)}, 1),
+}
 
 
 def file_cases() -> Iterator[tuple[str, Files]]:
@@ -182,11 +188,14 @@ def _model(name: str) -> tuple[Any, Files]:
     import tempfile
 
     from jft.models.zoo import make_model
-    from jft.weights.random_weights import write_random
+    from jft.weights.convert import load_pretrained
+    from jft.weights.export import export_weights
 
-    model = make_model(name=name, args=MODELS[name], num_classes=5)
+    args, table = MODELS[name]
+    model = make_model(name=name, args=args, num_classes=5)
+    variables, _ = load_pretrained(model, "random:0")
     with tempfile.TemporaryDirectory() as folder:
-        write_random(model, folder, seed=0)
+        export_weights(model, variables, folder, table=table)
         return model, {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 

@@ -411,6 +411,17 @@ def timm_convnext_stages(model):
     return found | {"norm": ("head.fc", "in", same)}
 
 
+def torchvision_convnext_stages(model):
+    found, block = {"stem": ("features.0", "out", last)}, 0
+    for s, stage in enumerate(list(model.features)[1::2]):
+        if s:
+            found[f"down_{s}"] = (f"features.{2 * s}", "out", last)
+        for b in range(len(stage)):
+            found[f"blocks_{block}"] = (f"features.{2 * s + 1}.{b}", "out", last)
+            block += 1
+    return found | {"norm": ("classifier.2", "in", same)}
+
+
 CONVNEXT = {
     "timm-convnext": Case(
         "timm.create_model('convnext_tiny', depths=(1, 2, 1, 1), dims=(12, 20, 24, 36), "
@@ -426,6 +437,19 @@ CONVNEXT = {
         (2, 64, 64, 3),
         small=r"stem\.0\..*",
     ),
+    **{
+        f"torchvision-convnext-{len(sizes)}": Case(
+            "torchvision.models.ConvNeXt([torchvision.models.convnext.CNBlockConfig(*sizes) for "
+            f"sizes in {sizes}], num_classes={CLASSES})",
+            torchvision_convnext_stages,
+            (2, side, side, 3),
+            small=r"features\.0\.0\..*",
+        )
+        for side, *sizes in (
+            (70, (12, 20, 1), (20, 24, 2), (24, 36, 1), (36, None, 1)),
+            (45, (16, 24, 2), (24, None, 1)),
+        )
+    },
 }
 
 # --- CLIP and SigLIP --------------------------------------------------------------------------

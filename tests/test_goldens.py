@@ -95,6 +95,13 @@ TWINS = {
         "convnextv2_tiny",
         {"depths": (1, 1, 2, 1), "widths": (8, 16, 24, 40), "final_epsilon": 1e-6},
     ),
+    "torchvision-convnext-4": Twin(
+        "convnext_tiny",
+        {"depths": (1, 2, 1, 1), "widths": (12, 20, 24, 36), "final_epsilon": 1e-6},
+    ),
+    "torchvision-convnext-2": Twin(
+        "convnext_tiny", {"depths": (2, 1), "widths": (16, 24), "final_epsilon": 1e-6}
+    ),
     "timm-clip-exact": Twin("clip_tiny", _VIT_45 | {"gelu": "exact", "pooling": "cls"}),
     "timm-clip-quick-mean": Twin("clip_tiny", _VIT_32 | {"gelu": "quick", "pooling": "mean"}),
     "timm-siglip-probe": Twin("siglip_tiny", _VIT_45 | {"gelu": "exact", "pooling": "probe"}),
@@ -175,6 +182,7 @@ def distances(name, variables, changed=()):
 _LONG = (
     *("timm-efficientnet-lite-symmetric", "torchvision-efficientnet-3", "timm-deit3"),
     *("torchvision-vit-32", "torchvision-swin-whole", "torchvision-resnet-basic"),
+    "torchvision-convnext-4",
 )
 
 
@@ -262,6 +270,9 @@ WRONG = {
         "final epsilon": {"final_epsilon": 1e-2},
         "gelu": {"gelu": "tanh"},
         "layers": functools.partial(swap, parts=("stages.1.blocks.0", "stages.1.blocks.1")),
+    },
+    "torchvision-convnext-2": {
+        "layers": functools.partial(swap, parts=("features.1.0.block", "features.1.1.block")),
     },
     "timm-convnextv2": {
         "response": functools.partial(swap, parts=("mlp.grn.weight", "mlp.grn.bias")),
@@ -380,6 +391,10 @@ PUBLISHED = {
                 ("base", "b"),
                 ("large", "l"),
             )
+        },
+        **{
+            f"torchvision/convnext_{size}": (f"convnext_{size[0]}", _FINAL_SIX)
+            for size in ("tiny", "small", "base", "large")
         },
     },
     "clip": {

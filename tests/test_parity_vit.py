@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from parity import (
     HIDDEN,
+    KL,
     LOGITS,
     assert_parity,
     distance,
+    kl,
     pictures,
     randomise,
     torch_images,
@@ -291,13 +293,10 @@ def test_a_fine_tuned_model_loads_strictly_and_gives_the_same_logits(name, tmp_p
     assert distance(jax.jit(model.apply)(variables, x), wanted) <= LOGITS
 
 
-@pytest.mark.parametrize("kind", ["vit", "teacher"])
-def test_bfloat16_stays_near_in_the_probabilities(kind, tmp_path):
-    peer = peer_of(kind)
+def test_bfloat16_of_two_heads_stays_near_in_the_probabilities(tmp_path):
+    peer = peer_of("teacher")
     model, variables, _ = ours(peer, tmp_path, dtype="bfloat16")
     x = pictures(47, count=16)
     with torch.no_grad():
-        wanted = torch.log_softmax(peer(torch_images(x)).logits.double(), 1).numpy()
-    found = np.asarray(jax.nn.log_softmax(jax.jit(model.apply)(variables, x)), np.float64)
-    divergence = (np.exp(wanted) * (wanted - found)).sum(axis=1).mean()
-    assert 0 < divergence <= 1e-2
+        wanted = peer(torch_images(x)).logits.numpy()
+    assert 0 < kl(jax.jit(model.apply)(variables, x), wanted) <= KL

@@ -16,8 +16,6 @@ from parity import (
 from jft.models.zoo import make_model
 from jft.weights.convert import load_pretrained
 
-# The most that bfloat16 may move the predicted distribution, in nats.
-DIVERGENCE = 1e-2
 SWAPS = {"query and key": ("query", "key"), "key and value": ("key", "value")}
 
 
@@ -49,12 +47,6 @@ def mutated(variables, mutant):
         attn[one], attn[other] = attn[other], attn[one]
         params["blocks_1"] = {**params["blocks_1"], "attn": attn}
     return {"params": params}
-
-
-def divergence(logits, wanted):
-    """The largest Kullback-Leibler divergence of a row's prediction from the wanted one."""
-    ours, theirs = (jax.nn.log_softmax(jnp.asarray(x, jnp.float32)) for x in (logits, wanted))
-    return float(jnp.max(jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1)))
 
 
 def fine_tuned(model, variables, image_size, steps=3):
