@@ -62,12 +62,12 @@ _SMALL = (
 )
 SIZES = {
     "smoke": Size(
-        (Workload("vit_s16", 64, 4, 12),),
+        (Workload("vit_tiny", 32, 4, 4),),
         Measuring(0.2, 1, peers=("naive",)),
         shares=(0.0, 0.5, 1.0),
         presets=(
             Workload("vit_tiny", 16, 4, 2, (("depth", 2),)),
-            Workload("efficientnet_lite0", 32, 4, 16, LITE),
+            Workload("efficientnet_lite_tiny", 32, 4, 4, LITE),
         ),
         preset_steps=12,
         run=("linear_probe", "lp_ft"),

@@ -91,8 +91,8 @@ PHASES = ("head", "half", "all")
 LITE = (("dropout_rate", 0.0), ("drop_path_rate", 0.0))
 SUITES: dict[str, tuple[Workload, ...]] = {
     "smoke": (
-        Workload("vit_s16", 64, 4, 12),
-        Workload("efficientnet_lite0", 64, 8, 16, LITE),
+        Workload("vit_tiny", 32, 4, 4),
+        Workload("efficientnet_lite_tiny", 32, 4, 4, LITE),
     ),
     "cpu": (
         Workload("vit_s16", 224, 8, 12),
