@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jft.errors import ConfigError
+from jft.errors import ConfigError, WeightsError
 from jft.models.layers import GELUS
 from jft.models.own_config import config_of
 from jft.models.zoo import list_models, make_model, model_args
 from jft.weights.agreement import stated_fields
+from jft.weights.convert import load_pretrained
+from jft.weights.export import export_weights
 from jft.weights.naming import abstract_leaves
 from jft.weights.source import Source
 
@@ -78,6 +80,52 @@ def same_function(*models):
     variables = jax.eval_shape(models[0].init, jax.random.key(0), image)
     first, second = (str(jax.make_jaxpr(model.apply)(variables, image)) for model in models)
     return first == second
+
+
+@pytest.mark.parametrize("variant", list_models("*_tiny"))
+def test_a_class_of_transformers_is_named_beside_its_own_names_alone(variant):
+    """It would load other names without an error, and start from random numbers."""
+    model = make_model(name=variant, args=GIVEN.get(variant, {}), num_classes=3)
+    titles = [
+        table.title
+        for table in model.family.tables
+        if table.writes(model) and "architectures" in config_of(model, table)
+    ]
+    assert all(title.startswith("Hugging Face") for title in titles)
+
+
+# Two that the family offers: that of Hugging Face's classifier, and another.
+POOLINGS = {
+    "vit_tiny": ("cls", "mean"),
+    "dinov2_tiny": ("cls+mean", "cls"),
+    "clip_tiny": ("mean", "cls"),
+    "siglip_tiny": ("mean", "probe"),
+}
+
+
+@pytest.mark.parametrize("names_alone", [False, True])
+@pytest.mark.parametrize("variant", POOLINGS)
+def test_a_head_is_kept_only_behind_the_pooling_that_it_read(tmp_path, variant, names_alone):
+    def model_with(pooling):
+        args = {"depth": 1, "pooling": pooling}
+        return make_model(name=variant, args=args, num_classes=3)
+
+    first, other = map(model_with, POOLINGS[variant])
+    variables, _ = load_pretrained(first, "random:0")
+    out = export_weights(first, variables, tmp_path / "out")
+    for file in out.glob("*.json") if names_alone else ():
+        file.unlink()
+    load_pretrained(first, f"file:{out}")
+    if names_alone and variant == "clip_tiny":  # names of two classes, one without a classifier
+        _, report = load_pretrained(other, f"file:{out}")
+        assert any("do not say pooling: taken to be 'cls'" in note for note in report.notes)
+        return
+    # SigLIP's shows by its leaves.
+    with pytest.raises(WeightsError, match="pooling|missing"):
+        load_pretrained(other, f"file:{out}")
+    if variant in ("vit_tiny", "dinov2_tiny"):
+        _, report = load_pretrained(other, f"file:{out}", fresh=["head/.*"], key=jax.random.key(0))
+        assert report.paths("fresh") == ["head/bias", "head/kernel"]
 
 
 @pytest.mark.parametrize("variant", list_models("*_tiny"))

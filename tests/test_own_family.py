@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import jft
 from jft.cli import main
 from jft.errors import ConfigError, WeightsError
 from jft.models import family_files, zoo
-from jft.models.family_files import file_hashes, read_family
+from jft.models.family_files import file_hashes, read_families, read_family
 from jft.models.zoo import FAMILIES, make_model
 from jft.tree import flatten
 from jft.weights.export import write_random
@@ -108,6 +109,22 @@ def test_the_environment_names_files_for_every_verb(file, tmp_path):
     env["JFT_FAMILIES"] = str(tmp_path / "none.py")
     code, _, error = fault_run.finish("models", "patch*", env=env)
     assert code == 2 and error.count("\n") == 1 and "no such file" in error
+
+
+def test_two_files_of_one_family_are_refused(file, tmp_path, monkeypatch):
+    other = tmp_path / "other.py"
+    other.write_text(file.read_text())
+    monkeypatch.setenv(family_files.VARIABLE, f"{file}{os.pathsep}{file}")
+    assert len(read_families()) == 1, "the same file twice is no contradiction"
+    monkeypatch.setenv(family_files.VARIABLE, f"{file}{os.pathsep}{other}")
+    with pytest.raises(ConfigError, match=r"other.py both define 'patchnet'"):
+        read_families()
+
+
+def test_faults_that_fail_are_told_as_the_familys(family, monkeypatch):
+    monkeypatch.setitem(FAMILIES, family.name, dataclasses.replace(family, faults=lambda *_: 1 / 0))
+    with pytest.raises(ConfigError, match="'patchnet': its faults fail: ZeroDivisionError"):
+        make_model(name="patchnet_tiny", num_classes=3)
 
 
 def test_what_a_run_depended_on_names_the_files(file, monkeypatch):

@@ -63,10 +63,15 @@ def test_the_image_size_that_a_config_states_is_the_models(tmp_path, title):
     (match,) = recognise(source, arrays)
     assert match.variant == "vit_tiny" and match.args["image_size"] == 36
     assert recognised_model(source, arrays).preprocess.image_size == 36
-    (tmp_path / "out" / "config.json").unlink()
-    source = resolve(f"file:{tmp_path / 'out'}")
-    model = recognised_model(source, arrays)
+    out = tmp_path / "out"
+    (out / "config.json").unlink()
+    model = recognised_model(resolve(f"file:{out}"), arrays)
     assert model.preprocess.image_size == 32, "derived, the variant's own is as good"
+    processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 36, "width": 36}}
+    (out / "preprocessor_config.json").write_text(json.dumps(processor))
+    assert recognised_model(resolve(f"file:{out}"), arrays).preprocess.image_size == 36
+    (out / "jft.json").write_text(json.dumps({"model_args": {"image_size": 37}}))
+    assert recognised_model(resolve(f"file:{out}"), arrays).preprocess.image_size == 37
 
 
 def test_a_network_without_positions_has_the_size_that_timm_states(tmp_path):

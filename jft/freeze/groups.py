@@ -13,6 +13,8 @@ COMMON_SETS = (
     ("norm", r"(.*/)?(norm|bn|ln|\w+Norm_)\w*/(scale|bias)"),
     ("batch_norm", r"(.*/)?(bn|BatchNorm_)\w*/(scale|bias)"),
 )
+# Sets of all leaves, or of nearly all.
+WHOLE = ("all", "above")
 _INDEX = re.compile(r"(?P<name>\w+)\[(?P<index>[^\]]*)\]")
 
 
@@ -48,9 +50,9 @@ class Groups:
             return self.members[atom]
         if found := _INDEX.fullmatch(atom):
             return self._numbered(found["name"], found["index"], atom, what)
-        raise ConfigError(
-            f"{what}: no group {atom!r}{nearest(atom, self.members)}; {self._names()}"
-        )
+        # None of these is what a slip of the pen meant, and all would train.
+        near = nearest(atom, [name for name in self.members if name not in WHOLE])
+        raise ConfigError(f"{what}: no group {atom!r}{near}; {self._names()}")
 
     def _numbered(self, name: str, index: str, atom: str, what: str) -> frozenset[str]:
         if name not in self.counts:
@@ -145,7 +147,7 @@ def make_groups(
             raise ConfigError(
                 f"freeze.groups: {name!r} should be a letter, then letters, digits and _"
             )
-        if name in groups or name in ("all", "above"):
+        if name in groups or name in WHOLE:
             raise ConfigError(f"freeze.groups: {name!r} is already a group of this model")
         groups[name] = select(paths, pattern, f"freeze.groups.{name}")
     groups["all"] = frozenset(paths)

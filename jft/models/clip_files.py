@@ -9,18 +9,15 @@ from typing import Any
 import numpy as np
 
 from jft.errors import WeightsError
+from jft.models.hf_style import GELU_NAMES, HF_DEFAULTS, hf_fields, hf_gelu, hf_kind
 from jft.models.table import Entry, Table
 from jft.models.timm_style import is_timm, timm_architecture, timm_config
 from jft.models.timm_tower import TIMM_ENTRIES, timm_args, timm_fields, timm_size
-from jft.models.transformer import (
-    GELU_NAMES,
-    dense_entries,
-    fused_entries,
-    hf_gelu,
-    norm_entries,
-)
+from jft.models.transformer import HEADS_UNSAID, dense_entries, fused_entries, norm_entries
 
 _TIMM_EPSILON = 1e-5
+# What names and shapes leave open.
+_UNSAID = (("gelu", "'quick' of OpenAI, 'exact' of most others"), HEADS_UNSAID)
 _LAYER = "{p}encoder.layers.{i}"
 # The encoder in the names of Hugging Face's CLIP, which its SigLIP shares.
 HF_BLOCKS = (
@@ -62,24 +59,26 @@ def tower_config(model: Any) -> dict[str, Any]:
     }
 
 
-def tower_fields(config: Mapping[str, Any], kinds: tuple[str, ...], gelu: str) -> dict[str, Any]:
+def tower_fields(
+    config: Mapping[str, Any], kinds: tuple[str, ...], gelu: str, epsilon: float
+) -> dict[str, Any]:
     """The module fields that a Hugging Face config.json of a tower or a whole model fixes.
 
     Args:
       config: its content.
       kinds: known values of model_type.
       gelu: hidden_act where none is written.
+      epsilon: layer_norm_eps where none is written.
 
     Raises:
       WeightsError: the kind or the activation is not known.
     """
-    kind = config.get("model_type", kinds[0])
-    if kind not in kinds:
-        raise WeightsError(f"model_type {kind!r} of the source is none of {', '.join(kinds)}")
+    hf_kind(config, *kinds)
     # Old files of whole models repeat under the second name what differs from the defaults.
     parts = [config.get(name) for name in ("vision_config", "vision_config_dict")]
     tower = {k: v for part in parts if part for k, v in part.items()} if any(parts) else config
-    fields = {ours: tower[theirs] for theirs, ours in _HF_FIELDS.items() if theirs in tower}
+    named = {name: config[name] for name in ("model_type",) if name in config}
+    fields = hf_fields(named | tower, _HF_FIELDS, HF_DEFAULTS | {"epsilon": epsilon})
     return fields | {"gelu": hf_gelu(tower, gelu)}
 
 
@@ -117,7 +116,7 @@ def variant_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
         pooled = {"pooling": "cls", "projection": config.get("projection_dim", 512)}
     else:
         pooled = {}
-    return tower_fields(config, ("clip", "clip_vision_model"), "quick_gelu") | pooled
+    return tower_fields(config, ("clip", "clip_vision_model"), "quick_gelu", 1e-5) | pooled
 
 
 def _in_transformers(model: Any) -> bool:
@@ -159,6 +158,11 @@ HF_TABLE = Table(
     title="Hugging Face",
     head_fields=("pooling", "projection"),
     headless=(r"text_model\..*", r"visual_projection\.weight"),
+    unsaid=(
+        *_UNSAID,
+        ("epsilon", "1e-5 in most"),
+        ("pooling", "'mean' of transformers' classifier"),
+    ),
     constants=_constants,
     exported=lambda model: _in_transformers(model) or not _in_timm(model),
 )
@@ -212,6 +216,8 @@ TIMM_TABLE = Table(
     title="timm",
     config=_timm_config,
     fields=_timm_fields,
+    implies=(("epsilon", _TIMM_EPSILON),),
+    unsaid=(*_UNSAID, ("pooling", "'cls' in most; 'mean' of global_pool='avg'")),
     antialias=True,
     head_fields=("pooling", "projection"),
     exported=_in_timm,
@@ -248,7 +254,7 @@ OPENAI_TABLE = Table(
     ),
     prefixes=("visual.",),
     headless=(r"visual\.proj",),
-    unsaid=(("gelu", "'quick' of OpenAI, 'exact' of most others"),),
+    unsaid=_UNSAID,
     antialias=True,  # in OpenCLIP
     title="OpenAI and OpenCLIP",
     exported=False,

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from jft.errors import WeightsError
+from jft.models.hf_style import GELU_NAMES, hf_gelu, hf_kind
+from jft.models.own_config import own_config
 from jft.models.table import Entry, Table
 from jft.models.timm_style import is_timm, renamed, timm_architecture, timm_config
-from jft.models.transformer import GELU_NAMES, dense_entries, hf_gelu, norm_entries
+from jft.models.transformer import dense_entries, norm_entries
 
 # What timm and the original always have.
 _IMPLIED = (("final_epsilon", 1e-6), ("gelu", "exact"))
@@ -160,6 +162,7 @@ TORCHVISION_TABLE = Table(
     ),
     implies=_IMPLIED,
     title="torchvision",
+    config=own_config,
     exported=_in_torchvision,
 )
 TABLES = (_hf_table(False), _hf_table(True), TIMM_TABLE, ORIGINAL_TABLE, TORCHVISION_TABLE)
@@ -206,10 +209,10 @@ def variant_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     if is_timm(config):
         return _timm_fields(config)
+    kind = hf_kind(config, "convnext", "convnextv2")
     found = {ours: config[theirs] for theirs, ours in _HF_FIELDS.items() if theirs in config}
     fields = {name: _tupled(value) for name, value in found.items()} | {"gelu": hf_gelu(config)}
-    kind = config.get("model_type")
-    if kind is not None:
+    if "model_type" in config:
         second = kind == "convnextv2"
         fields["response_norm"] = second
         fields["layer_scale"] = not second and config.get("layer_scale_init_value", 1e-6) > 0

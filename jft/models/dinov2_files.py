@@ -8,15 +8,10 @@ from typing import Any
 import numpy as np
 
 from jft.errors import WeightsError
+from jft.models.hf_style import GELU_NAMES, HF_DEFAULTS, hf_fields, hf_gelu, hf_kind
 from jft.models.table import Entry, Table
-from jft.models.timm_style import is_timm, timm_architecture, timm_config
-from jft.models.transformer import (
-    GELU_NAMES,
-    dense_entries,
-    fused_entries,
-    hf_gelu,
-    norm_entries,
-)
+from jft.models.timm_style import TIMM_GELUS, is_timm, renamed, timm_architecture, timm_config
+from jft.models.transformer import HEADS_UNSAID, dense_entries, fused_entries, norm_entries
 
 
 def gated_features(features: int, ratio: float) -> int:
@@ -24,6 +19,9 @@ def gated_features(features: int, ratio: float) -> int:
     return (int(int(features * ratio) * 2 / 3) + 7) // 8 * 8
 
 
+# What stands right before the head, and may be another before another head.
+_HEAD_FIELDS = ("pooling",)
+_HF_UNSAID = (("epsilon", "1e-6 in most"), ("gelu", "'exact' in most"), HEADS_UNSAID)
 _ATTENTION = tuple(f"blocks_{{i}}/attn/{part}" for part in ("query", "key", "value"))
 _GATED = ("blocks_{i}/mlp/gate", "blocks_{i}/mlp/up")
 _LAYER = "{p}encoder.layer.{i}"
@@ -85,6 +83,9 @@ HF_TABLE = Table(
     ignore=(r"(dinov2\.)?embeddings\.mask_token",),
     prefixes=("dinov2.", ""),
     title="Hugging Face",
+    head_fields=_HEAD_FIELDS,
+    head_implies=(("pooling", "cls+mean"),),
+    unsaid=_HF_UNSAID,
     exported=_in_transformers(registers=False),
 )
 HF_REGISTERS_TABLE = Table(
@@ -93,6 +94,9 @@ HF_REGISTERS_TABLE = Table(
     prefixes=("dinov2_with_registers.", ""),
     title="Hugging Face, with registers",
     antialias=True,
+    head_fields=_HEAD_FIELDS,
+    head_implies=(("pooling", "cls+mean"),),
+    unsaid=_HF_UNSAID,
     exported=_in_transformers(registers=True),
     constants=_mask_token,
 )
@@ -143,6 +147,8 @@ TIMM_TABLES = tuple(
         ignore=("mask_token",),  # files of the original without registers have timm's names
         title="timm",
         implies=_implied(gated),
+        head_fields=_HEAD_FIELDS,
+        unsaid=(("pooling", "'cls' in most, 'mean' of global_pool='avg'"), HEADS_UNSAID),
         antialias=True,
         config=lambda model: _timm_config(model),
         exported=lambda model: _in_timm(model.module),
@@ -155,6 +161,8 @@ ORIGINAL_TABLES = tuple(
         ignore=("mask_token",),
         title="the original",
         implies=_implied(gated),
+        head_fields=_HEAD_FIELDS,
+        unsaid=(HEADS_UNSAID,),
         antialias=True,  # in the models with registers, which only these names tell apart
         exported=False,
     )
@@ -205,7 +213,8 @@ def variant_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     if is_timm(config):
         return _timm_fields(config)
-    fields = {ours: config[theirs] for theirs, ours in _HF_FIELDS.items() if theirs in config}
+    hf_kind(config, "dinov2", "dinov2_with_registers")
+    fields = hf_fields(config, _HF_FIELDS, HF_DEFAULTS | {"epsilon": 1e-6})
     if "model_type" in config:
         fields["registers"] = int(config.get("num_register_tokens", 4 * _registers(config)))
     if "features" in fields and "mlp_ratio" in config:
@@ -231,6 +240,12 @@ _TIMM_FIELDS = {
     "reg_tokens": "registers",
     "qkv_bias": "qkv_bias",
 }
+# Arguments that are looked at by themselves, and those that play no part in the function.
+_TIMM_OTHERS = dict.fromkeys(
+    ("mlp_ratio", "no_embed_class", "global_pool", "fc_norm", "init_values", "act_layer")
+    + ("img_size", "dynamic_img_size", "dynamic_img_pad", "strict_img_size"),
+    "",
+)
 
 
 def _timm_config(model: Any) -> dict[str, Any]:
@@ -259,9 +274,13 @@ def _timm_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     name, args = timm_architecture(config)
     if not name.endswith("_dinov2"):
         raise WeightsError(f"timm's {name} is no DINOv2")
-    fields: dict[str, Any] = {ours: args[o] for o, ours in _TIMM_FIELDS.items() if o in args}
+    fields: dict[str, Any] = renamed(args, _TIMM_FIELDS | _TIMM_OTHERS, f"timm's {name}")
     fields["gated"] = "_giant_" in name
     fields |= _implied(fields["gated"])
+    if "act_layer" in args and not fields["gated"]:
+        if args["act_layer"] not in TIMM_GELUS:
+            raise WeightsError(f"timm's {name} with act_layer {args['act_layer']!r} is not known")
+        fields["gelu"] = TIMM_GELUS[args["act_layer"]]
     fields["registers"] = args.get("reg_tokens", 4 if "_reg4_" in name else 0)
     fields["class_position"] = not args.get("no_embed_class", "_reg4_" in name)
     if "mlp_ratio" in args and "features" in fields:

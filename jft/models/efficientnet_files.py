@@ -7,6 +7,7 @@ from typing import Any
 
 from jft.errors import WeightsError
 from jft.models.convnet import COUNTERS, norm_entries
+from jft.models.hf_style import hf_kind
 from jft.models.mbconv import (
     B0_BLOCKS,
     TORCH_ENTRIES,
@@ -56,6 +57,7 @@ TORCH_TABLE = Table(
     ignore=TORCH_IGNORE,
     exported=_pads_otherwise,
     title="EfficientNet-PyTorch",
+    config=own_config,
 )
 
 _BLOCK = "{p}encoder.blocks.{i}"
@@ -131,6 +133,7 @@ def variant_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       WeightsError: it tells of a network that this family has not.
     """
+    hf_kind(config, "efficientnet")
     fields = {ours: config[theirs] for theirs, ours in _FIELDS.items() if theirs in config}
     if config.get("hidden_act", "swish") not in ("swish", "silu"):
         raise WeightsError(f"hidden_act {config['hidden_act']!r} of the source is not swish")

@@ -23,6 +23,22 @@ def family_files() -> list[Path]:
     return [Path(name).expanduser() for name in names if name.strip()]
 
 
+def read_families() -> list[Family]:
+    """The families of all files that JFT_FAMILIES names.
+
+    Raises:
+      ConfigError: a file cannot be read, or two define a family of one name.
+    """
+    found: dict[str, tuple[Path, Family]] = {}
+    for path in family_files():
+        family = read_family(path)
+        other = found.get(family.name, (path,))[0]
+        if other.resolve() != path.resolve():
+            raise ConfigError(f"{VARIABLE}: {other} and {path} both define {family.name!r}")
+        found[family.name] = path, family
+    return [family for _, family in found.values()]
+
+
 def read_family(path: Path) -> Family:
     """Executes a Python file and returns its FAMILY.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from jft.errors import WeightsError, nearest
 from jft.models.convnet import COUNTERS, norm_entries
+from jft.models.hf_style import hf_kind
 from jft.models.table import Entry, Table
 from jft.models.timm_style import is_timm, renamed, timm_architecture, timm_config
 
@@ -111,6 +112,7 @@ def variant_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     if is_timm(config):
         return _timm_fields(config)
+    hf_kind(config, "resnet")
     fields = {ours: config[theirs] for theirs, ours in _HF_FIELDS.items() if theirs in config}
     for name in ("widths", "depths"):
         if name in fields:

@@ -8,10 +8,11 @@ from typing import Any
 
 from jft.errors import WeightsError
 from jft.models.clip_files import HF_BESIDE, HF_BLOCKS, tower_config, tower_fields
+from jft.models.hf_style import GELU_NAMES
 from jft.models.table import Entry, Table
 from jft.models.timm_style import is_timm, timm_architecture, timm_config
 from jft.models.timm_tower import TIMM_ENTRIES, timm_args, timm_fields, timm_size
-from jft.models.transformer import GELU_NAMES, dense_entries, fused_entries, norm_entries
+from jft.models.transformer import HEADS_UNSAID, dense_entries, fused_entries, norm_entries
 from jft.models.vit_files import flax_attention, flax_entries, flax_table
 
 _NAFLEX = "siglip2"
@@ -51,7 +52,7 @@ def variant_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
             "not offered here; files of a fixed resolution are, as google/siglip2-base-patch16-224"
         )
     kinds = ("siglip", "siglip_vision_model")
-    fields = tower_fields(config, kinds, "gelu_pytorch_tanh")
+    fields = tower_fields(config, kinds, "gelu_pytorch_tanh", 1e-6)
     if (config.get("architectures") or [""])[0] == "SiglipForImageClassification":
         fields["pooling"] = "mean"
     return fields
@@ -86,6 +87,7 @@ HF_TABLE = Table(
     title="Hugging Face",
     head_fields=("pooling",),
     headless=(r"text_model\..*",),
+    unsaid=(("gelu", "'tanh' in most"), ("epsilon", "1e-6 in most"), HEADS_UNSAID),
     exported=lambda model: model.module.pooling == "mean" or not _in_timm(model),
 )
 
@@ -148,6 +150,11 @@ TIMM_TABLE = Table(
     title="timm",
     config=_timm_config,
     fields=_timm_fields,
+    implies=(("epsilon", _TIMM_EPSILON),),
+    unsaid=(
+        ("gelu", "timm has 'tanh' for base_patch32, so400m_patch16, giantopt, else 'exact'"),
+        HEADS_UNSAID,
+    ),
     head_fields=("pooling",),
     headless=(r"text\..*",),
     antialias=True,

@@ -8,15 +8,11 @@ from typing import Any
 import numpy as np
 
 from jft.errors import WeightsError
+from jft.models.hf_style import GELU_NAMES, hf_gelu, hf_kind
+from jft.models.own_config import own_config
 from jft.models.table import Entry, Table
 from jft.models.timm_style import is_timm, renamed, timm_architecture, timm_config
-from jft.models.transformer import (
-    GELU_NAMES,
-    dense_entries,
-    fused_entries,
-    hf_gelu,
-    norm_entries,
-)
+from jft.models.transformer import dense_entries, fused_entries, norm_entries
 from jft.models.windows import relative_index, window_and_shift
 
 _PARTS = tuple(f"blocks_{{i}}/attn/{part}" for part in ("query", "key", "value"))
@@ -163,6 +159,7 @@ TORCHVISION_TABLE = Table(
     ),
     ignore=_BUFFERS,
     title="torchvision",
+    config=own_config,
     exported=_in_torchvision,
     constants=_relative_positions,
 )
@@ -205,6 +202,7 @@ def variant_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     if is_timm(config):
         return _timm_fields(config)
+    hf_kind(config, "swin")
     fields = {ours: config[theirs] for theirs, ours in _HF_FIELDS.items() if theirs in config}
     return _typed(fields) | {"gelu": hf_gelu(config)}
 

@@ -193,6 +193,8 @@ class Table:
         when the head is made anew, and belong to no leaf otherwise.
       implies: (module field, value) pairs that hold for whatever is saved under such names, where
         no config.json says so.
+      head_implies: (module field, value) pairs that hold besides for what a head under such names
+        reads, unless the head is made anew.
       unsaid: (module field, what it may be) where neither names nor shapes say what is computed: a
         config.json has to, or the model's own is taken and the report says so.
       exported: whether weights that were read under these names are exported under them, or a
@@ -207,7 +209,7 @@ class Table:
         no head does, the head is made anew.
       antialias: whether the code that reads these names antialiases position embeddings when it
         resizes them.
-      head_fields: those of `fields` that tell only what stands right before the head; with a head
+      head_fields: those fields that tell only what stands right before the head; with a head
         made anew the model may have others.
     """
 
@@ -217,6 +219,7 @@ class Table:
     head: str = r"head/.*"
     before_head: tuple[str, ...] = ()
     implies: tuple[tuple[str, object], ...] = ()
+    head_implies: tuple[tuple[str, object], ...] = ()
     unsaid: tuple[tuple[str, str], ...] = ()
     exported: bool | Callable[[Any], bool] = True
     title: str = ""

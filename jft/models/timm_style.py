@@ -53,6 +53,8 @@ def to_timm(preprocess: Preprocess) -> dict[str, Any]:
     }
 
 
+# timm's act_layer -> Tower.gelu.
+TIMM_GELUS = {"gelu": "exact", "gelu_tanh": "tanh", "quick_gelu": "quick"}
 # Arguments that say nothing of the function: they stand in the arrays, or matter in training. timm
 # writes the first two beside every model.
 _IDLE = ("in_chans", "num_classes", "bn_momentum", "drop_path_rate")

@@ -7,8 +7,8 @@ from typing import Any
 
 from jft.errors import WeightsError
 from jft.models.table import Entry
-from jft.models.timm_style import renamed
-from jft.models.transformer import TIMM_GELUS, dense_entries, fused_entries, norm_entries
+from jft.models.timm_style import TIMM_GELUS, renamed
+from jft.models.transformer import dense_entries, fused_entries, norm_entries
 
 _BLOCK = "{p}blocks.{i}"
 _ATTENTION = tuple(f"blocks_{{i}}/attn/{part}" for part in ("query", "key", "value"))

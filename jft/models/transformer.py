@@ -7,14 +7,12 @@ scale of Touvron et al. 2021 (https://arxiv.org/abs/2103.17239) and the gated ML
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jft.errors import WeightsError
 from jft.models.conv import patch_conv
 from jft.models.family import range_faults
 from jft.models.layers import (
@@ -298,25 +296,5 @@ SETS = (
     ("mlp", r".*/mlp/.*"),
     ("position", r"embed/pos_embedding"),
 )
-# timm's act_layer -> Tower.gelu.
-TIMM_GELUS = {"gelu": "exact", "gelu_tanh": "tanh", "quick_gelu": "quick"}
-# config.json's hidden_act -> Tower.gelu, and back.
-HF_GELUS = {
-    "gelu": "exact",
-    "gelu_new": "tanh",
-    "gelu_pytorch_tanh": "tanh",
-    "quick_gelu": "quick",
-}
-GELU_NAMES = {"exact": "gelu", "tanh": "gelu_new", "quick": "quick_gelu"}
-
-
-def hf_gelu(config: Mapping[str, Any], usual: str = "gelu") -> str:
-    """The `Tower.gelu` of a config.json of Hugging Face's; `usual` where it has no hidden_act.
-
-    Raises:
-      WeightsError: it has one that is not among HF_GELUS.
-    """
-    form = config.get("hidden_act", usual)
-    if form not in HF_GELUS:
-        raise WeightsError(f"hidden_act {form!r} of the source is none of {', '.join(HF_GELUS)}")
-    return HF_GELUS[form]
+# For `Table.unsaid`: no name and no shape of torch's tells the number of heads.
+HEADS_UNSAID = ("heads", "a 64th of the width in most")

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jft.models.hf_style import GELU_NAMES, HF_DEFAULTS, hf_fields, hf_gelu, hf_kind
 from jft.models.table import Entry, Table
 from jft.models.timm_style import is_timm
-from jft.models.transformer import GELU_NAMES, dense_entries, hf_gelu, norm_entries
+from jft.models.transformer import HEADS_UNSAID, dense_entries, norm_entries
 from jft.models.vit_timm import (
     DEIT3_TABLE,
     HEAD_FIELDS,
@@ -49,6 +50,14 @@ _HF_FORM = {
 }
 
 
+# What a file without a config.json leaves open.
+HF_UNSAID = (
+    ("epsilon", "1e-12 in most"),
+    ("gelu", "'exact' in most"),
+    HEADS_UNSAID,
+)
+
+
 def _in_transformers(tokens: bool, heads: bool) -> Callable[[Any], bool]:
     form = _HF_FORM | {"distillation_token": tokens, "distillation_head": heads}
     return lambda model: all(getattr(model.module, name) == form[name] for name in form)
@@ -66,6 +75,8 @@ def _hf_table(prefix: str, title: str, *further: Entry, tokens: bool, heads: boo
         head_fields=HEAD_FIELDS,
         headless=(r"decoder\..*",),
         implies=token + head,
+        head_implies=(("pooling", "cls"), ("norm_pooled", False)),
+        unsaid=HF_UNSAID,
         title=title,
         exported=_in_transformers(tokens, heads),
     )
@@ -155,6 +166,8 @@ AUGREG_TABLE = flax_table(
     "MultiHeadDotProductAttention_1",
     "LayerNorm_2",
     "MlpBlock_3",
+    head_fields=HEAD_FIELDS,
+    head_implies=(("pooling", "cls"), ("norm_pooled", False)),
     title="vision_transformer (AugReg)",
 )
 # Those of https://github.com/google-research/big_vision, whose modules count anew by kind. A class
@@ -166,6 +179,8 @@ BIG_VISION_TABLE = flax_table(
     "MlpBlock_0",
     ignore=(r"opt/.*",),
     prefixes=("params/", ""),
+    head_fields=HEAD_FIELDS,
+    unsaid=(("pooling", "'cls' where it has a class token, 'mean' in most others"),),
     title="big_vision",
 )
 TABLES = (
@@ -224,8 +239,8 @@ def variant_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
         return torchvision_fields(config)
     if is_timm(config):
         return timm_fields(config)
-    fields = {ours: config[theirs] for theirs, ours in _HF_FIELDS.items() if theirs in config}
-    if config.get("model_type") == "deit":
+    fields = hf_fields(config, _HF_FIELDS, HF_DEFAULTS | {"epsilon": 1e-12})
+    if hf_kind(config, "vit", "deit", "vit_mae") == "deit":
         fields["distillation_token"] = True
     if config.get("architectures"):
         fields["distillation_head"] = _TEACHER in config["architectures"]

@@ -8,8 +8,8 @@ from typing import Any
 
 from jft.errors import WeightsError
 from jft.models.table import Entry, Table
-from jft.models.timm_style import renamed, timm_architecture, timm_config
-from jft.models.transformer import TIMM_GELUS, dense_entries, fused_entries, norm_entries
+from jft.models.timm_style import TIMM_GELUS, renamed, timm_architecture, timm_config
+from jft.models.transformer import HEADS_UNSAID, dense_entries, fused_entries, norm_entries
 
 _QKV = tuple(f"blocks_{{i}}/attn/{part}" for part in ("query", "key", "value"))
 _BLOCK = "blocks.{i}"
@@ -254,6 +254,10 @@ TIMM_TABLE = _table(
     "norm",
     _LAYER_SCALES,
     title="timm",
+    unsaid=(
+        ("pooling", "'cls' in most; 'mean' of global_pool='avg' with fc_norm=False"),
+        HEADS_UNSAID,
+    ),
     exported=lambda model: _in_timm(model.module) and not model.module.norm_pooled,
 )
 # The last norm is named by its place: before the mean or after it.
@@ -263,6 +267,14 @@ TIMM_POOLED_TABLE = _table(
     title="timm, norm after the mean",
     exported=lambda model: _in_timm(model.module) and model.module.norm_pooled,
     implies=(("norm_pooled", True),),
+    unsaid=(HEADS_UNSAID,),
 )
 # DeiT III's own files, https://github.com/facebookresearch/deit.
-DEIT3_TABLE = _table("norm", ("gamma_1", "gamma_2"), title="DeiT III's original", exported=False)
+DEIT3_TABLE = _table(
+    "norm",
+    ("gamma_1", "gamma_2"),
+    title="DeiT III's original",
+    head_implies=(("pooling", "cls"), ("norm_pooled", False)),
+    unsaid=(HEADS_UNSAID,),
+    exported=False,
+)

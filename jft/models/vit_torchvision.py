@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jft.models.table import Entry, Table
-from jft.models.transformer import dense_entries, fused_entries, norm_entries
+from jft.models.transformer import HEADS_UNSAID, dense_entries, fused_entries, norm_entries
 
 _QKV = tuple(f"blocks_{{i}}/attn/{part}" for part in ("query", "key", "value"))
 _LAYER = "encoder.layers.encoder_layer_{i}"
@@ -70,6 +70,9 @@ def _table(fc1: str, fc2: str, title: str) -> Table:
         ),
         before_head=(r"heads\.pre_logits\..*",),
         implies=(("epsilon", 1e-6), ("gelu", "exact")),
+        head_fields=("pooling", "norm_pooled", "distillation_head"),
+        head_implies=(("pooling", "cls"), ("norm_pooled", False)),
+        unsaid=(HEADS_UNSAID,),
         title=title,
         config=_config,
         exported=_in_torchvision,

@@ -25,7 +25,7 @@ from jft.models import (
     vit,
 )
 from jft.models.family import Family, Preprocess
-from jft.models.family_files import family_files, read_family
+from jft.models.family_files import read_families
 from jft.models.layers import Training
 
 FAMILIES: dict[str, Family] = {
@@ -185,10 +185,22 @@ def make_model(*, name: str, args: Mapping[str, Any] | None = None, num_classes:
     if image_size < 1:
         raise ConfigError(f"model.args.image_size: must be above 0, not {image_size}")
     module = family.module(**{**family.variants[name], **changed, "num_classes": num_classes})
-    for argument, fault in family.faults(module, image_size).items():
+    for argument, fault in _faults(family, module, image_size).items():
         raise ConfigError(f"model.args.{argument}: {fault}")
     values = preprocess.to_dict() | {"image_size": image_size}
     return Model(module, family, name, num_classes, Preprocess.from_dict(values))
+
+
+def _faults(family: Family, module: nn.Module, image_size: int) -> Mapping[str, str]:
+    try:
+        return family.faults(module, image_size)
+    except Exception as error:
+        if family.name in _BUILT_IN:
+            raise
+        text = " ".join(str(error).split())
+        raise ConfigError(
+            f"family {family.name!r}: its faults fail: {type(error).__name__}: {text}"
+        ) from error
 
 
 def model_args(name: str) -> dict[str, Any]:
@@ -229,5 +241,5 @@ def _dtype(key: str, value: Any) -> Any:
     return dtype
 
 
-for _file in family_files():
-    add_family(read_family(_file))
+for _family in read_families():
+    add_family(_family)

@@ -32,7 +32,9 @@ def check_card(source: Source, sha256: str) -> None:
         raise WeightsError(f"{source.files[0]}: damaged or replaced, jft.json has another SHA-256")
 
 
-def stated_fields(family: Any, source: Source, table: Table) -> dict[str, Any]:
+def stated_fields(
+    family: Any, source: Source, table: Table, headless: bool = False
+) -> dict[str, Any]:
     """The module fields that a source fixes: by its config.json, else by the names of its arrays.
 
     Raises:
@@ -44,7 +46,7 @@ def stated_fields(family: Any, source: Source, table: Table) -> dict[str, Any]:
         raise WeightsError(
             f"source {source.text!r}: its config.json does not fit: {error}"
         ) from error
-    fields = dict(table.implies) | found
+    fields = dict(table.implies) | ({} if headless else dict(table.head_implies)) | found
     for name, value in fields.items():
         if not _sensible(value):
             raise WeightsError(
@@ -88,7 +90,7 @@ def check_fields(model: Any, source: Source, table: Table, headless: bool = Fals
     family = getattr(model, "family", None)
     if family is None:
         return []
-    fields = stated_fields(family, source, table)
+    fields = stated_fields(family, source, table, headless)
     wrong = {
         name: (value, getattr(model.module, name))
         for name, value in fields.items()
@@ -101,7 +103,7 @@ def check_fields(model: Any, source: Source, table: Table, headless: bool = Fals
             f"names of {table.title} do not say {name}: taken to be "
             f"{getattr(model.module, name)!r}, as model.args.{name} has it ({choices})"
             for name, choices in table.unsaid
-            if name not in fields
+            if name not in fields and not (headless and name in table.head_fields)
         ]
     where = "its config.json has" if source.config is not None else "weights so named have"
     theirs = " and ".join(f"{name} = {value!r}" for name, (value, _) in wrong.items())

@@ -13,11 +13,14 @@ from jft.errors import WeightsError
 from jft.models.family import CHOICES, Preprocess, adapt_preprocess
 from jft.weights.json_values import RefusedError, Values, is_number
 from jft.weights.processor_classes import class_of
-from jft.weights.processor_file import LEAST_FRACTION, from_hugging_face
+from jft.weights.processor_file import LEAST_FRACTION, from_hugging_face, processed_side
 from jft.weights.processor_file import to_hugging_face as to_hugging_face
+from jft.weights.resize import stated_size
 from jft.weights.source import Source
 from jft.weights.timm_pixels import from_timm, pretrained_cfg
 from jft.weights.torchvision_pixels import preset_of
+
+_MOST_PIXELS = 2048  # a side that is believed
 
 
 def source_preprocess(source: Source, own: Preprocess) -> tuple[Preprocess, list[str]]:
@@ -53,6 +56,18 @@ def source_preprocess(source: Source, own: Preprocess) -> tuple[Preprocess, list
         raise WeightsError(f"{source.text}: {file}: {error}") from error
     except (TypeError, ValueError, KeyError, OverflowError) as error:
         raise WeightsError(f"{source.text}: {file} is malformed: {error}") from error
+
+
+def stated_side(source: Source) -> int | None:
+    """Side of the square images that a source states, in pixels, where it can be believed.
+
+    In its config.json; where that has none, in the card of an export or the processor's file.
+    """
+    config, card = source.config or {}, (source.card or {}).get("model_args")
+    sizes = [stated_size(about) for about in (config, card) if isinstance(about, Mapping)]
+    side = processed_side(source.preprocess or {}, config.get("model_type"))
+    height, width = next((size for size in sizes if size), (side, side))
+    return height if height == width and 0 < height <= _MOST_PIXELS else None
 
 
 def _from_card(content: Mapping[str, object]) -> Preprocess:

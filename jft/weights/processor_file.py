@@ -194,6 +194,19 @@ def _square_side(key: str, value: Any) -> int:
     raise wrong(key, value, f"a number of pixels{shortest}, or equal height and width")
 
 
+def processed_side(content: Mapping[str, Any], model_type: Any = None) -> int:
+    """Side in pixels of the square that a processor's file makes of a picture; 0 if it says none.
+
+    `crop_pct` beside a `size` keeps the latter.
+    """
+    try:
+        values = Values(content, DEFAULTS.get(class_of(content, model_type) or "", ALL))
+        crop = _crop(values) if values.get("crop_pct") is None else None
+        return crop or (_size(values, square=True)[1] if values.given("size") else 0)
+    except (RefusedError, TypeError, ValueError, OverflowError):
+        return 0
+
+
 def to_hugging_face(
     preprocess: Preprocess, model_type: str | None = None, prefer: str | None = None
 ) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from jft.models.table import Table
 from jft.models.zoo import FAMILIES, Model, make_model, model_args
 from jft.weights import naming as namings
 from jft.weights.agreement import stated_fields
-from jft.weights.resize import stated_size
+from jft.weights.preprocessing import stated_side
 from jft.weights.source import Source
 
 CLASSES = 1000  # where no head says how many there are
@@ -28,10 +28,9 @@ _LEAVES = 20_000
 _SIDE = 4_096  # of an image or a grid, where no tensor is as large
 _CHANNELS = 3
 _PREFIX = ("cls_token", "dist_token", "registers")  # [1, count, D], beside the position embeddings
-_MOST_PIXELS = 2048  # a side that is believed
 # Fields by which a family's variants are told apart: one that is asked for by name keeps its own.
 _SIZES = re.compile(
-    r"(\w+_)?(features|widths?|depths?|heads|blocks|registers)|divisor|patch|projection"
+    r"(?!symmetric_)(\w+_)?(features|widths?|depths?|heads|blocks|registers)|divisor|patch|projection"
     r"|bottleneck|gated|layer_scale|response_norm"
 )
 
@@ -52,7 +51,7 @@ class Match:
       fields: module fields that the source states.
       variant: whose leaves have just these shapes; None where none has.
       args: what `make_model` must be given for that, beside the name and the classes.
-      stated_size: side of the images that the source's config.json states.
+      stated_size: side of the images that the source's files state.
       refusal: why the family does not have what the source's config.json tells of; None where it
         does, or where there is none.
       reason: what the nearest variant has otherwise, where no variant has just these shapes.
@@ -208,7 +207,8 @@ def _match(family: Family, table: Table, source: Source, arrays: Mapping[str, np
     ignored = sum(not table.knows(name, prefix) for name in left)
     fields, refusal = {}, None
     try:
-        fields = stated_fields(family, source, table)
+        headless = not any(re.fullmatch(table.head, path) for path in shapes)
+        fields = stated_fields(family, source, table, headless)
     except WeightsError as error:
         about = f"source {source.text!r}: "
         refusal = about + str(error).removeprefix(about)
@@ -224,15 +224,9 @@ def _match(family: Family, table: Table, source: Source, arrays: Mapping[str, np
         shapes,
         frozenset(optional),
         fields,
-        stated_size=_stated_side(source),
+        stated_size=stated_side(source),
         refusal=refusal,
     )
-
-
-def _stated_side(source: Source) -> int | None:
-    """Side of the square images that a source's config.json states, where it can be believed."""
-    height, width = stated_size(source.config or {}) or (0, 0)
-    return height if height == width and 0 < height <= _MOST_PIXELS else None
 
 
 def _with_variants(matches: list[Match]) -> list[Match]:

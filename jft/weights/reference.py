@@ -236,6 +236,8 @@ def _load(source: Source, classes: int | None) -> tuple[Any, list[str]]:
         )
     except Exception as error:  # every kind of complaint about files
         text = " ".join(str(error).split())
+        if "ignore_mismatched_sizes" in text:  # it refers to a table that was printed
+            text = "its config.json and its weights differ in shapes"
         raise WeightsError(f"source {source.text!r}: transformers refuses it: {text}") from error
     return peer.eval(), sorted(map(str, about["missing_keys"]))
 
