@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jft.models.forms import to_jft
+from jft.models.layers import Training
 from jft.tree import flatten, unflatten
 from jft.weights.convert import load_pretrained
 from jft.weights.export import export_weights
@@ -139,10 +140,41 @@ def assert_loads_strictly(model, variables, table, folder, kind=None):
     return wanted
 
 
-def moved(model):
-    """(weights that no initialisation gives, index of their names)."""
-    variables, report = load_pretrained(model, "random:0")
-    return jax.tree.map(lambda leaf: leaf + 0.01, variables), report.table
+def fine_tuned(model, steps=3):
+    """(random weights after a few training steps on all leaves, index of their names).
+
+    Every leaf has moved, statistics too.
+    """
+    start, report = load_pretrained(model, "random:0")
+    x, label = pictures(model.preprocess.image_size, 8), np.arange(8) % model.num_classes
+    state, rngs = Training(jnp.ones(8), jnp.arange(8)), {"dropout": jax.random.key(0)}
+
+    @jax.jit
+    def step(variables):
+        def loss(params):
+            whole = {**variables, "params": params}
+            logits, changed = model.apply(
+                whole, x, training=state, rngs=rngs, mutable=["batch_stats"]
+            )
+            rows = jax.nn.log_softmax(logits)
+            return -jnp.take_along_axis(rows, label[:, None], 1).mean(), changed
+
+        grads, changed = jax.grad(loss, has_aux=True)(variables["params"])
+        params = jax.tree.map(lambda p, g: p - 0.05 * g, variables["params"], grads)
+        return {**variables, **changed, "params": params}
+
+    variables = start
+    for _ in range(steps):
+        variables = step(variables)
+    variables = jax.tree.map(np.asarray, variables)
+    still = [
+        path
+        for kind in start
+        for path, leaf in flatten(variables[kind]).items()
+        if np.array_equal(leaf, flatten(start[kind])[path])
+    ]
+    assert not [path for path in still if not path.endswith("attn/key/bias")], still
+    return variables, report.table
 
 
 def assert_parity(model, variables, x, states, peer_logits):

@@ -105,6 +105,7 @@ def test_python_m_jft_is_the_same_command():
         (["export", "--workdir=w"], "required: --out"),
         (["models", "no_such*"], "no model matches"),
         (["models", "show"], "takes one NAME"),
+        (["models", "show", "vit*"], "jft models list PATTERN"),
         (["models", "list", "a", "b"], "unexpected 'b'"),
         (["models", "show", "vit_b17"], "(did you mean 'vit_"),
         (["weights", "chekc", "x"], "weights check SOURCE"),

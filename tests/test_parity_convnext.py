@@ -10,8 +10,8 @@ from parity import (
     assert_parity,
     convert,
     distance,
+    fine_tuned,
     from_torch,
-    moved,
     pictures,
     randomise,
     saved_names,
@@ -126,4 +126,4 @@ def test_a_channel_that_is_zero_everywhere_has_torchs_gradient():
 @pytest.mark.parametrize("name", ["convnext_tiny", "convnextv2_tiny"])
 def test_a_fine_tuned_export_loads_strictly_in_transformers(name, tmp_path):
     model = make_model(name=name, num_classes=5)
-    assert_loads_strictly(model, *moved(model), tmp_path)
+    assert_loads_strictly(model, *fine_tuned(model), tmp_path)

@@ -8,8 +8,8 @@ from parity import (
     assert_parity,
     convert,
     distance,
+    fine_tuned,
     from_torch,
-    moved,
     pictures,
     randomise,
     saved_names,
@@ -100,4 +100,4 @@ def test_dinov2_mutants_fail(mutant, tmp_path):
 @pytest.mark.parametrize("args", [{}, {"registers": 0}, {"gated": True, "mlp_features": 88}])
 def test_a_fine_tuned_export_loads_strictly_in_transformers(args, tmp_path):
     model = make_model(name="dinov2_tiny", args=args, num_classes=5)
-    assert_loads_strictly(model, *moved(model), tmp_path)
+    assert_loads_strictly(model, *fine_tuned(model), tmp_path)

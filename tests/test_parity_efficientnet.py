@@ -10,8 +10,10 @@ from parity import (
     GRADIENTS,
     HIDDEN,
     LOGITS,
+    assert_loads_strictly,
     convert,
     distance,
+    fine_tuned,
     pictures,
     randomise_with_statistics,
     saved_names,
@@ -220,6 +222,11 @@ def test_efficientnet_mutants_fail(mutant, tmp_path):
     assert distance(found, wanted) > 10 * LOGITS
 
 
+def test_a_fine_tuned_export_loads_strictly_in_transformers(tmp_path):
+    model = make_model(name="efficientnet_tiny", num_classes=5)
+    assert_loads_strictly(model, *fine_tuned(model), tmp_path)
+
+
 def test_efficientnet_that_transformers_saves_is_read_whole_and_exported_back(tmp_path):
     transformers = pytest.importorskip("transformers")
     peer = hugging_face("as TensorFlow")
@@ -245,7 +252,8 @@ def test_efficientnet_that_transformers_saves_is_read_whole_and_exported_back(tm
         assert written[field] == config[field], field
     x = torch_images(pictures(46))
     with torch.no_grad():
-        assert torch.equal(again.eval()(x).logits, peer(x).logits)
+        # The weights are equal bits; torch itself sums in another order now and then.
+        assert distance(again.eval()(x).logits, peer(x).logits) <= 1e-6
 
 
 def test_what_transformers_can_say_and_jft_cannot_is_refused():

@@ -12,8 +12,8 @@ from parity import (
     assert_parity,
     convert,
     distance,
+    fine_tuned,
     from_torch,
-    moved,
     pictures,
     randomise_with_statistics,
     saved_names,
@@ -108,7 +108,7 @@ def test_training_moves_statistics_and_gives_gradients_as_transformers_does(tmp_
     run = jax.jit(jax.grad(loss, has_aux=True))
     gradients, (found, moved) = run(variables["params"])
     assert distance(found, from_torch(logits)) <= LOGITS
-    kinds = {"params": (gradients, "grad"), "batch_stats": (moved, "data")}
+    kinds = {"params": (gradients, "grad"), "batch_stats": (fine_tuned, "data")}
     tensors = dict(peer.named_parameters()) | dict(peer.named_buffers())
     table = model.family.tables[0]
     for kind, (tree, attribute) in kinds.items():
@@ -171,7 +171,7 @@ def test_bfloat16_predicts_the_same(tmp_path):
 )
 def test_a_fine_tuned_export_loads_strictly_in_transformers(args, tmp_path):
     model = make_model(name="resnet_tiny", args=args, num_classes=5)
-    assert_loads_strictly(model, *moved(model), tmp_path)
+    assert_loads_strictly(model, *fine_tuned(model), tmp_path)
 
 
 def test_the_bare_model_that_transformers_saves_is_read_but_for_the_head(tmp_path):

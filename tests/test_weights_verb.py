@@ -42,7 +42,7 @@ def error_of(capsys, *argv, code=2):
         (("diff", "a"), "1 sources given; written jft weights diff A B"),
         (("show", "x", "--model=vit_tiny"), "takes no --model"),
         (("diff", "x", "y", "--stats"), "takes no --stats"),
-        (("convert", "x", "--out=y"), "--model is missing"),
+        (("convert", "random:0", "--out=y"), "--model is missing"),
         (("convert", "x", "--model=vit_tiny"), "--out is missing"),
         (("check", "file:x", "--model=vit_b17"), "(did you mean 'vit_b16'?)"),
     ],
@@ -128,6 +128,25 @@ def test_convert_writes_what_transformers_and_jft_read(capsys, tmp_path):
     assert "not empty" in error_of(
         capsys, "convert", source, "--model=vit_tiny", f"--out={out}", code=4
     )
+
+
+def test_convert_writes_a_size_that_has_no_name(capsys, tmp_path):
+    model = make_model(name="vit_tiny", args={"features": 24, "depth": 2}, num_classes=4)
+    write_random(model, tmp_path / "source", 0)
+    text = run(capsys, "convert", tmp_path / "source", f"--out={tmp_path}/out")
+    assert "100.0 %" in text
+    first, again = (load_file(tmp_path / name / "model.safetensors") for name in ("source", "out"))
+    assert first.keys() == again.keys()
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+
+
+def test_convert_keeps_the_padding_that_a_config_states(capsys, tmp_path):
+    args = {"padding": "fixed", "symmetric_blocks": [1]}
+    model = make_model(name="efficientnet_tiny", args=args, num_classes=4)
+    write_random(model, tmp_path / "source", 0)
+    out = tmp_path / "out"
+    run(capsys, "convert", tmp_path / "source", "--model=efficientnet_tiny", f"--out={out}")
+    assert json.loads((out / "config.json").read_text())["depthwise_padding"] == [1]
 
 
 def test_convert_keeps_channels_image_size_and_the_names_of_the_classes(capsys, tmp_path):

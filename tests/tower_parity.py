@@ -1,13 +1,12 @@
 """What the parity tests of CLIP's and SigLIP's image towers share."""
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from parity import (
     LOGITS,
     assert_loads_strictly,
     convert,
     distance,
+    fine_tuned,
     pictures,
     saved_names,
     torch_images,
@@ -49,30 +48,11 @@ def mutated(variables, mutant):
     return {"params": params}
 
 
-def fine_tuned(model, variables, image_size, steps=3):
-    """The variables after a few steps of gradient descent on all leaves."""
-    x, label = pictures(image_size, 4), np.arange(4) % model.num_classes
-
-    @jax.jit
-    def step(params):
-        def loss(params):
-            rows = jax.nn.log_softmax(model.apply({"params": params}, x))
-            return -jnp.take_along_axis(rows, label[:, None], 1).mean()
-
-        return jax.tree.map(lambda p, g: p - 0.05 * g, params, jax.grad(loss)(params))
-
-    params = variables["params"]
-    for _ in range(steps):
-        params = step(params)
-    return {"params": jax.tree.map(np.asarray, params)}
-
-
 def assert_exports_strictly(tiny, kind, folder):
     """A fine-tuned model in jft's own folder is the same function in transformers."""
     model = make_model(name=tiny, num_classes=5)
-    size = model.preprocess.image_size
-    start, report = load_pretrained(model, "random:0")
-    variables = fine_tuned(model, start, size)
-    wanted = assert_loads_strictly(model, variables, report.table, folder, kind)
-    found = model.apply(start, jnp.asarray(pictures(size)))
+    variables, table = fine_tuned(model)
+    wanted = assert_loads_strictly(model, variables, table, folder, kind)
+    start, _ = load_pretrained(model, "random:0")
+    found = model.apply(start, jnp.asarray(pictures(model.preprocess.image_size)))
     assert distance(found, wanted) > LOGITS, "it was fine-tuned"

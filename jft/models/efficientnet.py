@@ -46,7 +46,8 @@ class EfficientNet(Staged):
         "symmetric" is that of torchvision and of timm's own training: alike on all four sides.
       symmetric_blocks: indices of blocks.
       dropout_rate: before the classifier.
-      drop_path_rate: of the last block; it grows linearly from 0.
+      drop_path_rate: what one block after the last would have, as in the original; it grows
+        linearly from 0.
       norm_momentum: share of the running statistics kept per step.
       norm_epsilon: of every BatchNorm.
       dtype: of activations and products; params and statistics are float32.

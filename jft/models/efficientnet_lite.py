@@ -52,7 +52,8 @@ class EfficientNetLite(Staged):
       padding: of convolutions with a stride. "same" is TensorFlow's, by each input's size;
         "symmetric" is that of timm's own training: alike on all four sides.
       dropout_rate: before the classifier.
-      drop_path_rate: of the last block; it grows linearly from 0.
+      drop_path_rate: what one block after the last would have, as in the original; it grows
+        linearly from 0.
       norm_momentum: share of the running statistics kept per step.
       norm_epsilon: of every BatchNorm.
       dtype: of activations and products; params and statistics are float32.

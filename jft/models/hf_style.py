@@ -31,6 +31,9 @@ def hf_fields(
       defaults: {our name: value} of the class, where the config has a model_type.
     """
     found = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
+    patch = found.get("patch")
+    if isinstance(patch, list | tuple) and len(patch) == 2 and patch[0] == patch[1]:
+        found["patch"] = patch[0]  # some write both sides of the square
     return (dict(defaults) if "model_type" in config else {}) | found
 
 

@@ -12,7 +12,7 @@ from jft.costs.flops import analytic_flops
 from jft.errors import ConfigError, nearest
 from jft.models.family import Facts
 from jft.models.staged import block_index
-from jft.models.zoo import FAMILIES, Model, list_models, make_model
+from jft.models.zoo import Model, list_models, make_model
 from jft.tree import count_bytes, count_params, flatten
 
 CLASSES = 1000  # where no data says how many there are: ImageNet's, as in most published weights
@@ -23,8 +23,8 @@ def models(args: argparse.Namespace) -> None:
     """Names models by shell pattern, lists them as a table, or shows one of them."""
     words = list(args.words)
     action = words.pop(0) if words[:1] in (["list"], ["show"]) else "names"
-    if action == "show" and len(words) != 1:
-        raise ConfigError("jft models show: takes one NAME; jft models lists them")
+    if action == "show" and (len(words) != 1 or any(sign in words[0] for sign in "*?[")):
+        raise ConfigError("jft models show: takes one NAME; jft models list PATTERN lists them")
     if len(words) > 1:
         raise ConfigError(f"jft models: unexpected {words[1]!r}; {_USAGE}")
     if action == "show":
@@ -40,9 +40,10 @@ def _matching(pattern: str) -> list[str]:
     Raises:
       ConfigError: none does; it names the nearest model or family.
     """
-    names = list_models(pattern)
+    names = list_models(pattern) or list_models(pattern.lower())
     if not names:
-        families = [f"{family}*" for family in FAMILIES]
+        stems = (re.sub(r"\d+$", "", name.split("_")[0]) for name in list_models())
+        families = [f"{stem}*" for stem in dict.fromkeys(stems)]
         hint = nearest(re.sub(r"[*?!\[\]]", "", pattern), [*list_models(), *families])
         hint = hint or f"; known: {', '.join(families)}"
         raise ConfigError(f"jft models: no model matches {pattern!r}{hint}")

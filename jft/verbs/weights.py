@@ -107,7 +107,7 @@ def check(args: argparse.Namespace, text: str) -> None:
     if then is not None:
         model, source = certified_model(then, args.against), _resolve(text)
     else:
-        model, text, source = _checked_model(args.model, text)
+        model, text, source = _model_of("check", args.model, text)
     checked = certify(model, text, source)
     print(_model_line(model))
     print(checked.report.text())
@@ -143,7 +143,8 @@ def _how_equal(then: dict[str, Any], now: dict[str, Any]) -> str:
 
 def convert(args: argparse.Namespace, text: str) -> None:
     """Writes a source as safetensors with its config, in the names that the family exports."""
-    model, text, config = _model(args.model, text)
+    model, text, source = _model_of("convert", args.model, text)
+    config = source and source.config
     variables, report = load_pretrained(model, text)
     print(_model_line(model))
     print(report.text())
@@ -182,8 +183,8 @@ ACTIONS = {
     "convert": Action(
         convert,
         1,
-        {"model": True, "out": True, "dtype": False},
-        "convert SOURCE --model=NAME --out=DIR [--dtype=DTYPE]",
+        {"model": False, "out": True, "dtype": False},
+        "convert SOURCE [--model=NAME] --out=DIR [--dtype=DTYPE]",
     ),
     "diff": Action(diff, 2, {"out": False}, "diff A B [--out=FILE]"),
 }
@@ -203,27 +204,22 @@ def _resolve(text: str) -> Source | None:
     return None if text.startswith("random:") else resolve(text)
 
 
-def _checked_model(name: str | None, text: str) -> tuple[Model, str, Source | None]:
-    """(model; source with its commit; files), the model by name or as it is recognised."""
-    if name:
-        model, text, _ = _model(name, text)
-        return model, text, _resolve(text)
+def _model_of(action: str, name: str | None, text: str) -> tuple[Model, str, Source | None]:
+    """(model with a source's classes, image size and channels; the source; its files).
+
+    The model by name, or as it is recognised. A source on a hub comes back with its commit, so that
+    it is asked for no second time.
+    """
+    # A wrong name, before anything is fetched.
+    plain = make_model(name=name, num_classes=CLASSES) if name else None
     source = _resolve(text)
     if source is None:
-        raise ConfigError(f"jft weights check {text}: --model is missing")
-    return recognised_model(source, read(source)), pinned(text, source.revision), source
-
-
-def _model(name: str, text: str) -> tuple[Model, str, dict[str, Any] | None]:
-    """(model with a source's classes, image size and channels; the source; its config.json).
-
-    A source on a hub comes back with its commit, so that it is asked for no second time.
-    """
-    plain = make_model(name=name, num_classes=CLASSES)  # a wrong name, before anything is fetched
-    if text.startswith("random:"):
+        if plain is None:
+            raise ConfigError(f"jft weights {action} {text}: --model is missing")
         return plain, text, None
-    found = resolve(text)
-    return fitting_model(name, found, read(found)), pinned(text, found.revision), found.config
+    arrays = read(source)
+    model = fitting_model(name, source, arrays) if name else recognised_model(source, arrays)
+    return model, pinned(text, source.revision), source
 
 
 def _model_line(model: Model) -> str:
