@@ -2,6 +2,7 @@
 
     python -m benchmarks.families --suite smoke
     python -m benchmarks.families --suite cpu --out benchmarks/results/families_2026-12-01-cpu.json
+    python -m benchmarks.families --suite cpu --only resnet18 --profile
 
 The jft arm is the bare step of `benchmarks.bare` (everything trains, AdamW); the torch arm is the
 class of transformers that loads jft's export, eager, float32, with as many threads. Needs the
@@ -21,6 +22,7 @@ import jax
 
 from benchmarks.bare import Bare
 from benchmarks.run import FLAGS, environment, hardware
+from benchmarks.step_profile import shares_of_jax, shares_of_torch
 from benchmarks.timing import compare, interleave, steps_for, stopwatch
 from benchmarks.workloads import Workload
 from jft.costs import hlo
@@ -56,8 +58,13 @@ SUITES: dict[str, tuple[Workload, ...]] = {
 SIZES = {"smoke": (0.05, 1), "cpu": (1.0, 3)}
 
 
-def measure(workload: Workload, window_seconds: float, blocks: int) -> dict[str, Any]:
-    """Returns one row: raw samples, the ratio, compilation, FLOPs and parameters."""
+def measure(
+    workload: Workload, window_seconds: float, blocks: int, profiled: bool = False
+) -> dict[str, Any]:
+    """Returns one row: raw samples, the ratio, compilation, FLOPs and parameters.
+
+    With `profiled`, also the shares of the step's time by kind of operation.
+    """
     from benchmarks.torch_peer import Torch
 
     model = workload.zoo_model()
@@ -70,6 +77,10 @@ def measure(workload: Workload, window_seconds: float, blocks: int) -> dict[str,
     steps = min(steps_for(window, window_seconds) for window in arms.values())
     samples, busy = interleave(arms, steps, blocks)
     found = compare(samples["jft"], samples["torch"])
+    shares = {}
+    if profiled:
+        shares = {"jft": shares_of_jax(bare.window, bare.compiled)}
+        shares["torch"] = shares_of_torch(arms["torch"])
     return {
         "workload": workload.name,
         "family": model.family.name if model.family else None,
@@ -80,15 +91,18 @@ def measure(workload: Workload, window_seconds: float, blocks: int) -> dict[str,
         **vars(found),
         "compile_seconds": bare.compile_seconds,
         "compiled_flops": hlo.count(bare.compiled).flops,
+        "shares": shares,
     }
 
 
-def run_suite(workloads: Sequence[Workload], window_seconds: float, blocks: int) -> dict[str, Any]:
+def run_suite(
+    workloads: Sequence[Workload], window_seconds: float, blocks: int, profiled: bool = False
+) -> dict[str, Any]:
     """Returns the whole result; a row that fails is kept with its error, later ones still run."""
     seconds, rows = stopwatch(), []
     for workload in workloads:
         try:
-            rows.append(measure(workload, window_seconds, blocks))
+            rows.append(measure(workload, window_seconds, blocks, profiled))
         except Exception as error:  # one broken row must not hide the others
             traceback.print_exc()
             rows.append({"workload": workload.name, "error": repr(error)})
@@ -122,6 +136,13 @@ def table(result: Mapping[str, Any]) -> str:
         cells += [f"{best['torch']:.4g}", f"{row['ratio']:.2f}", f"{row['noise']:.3f}"]
         cells += [f"{row['compiled_flops'] / 1e9:.3g}", f"{row['compile_seconds']:.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
+    profiled = [row for row in good if row["shares"]]
+    if profiled:
+        lines += ["", "| step | arm | where its time goes |", "|---|---|---|"]
+    for row in profiled:
+        for arm, shares in row["shares"].items():
+            parts = ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in shares.items())
+            lines.append(f"| {row['workload']} | {arm} | {parts} |")
     lines += [f"\nfailed: {_line(row)}" for row in result["rows"] if "error" in row]
     return "\n".join(lines)
 
@@ -132,9 +153,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--suite", choices=sorted(SUITES), default="smoke")
     parser.add_argument("--only", metavar="TEXT", default="", help="workloads whose name has it")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default runs/families-SUITE.json")
+    parser.add_argument("--profile", action="store_true", help="shares by kind of operation too")
     args = parser.parse_args(argv)
     workloads = [workload for workload in SUITES[args.suite] if args.only in workload.name]
-    result = run_suite(workloads, *SIZES[args.suite])
+    result = run_suite(workloads, *SIZES[args.suite], args.profile)
     out = args.out or Path("runs") / f"families-{args.suite}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"suite": args.suite, **result}, indent=1) + "\n")
