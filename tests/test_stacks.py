@@ -297,11 +297,11 @@ def test_checkpoints_go_on_in_either_form(tmp_path, data, phases, stop, first):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory, data):
-    """{scan: (run, plans)} of 8 blocks over head, half and all."""
+    """{scan: (run, plans)} of 10 blocks over head, half and all."""
     found = {}
     for scan in (True, False):
-        phases = "head@3 | block[-4:] + final + head@6 | all"
-        args = {"depth": 8, "features": 32, "mlp_features": 64, "patch": 4}
+        phases = "head@3 | block[-5:] + final + head@6 | all"
+        args = {"depth": 10, "features": 32, "mlp_features": 64, "patch": 4}
         config = config_of(data, phases, scan=scan, optim=ADAMW, args=args, augment_flip=False)
         task = make_task(config, [str(at) for at in range(5)], (37, 37, 3))
         run = setup(config, tmp_path_factory.mktemp("built"))
@@ -326,7 +326,7 @@ def test_a_loop_costs_what_the_plan_says(built, compiled, at):
     assert loop.argument_bytes == pytest.approx(plain.argument_bytes, rel=1e-3)
     assert not loop.uncounted and all(trips is not None for _, trips in loop.loops)
     trips = sorted(trips for _, trips in loop.loops)
-    assert trips == [[8], [4, 4, 4], [4, 4, 4, 4]][at]
+    assert trips == [[10], [5, 5, 5], [5, 5, 5, 5]][at]
 
 
 def test_a_frozen_stack_keeps_nothing_for_the_backward_pass(compiled):
