@@ -19,19 +19,19 @@ from jft.train.feed import Feed
 
 pytestmark = pytest.mark.usefixtures("quick")
 
-PHASES = "head@8 | block[-1:] + final + head@12 | all"
+PHASES = "head@16 | block[-1:] + final + head@20 | all"
 LINE = [
     "model.args.depth=2",
     "data.val_fraction=0.02",
     "data.test_fraction=0.02",
     f"freeze.phases={PHASES}",
-    "train.steps=16",
+    "train.steps=24",
     "augment.crop=random_resized",
     "optim.name=sgd",
     "parallel.devices=1",
     "checkpoint.every_steps=3",
     "log.tensorboard=False",
-    "eval.every_steps=8",
+    "eval.every_steps=12",
 ]
 
 
@@ -122,7 +122,7 @@ def test_a_cached_run_equals_the_one_that_takes_the_same_views(tier, uncached, c
     assert_close(run.leaves, uncached, 1e-5)
 
 
-@pytest.mark.parametrize("step", [5, 10])
+@pytest.mark.parametrize("step", [5, 19])
 def test_a_killed_cached_run_keeps_its_choice_and_ends_bitwise_equal(
     step, cached, tmp_path, monkeypatch
 ):
@@ -142,7 +142,7 @@ RULED = [
 ]
 
 
-RULED_LINE = (*FIXED, f"freeze.phases={json.dumps(RULED)}")
+RULED_LINE = (*FIXED, f"freeze.phases={json.dumps(RULED)}", "train.steps=16")
 
 
 @pytest.fixture(scope="module")
@@ -179,43 +179,46 @@ def test_on_without_fixed_views_is_refused_with_what_to_write(tmp_path):
 
 
 def test_phases_with_one_cut_share_their_entries_and_the_decision(tmp_path, messages):
-    phases = "head@4 | head@8 | block[-1:] + final + head@12 | all"
-    fit(run_of(tmp_path, "freeze.views=1", "freeze.cache=auto", f"freeze.phases={phases}"))
+    phases = f"head@4 | {PHASES}"
+    fit(run_of(tmp_path, "freeze.views=2", "freeze.cache=auto", f"freeze.phases={phases}"))
     said = [text for text in messages if text.startswith("cache below")]
-    assert len(said) == 2 and ": yes, " in said[0] and "8 steps save" in said[0]
+    assert len(said) == 2 and ": yes, " in said[0] and "16 steps save" in said[0]
     filled = [text for text in messages if text.startswith("cache filled")]
     assert len(filled) == sum(": yes, " in text for text in said)
 
 
 def test_what_lies_on_the_disk_for_a_shallower_cut_goes_once_the_deeper_is_filled(cached):
-    assert cached("disk").files == [1] * 12 + [0] * 4
+    assert cached("disk").files == [1] * 20 + [0] * 4
 
 
-@pytest.mark.parametrize("mode", ["auto", "on"])
+def full(*_, **__):
+    raise DataError("no space left; or freeze.cache=off with --resume=force")
+
+
+def short(*_, **__):
+    raise MemoryError("3 GiB asked for\nand more")
+
+
 def test_a_cache_that_cannot_be_filled_is_given_up_under_auto(
-    mode, tmp_path, monkeypatch, messages
+    uncached, tmp_path, monkeypatch, messages
 ):
-    def full(*_, **__):
-        raise DataError("no space left; or freeze.cache=off with --resume=force")
-
-    def short(*_, **__):
-        raise MemoryError("3 GiB asked for\nand more")
-
     monkeypatch.setattr("jft.train.inputs.fill_cache", full)
-    phases = "head" if mode == "on" else "head@8 | block[-1:] + final + head"
-    line = ("freeze.views=1", f"freeze.phases={phases}", "train.steps=12")
-    run = run_of(tmp_path / mode, *line, f"freeze.cache={mode}")
-    if mode == "on":
-        with pytest.raises(DataError, match="no space left"):
-            fit(run)
-        monkeypatch.setattr("jft.train.inputs.fill_cache", short)
-        with pytest.raises(DataError, match="^freeze.cache: 3 GiB asked for; auto does without it"):
-            fit(run_of(tmp_path / "short", *line, "freeze.cache=on"))
-        return
-    found = leaves(fit(run))
+    found = leaves(fit(run_of(tmp_path, "freeze.views=2", "freeze.cache=auto")))
     assert [text for text in messages if text.startswith("warning: no cache: no space left")]
-    assert set(fault_run.last_step(tmp_path / mode).info["caches"].values()) == {""}
-    fault_run.assert_same_leaves(found, leaves(fit(run_of(tmp_path / "off", *line))))
+    assert set(fault_run.last_step(tmp_path).info["caches"].values()) == {""}
+    fault_run.assert_same_leaves(found, uncached)
+
+
+@pytest.mark.parametrize(
+    ("fill", "words"),
+    [(full, "no space left"), (short, "^freeze.cache: 3 GiB asked for; auto does without it")],
+)
+def test_a_cache_that_cannot_be_filled_ends_a_run_that_must_have_it(
+    fill, words, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("jft.train.inputs.fill_cache", fill)
+    with pytest.raises(DataError, match=words):
+        fit(run_of(tmp_path, *FIXED, "freeze.phases=head", "train.steps=2"))
 
 
 def test_on_is_refused_for_a_model_that_does_not_run_in_parts(tmp_path, monkeypatch):
@@ -269,13 +272,13 @@ def test_what_is_only_likely_is_neither_kept_nor_told_nor_refused(ruled, monkeyp
 @pytest.mark.parametrize(
     ("tail", "divided"),
     [
-        (["head@15", "block[-1:] + final + head"], [(2,), (2, 6), (2, 4)]),
-        (["block[-1:] + final + head@15", "head"], [(2,), (2, 4), (2, 4, 6)]),
+        (["head@15", "block[-1:] + final + head"], [(2,), (2, 5), (2, 3)]),
+        (["block[-1:] + final + head@15", "head"], [(2,), (2, 3), (2, 3, 5)]),
     ],
 )
 def test_a_resumed_run_divides_the_prefix_as_the_one_that_went_on(tail, divided, tmp_path):
     phases = json.dumps([RULED[0], *tail])
-    line = (DEEP, f"freeze.phases={phases}", "freeze.views=1", "freeze.cache=on")
+    line = (f"freeze.phases={phases}", "model.args.depth=3", "freeze.views=1", "freeze.cache=on")
     live, log, chosen = run_of(tmp_path / "live", *line), [], {}
     for record in ({"step": 3, "entry": 0, "values": {}}, {**FIRST_CUT, "step": 6}):
         at = record["step"] - 3
@@ -306,7 +309,7 @@ def test_a_set_that_is_foreseen_may_have_a_prefix(tmp_path):
 
 
 def test_on_without_fixed_views_is_refused_before_a_rule_has_decided(tmp_path):
-    line = (*AUTOFREEZE, "freeze.cache=on", "train.steps=40")
+    line = (*AUTOFREEZE, "model.args.depth=2", "freeze.cache=on", "train.steps=40")
     with pytest.raises(ConfigError, match="set freeze.views=K or switch augmentation off"):
         fit(run_of(tmp_path, *line))
     assert not list((tmp_path / "checkpoints").glob("*")), "it was to stop before the first save"
