@@ -320,12 +320,11 @@ def test_maps_in_a_row_are_sampled_once_and_in_the_written_order():
     rows, columns = np.mgrid[0:64, 0:64]
     smooth = jnp.float32(np.stack([rows * 3, columns * 2, 128 + rows - columns], -1))
     first, second = geometry.shift(6.0, -3.0), geometry.turn(jnp.float32(0.5))
-    twice = geometry.sample(
-        geometry.sample(smooth, first, "edge", NO_FILL), second, "edge", NO_FILL
-    )
-    once = geometry.sample(smooth, geometry.compose(first, second), "edge", NO_FILL)
+    sample = jax.jit(lambda image, matrix: geometry.sample(image, matrix, "edge", NO_FILL))
+    twice = sample(sample(smooth, first), second)
+    once = sample(smooth, geometry.compose(first, second))
     assert np.abs(twice - once)[20:44, 20:44].max() < 0.05
-    other = geometry.sample(smooth, geometry.compose(second, first), "edge", NO_FILL)
+    other = sample(smooth, geometry.compose(second, first))
     assert np.abs(twice - other)[20:44, 20:44].max() > 1
 
 
@@ -345,10 +344,10 @@ def test_borders_mirror_repeat_or_show_the_fill():
 
 
 def test_hue_is_that_of_colorsys():
-    rng = np.random.default_rng(0)
+    rng, shifted = np.random.default_rng(0), jax.jit(colour.shifted_hue)
     image = np.concatenate([rng.integers(0, 256, (60, 3)), [[7, 7, 7], [255, 0, 0], [0, 0, 0]]])
     for turns in (0.0, 0.1, -0.37, 0.5):
-        got = colour.shifted_hue(jnp.float32(image[None]), jnp.float32(turns))[0]
+        got = shifted(jnp.float32(image[None]), jnp.float32(turns))[0]
         for row, pixel in zip(np.asarray(got), image / 255, strict=True):
             hue, saturation, value = colorsys.rgb_to_hsv(*pixel)
             wanted = colorsys.hsv_to_rgb((hue + turns) % 1, saturation, value)
@@ -357,10 +356,13 @@ def test_hue_is_that_of_colorsys():
     np.testing.assert_array_equal(colour.shifted_hue(still, jnp.float32(0)), still)
 
 
+blurred = jax.jit(colour.blurred, static_argnums=2)
+
+
 @pytest.mark.parametrize("sigma", [0.1, 0.8, 2.0])
 def test_blur_is_a_gaussian(sigma):
     image = np.float32(photo())
-    got = colour.blurred(jnp.asarray(image), jnp.float32(sigma), 6)
+    got = blurred(jnp.asarray(image), jnp.float32(sigma), 6)
     wanted = ndimage.gaussian_filter(image, (sigma, sigma, 0), mode="reflect", radius=(6, 6, 0))
     np.testing.assert_allclose(got, wanted, atol=0.05)
 
@@ -403,7 +405,7 @@ def test_any_number_of_channels_but_colours_need_three():
     grey = photos(2, channels=1)
     run = make_ops("grey(1) | colour(0, 0, 0.9, 0.5)", MEAN)
     assert run is not None
-    np.testing.assert_array_equal(run(grey, keys(2)), grey)
+    np.testing.assert_array_equal(jax.jit(run)(grey, keys(2)), grey)
 
 
 def test_ops_leave_the_draws_of_crop_and_flip_alone():
@@ -444,7 +446,7 @@ def test_ops_see_no_value_beyond_the_range_of_an_image():
     cubic = Preprocess((0.0,), (1.0,), SIDE, 1.0, "bicubic")
     edge = np.zeros((1, 8, 8, 1), np.uint8)
     edge[:, :, 4:] = 255
-    plain = make_keyed_pixels(cubic, flip=False)(edge, keys(1))
+    plain = jax.jit(make_keyed_pixels(cubic, flip=False))(edge, keys(1))
     assert plain.min() < -1 and plain.max() > 256
-    inverted = make_keyed_pixels(cubic, flip=False, ops="invert(1)")(edge, keys(1))
+    inverted = jax.jit(make_keyed_pixels(cubic, flip=False, ops="invert(1)"))(edge, keys(1))
     assert inverted.min() == 0 and inverted.max() == 255

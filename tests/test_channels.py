@@ -141,7 +141,9 @@ def test_preprocessing_is_the_same_for_every_new_channel():
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("channels", [1, 4])
 def test_a_checkpoint_of_three_channels_learns_from_other_numbers_of_bands(tmp_path, channels):
-    model = make_model(name="efficientnet_lite_tiny", num_classes=7)
+    blocks = [[1, 3, 1, 1, 8], [1, 3, 2, 3, 16]]
+    args = {"blocks": blocks, "final_features": 32}
+    model = make_model(name="efficientnet_lite_tiny", args=args, num_classes=7)
     source = write_random(model, tmp_path / "w", 0)
     rng = np.random.default_rng(0)
     label = np.arange(120) % 3
@@ -152,6 +154,8 @@ def test_a_checkpoint_of_three_channels_learns_from_other_numbers_of_bands(tmp_p
         f"data.path={tmp_path}/bands.npz",
         f"data.channels={channels}",
         "data.image_size=16",
+        f"model.args.blocks={blocks}",
+        "model.args.final_features=32",
         "model.args.norm_momentum=0.8",  # 40 steps are too few to average over 100
         f"init.source=file:{source}",
         "freeze.phases=head@10% | all",

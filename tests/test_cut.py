@@ -32,15 +32,22 @@ pytestmark = pytest.mark.usefixtures("quick")
 VIEWS = 2
 LABEL = jax.ShapeDtypeStruct((8,), np.int32)
 MODELS = {"vit_tiny": 3, "efficientnet_lite_tiny": 3}  # with a cut in the middle
+ARGS = {
+    "vit_tiny": {"depth": 3},
+    "efficientnet_lite_tiny": {
+        "blocks": ((1, 3, 1, 1, 8), (1, 5, 2, 2, 8), (1, 3, 1, 2, 8)),
+        "final_features": 16,
+    },
+}
 TIERS = ("device", "host", "disk")
 
 
 @functools.cache
 def made(name):
     """(model, params, statistics): statistics that differ from their initial values."""
-    model = make_model(name=name, num_classes=5)
+    model = make_model(name=name, args=ARGS[name], num_classes=5)
     size = model.preprocess.image_size
-    variables = model.init(jax.random.key(1), jnp.zeros((1, size, size, 3)))
+    variables = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, size, size, 3)))
     params, stats = flatten(variables["params"]), flatten(variables.get("batch_stats", {}))
     rng = np.random.default_rng(0)
     stats = {

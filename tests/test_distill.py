@@ -171,7 +171,8 @@ def test_the_plan_counts_the_teacher_and_the_compiled_step_agrees(folder, tmp_pa
     plain = setup(config_of(), tmp_path / "plain")
     for more in ([], ["optim.sam_rho=0.1"]):
         taught = setup(student(folder, *more), tmp_path / "taught")
-        for phase in taught.phases:
+        # Both passes of the second one are counted alike in every phase: its last will do.
+        for phase in taught.phases[-1:] if more else taught.phases:
             assert taught.plan is not None and plain.plan is not None and taught.inputs is not None
             chosen = taught.inputs.uncached(phase)
             cost = hlo.count(compile_phase(taught, phase)[0])

@@ -85,24 +85,29 @@ def test_a_run_does_not_end_before_every_leaf_of_its_plan_has_begun_to_train():
     assert rule.reason(history([1, 2, 3, 4]), phases)
 
 
-def test_a_run_stops_with_its_best_checkpoint_and_says_so(tmp_path):
-    seen = []
-    outcome = fit(run_of(tmp_path, seen))
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """(directory, outcome, evaluations) of a run that stops early; tests only read it."""
+    workdir, seen = tmp_path_factory.mktemp("stopped"), []
+    return workdir, fit(run_of(workdir, seen)), seen
+
+
+def test_a_run_stops_with_its_best_checkpoint_and_says_so(stopped, tmp_path):
+    workdir, outcome, seen = stopped
     assert (outcome.exit_code, outcome.step, outcome.restored_step) == (0, 16, 8)
-    status = json.loads((tmp_path / "status.json").read_text())
+    status = json.loads((workdir / "status.json").read_text())
     assert status["state"] == "done"
     assert status["exit_reason"].startswith("stopped early: eval/loss did not improve in 2")
     assert seen[-2:] == [("val", 8), ("test", 8)]
-    last = rows(tmp_path)[-2:]
+    last = rows(workdir)[-2:]
     assert (last[0]["step"], last[0]["best/step"], last[0]["best/loss"]) == (16, 8, 2.0)
     assert outcome.metrics["eval/loss"] == outcome.metrics["test/loss"] == 2.0
     straight = fit(run_of(tmp_path / "short", steps=8, stopping=Stopping()))
     assert_same_leaves(outcome, straight)
 
 
-def test_the_best_checkpoint_is_there_however_seldom_the_run_saves(tmp_path):
-    run = run_of(tmp_path)
-    fit(run)
+def test_the_best_checkpoint_is_there_however_seldom_the_run_saves(stopped):
+    run = run_of(stopped[0])
     assert run.checkpoints.steps() == [8, 16] and run.checkpoints.best() == 8
     restored = run.checkpoints.restore()
     assert restored is not None and restored.info["restored_step"] == 8
@@ -111,22 +116,22 @@ def test_the_best_checkpoint_is_there_however_seldom_the_run_saves(tmp_path):
 
 
 @pytest.mark.parametrize("step", [6, 15])
-def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch, step):
-    straight = fit(run_of(tmp_path / "a", save_every_steps=2))
-    killed_at(monkeypatch, run_of(tmp_path / "b", save_every_steps=2), step)
-    resumed = fit(run_of(tmp_path / "b", save_every_steps=2))
+def test_a_killed_run_ends_as_if_it_had_not_been(stopped, tmp_path, monkeypatch, step):
+    workdir, straight, _ = stopped  # which saves at its end alone: saving changes nothing
+    killed_at(monkeypatch, run_of(tmp_path, save_every_steps=2), step)
+    resumed = fit(run_of(tmp_path, save_every_steps=2))
     assert_same_leaves(resumed, straight)
-    assert resumed.restored_step == 8 and rows(tmp_path / "b") == rows(tmp_path / "a")
+    assert resumed.restored_step == 8 and rows(tmp_path) == rows(workdir)
 
 
-def test_a_stopped_run_is_left_as_it_is(tmp_path):
-    first = fit(run_of(tmp_path))
-    written, seen = (tmp_path / "metrics.jsonl").read_bytes(), []
-    again = fit(run_of(tmp_path, seen))
-    assert (tmp_path / "metrics.jsonl").read_bytes() == written and not seen
+def test_a_stopped_run_is_left_as_it_is(stopped):
+    workdir, first, _ = stopped
+    written, seen = (workdir / "metrics.jsonl").read_bytes(), []
+    again = fit(run_of(workdir, seen))
+    assert (workdir / "metrics.jsonl").read_bytes() == written and not seen
     assert_same_leaves(first, again)
     assert again.metrics == first.metrics
-    assert "stopped early" in json.loads((tmp_path / "status.json").read_text())["exit_reason"]
+    assert "stopped early" in json.loads((workdir / "status.json").read_text())["exit_reason"]
 
 
 def test_a_run_that_goes_to_its_end_restores_its_best_where_asked_to(tmp_path):

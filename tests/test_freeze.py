@@ -1,5 +1,7 @@
 """Groups, set expressions, masks and phases."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -192,15 +194,20 @@ def test_the_explain_table_says_where_each_leaf_trains_and_why(groups):
     assert any("blocks_10/attn/bias" in line and r"blocks_(\d+)/.*" in line for line in leaves)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_every_method_fits_every_family(family, method):
+@functools.cache
+def groups_of(family):
     found = FAMILIES[family]
     model = make_model(name=sorted(found.variants)[0], num_classes=3)
     size = model.preprocess.image_size
     image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
     paths = flatten(jax.eval_shape(model.init, jax.random.key(0), image)["params"])
-    groups = make_groups(paths, found.groups, found.sets)
+    return make_groups(paths, found.groups, found.sets)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_method_fits_every_family(family, method):
+    groups = groups_of(family)
     if method == "attention_only" and "attn" not in groups.members:
         with pytest.raises(ConfigError, match="freeze.name: attention_only needs a group 'attn'"):
             phases(groups, name=method)

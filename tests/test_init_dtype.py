@@ -28,16 +28,25 @@ pytestmark = pytest.mark.usefixtures("quick")
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
+class Sources(dict):
+    """{"vit" or "lite": weights in bfloat16}, written at their first use."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __missing__(self, key):
+        name, args, classes = {
+            "vit": ("vit_tiny", {"patch": 4, "image_size": 16, "depth": 2}, 7),
+            "lite": ("efficientnet_lite_tiny", {"image_size": 16}, 10),
+        }[key]
+        model = make_model(name=name, args=args, num_classes=classes)
+        self[key] = write_random(model, self.folder / key, 0, dtype="bfloat16")
+        return self[key]
+
+
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sources")
-    args = {"patch": 4, "image_size": 16, "depth": 2}
-    vit = make_model(name="vit_tiny", args=args, num_classes=7)
-    lite = make_model(name="efficientnet_lite_tiny", args={"image_size": 16}, num_classes=10)
-    return {
-        "vit": write_random(vit, folder / "vit", 0, dtype="bfloat16"),
-        "lite": write_random(lite, folder / "lite", 0, dtype="bfloat16"),
-    }
+def sources(tmp_path_factory, quick):
+    return Sources(tmp_path_factory.mktemp("sources"))
 
 
 def config_of(sources, *changed, model="vit"):

@@ -216,8 +216,7 @@ def test_export_holds_every_leaf_under_the_modules_own_names(trained, tmp_path):
 def test_a_run_of_an_own_module_resumes_bitwise(images, tmp_path, trained):
     config = make_config(images, "freeze.phases=head@2 | all", "checkpoint.every_steps=3")
     whole = jft.fit(jft.setup(config, tmp_path / "whole", model=Switched()))
-    part = tmp_path / "part"
-    jft.fit(jft.setup(config, part, model=Switched()))
+    part = shutil.copytree(tmp_path / "whole", tmp_path / "part")
     shutil.rmtree(part / "checkpoints" / "6")
     resumed = jft.fit(jft.setup(config, part, model=Switched()))
     assert resumed.metrics == whole.metrics
@@ -248,7 +247,7 @@ def test_jfts_batch_norm_in_an_own_module_gives_the_same_on_any_number_of_device
     ends = []
     for devices in (1, 4):
         options = (f"parallel.devices={devices}", "optim.name=sgd", "train.steps=3")
-        config = make_config(images, *options)
+        config = make_config(images, *options, "eval.splits=[]")
         ends.append(jft.fit(jft.setup(config, tmp_path / str(devices), model=Synced())))
     one, four = ({**end.params, **end.model_state} for end in ends)
     for path in one:
@@ -257,7 +256,7 @@ def test_jfts_batch_norm_in_an_own_module_gives_the_same_on_any_number_of_device
 
 @pytest.mark.parametrize("nonfinite", ["stop", "skip"])
 def test_parameters_keep_the_dtype_that_a_module_gives_them(images, tmp_path, nonfinite):
-    options = ("optim.grad_clip_norm=1.0", f"train.nonfinite={nonfinite}")
+    options = ("optim.grad_clip_norm=1.0", f"train.nonfinite={nonfinite}", "eval.splits=[]")
     outcome = jft.fit(jft.setup(make_config(images, *options), tmp_path, model=Bf16()))
     assert outcome.exit_code == 0
     assert {str(leaf.dtype) for leaf in outcome.params.values()} == {"bfloat16"}
@@ -269,7 +268,7 @@ def test_stages_of_an_own_module_give_a_cache_and_what_is_below_the_cut_runs_as_
     ends = {}
     for cache in ("off", "on"):  # "on" refuses a module that cannot run in parts
         options = (f"freeze.cache={cache}", "freeze.views=1", "freeze.phases=head")
-        config = make_config(images, *options)
+        config = make_config(images, *options, "eval.splits=[]")
         ends[cache] = jft.fit(jft.setup(config, tmp_path / cache, model=InParts()))
     for path, leaf in ends["off"].params.items():
         np.testing.assert_allclose(ends["on"].params[path], leaf, rtol=1e-5, err_msg=path)
@@ -307,7 +306,8 @@ def test_statistics_of_one_device_alone_are_refused_in_one_line(images, tmp_path
 
 
 def test_statistics_of_the_whole_batch_are_used_by_auto(images, tmp_path):
-    config = make_config(images, "parallel.devices=2", "parallel.mode=auto", "train.steps=1")
+    options = ("parallel.devices=2", "parallel.mode=auto", "train.steps=1", "eval.splits=[]")
+    config = make_config(images, *options)
     assert jft.fit(jft.setup(config, tmp_path, model=Switched())).exit_code == 0
 
 

@@ -195,8 +195,7 @@ def test_an_export_loads_again_under_the_modules_own_names(trained, images, tmp_
 def test_a_run_of_an_nnx_module_resumes_bitwise(images, tmp_path):
     config = make_config(images, "freeze.phases=head@2 | all", "checkpoint.every_steps=3")
     whole = jft.fit(jft.setup(config, tmp_path / "whole", model=jft.from_nnx(net())))
-    part = tmp_path / "part"
-    jft.fit(jft.setup(config, part, model=jft.from_nnx(net())))
+    part = shutil.copytree(tmp_path / "whole", tmp_path / "part")
     shutil.rmtree(part / "checkpoints" / "6")
     # What is in the run counts, not what the instance holds now.
     resumed = jft.fit(jft.setup(config, part, model=jft.from_nnx(net(3))))
@@ -214,17 +213,25 @@ def test_a_constructor_gives_fresh_weights_by_the_seed_of_the_config(images, tmp
     assert any(not np.array_equal(one[path], start(2, Net)[path]) for path in one)
 
 
+def end_of(images, workdir, mode, devices):
+    """{path: leaf} after two steps without dropout."""
+    options = (f"parallel.devices={devices}", f"parallel.mode={mode}", "train.steps=2")
+    config = make_config(images, *options, "optim.name=sgd", "eval.splits=[]")
+    end = jft.fit(jft.setup(config, workdir, model=jft.from_nnx(net(dropout=0.0))))
+    return {**end.params, **end.model_state}
+
+
+@pytest.fixture(scope="module")
+def on_one_device(images, tmp_path_factory):
+    return end_of(images, tmp_path_factory.mktemp("one"), "pmap", 1)
+
+
 @pytest.mark.parametrize("mode", ["pmap", "shard_map", "auto"])
 def test_batch_norm_of_an_nnx_module_gives_the_same_on_any_number_of_devices(
-    images, tmp_path, mode
+    images, on_one_device, tmp_path, mode
 ):
-    ends = []
-    for devices in (1, 4):
-        options = (f"parallel.devices={devices}", f"parallel.mode={mode}", "train.steps=2")
-        config = make_config(images, *options, "optim.name=sgd", "eval.splits=[]")
-        module = jft.from_nnx(net(dropout=0.0))
-        ends.append(jft.fit(jft.setup(config, tmp_path / str(devices), model=module)))
-    one, four = ({**end.params, **end.model_state} for end in ends)
+    one, four = on_one_device, end_of(images, tmp_path, mode, 4)
+    assert one.keys() == four.keys()
     for path in one:
         np.testing.assert_allclose(one[path], four[path], rtol=1e-5, atol=1e-6, err_msg=path)
 
@@ -341,9 +348,9 @@ def test_gradients_are_those_of_nnx_itself():
         out, _ = model.apply(all_of, x, training=training(4), mutable=["batch_stats"])
         return jax.nn.logsumexp(out, 1).sum()
 
-    found = flatten(jax.grad(loss)(variables["params"]))
+    found = flatten(jax.jit(jax.grad(loss))(variables["params"]))
     module.train()
-    grads = nnx.grad(lambda module: jax.nn.logsumexp(module(x), 1).sum())(module)
+    grads = nnx.jit(nnx.grad(lambda module: jax.nn.logsumexp(module(x), 1).sum()))(module)
     wanted = {"/".join(map(str, place)).replace("layers/", "layers_"): np.asarray(value[...])
               for place, value in nnx.to_flat_state(grads)}  # fmt: skip
     assert found.keys() == wanted.keys()

@@ -136,11 +136,10 @@ def test_an_empty_batch_changes_nothing():
 BATCHES = [make_batch(seed=i, padding=3 if i % 2 else 0) for i in range(3)]
 
 
-@pytest.mark.parametrize("devices", [2, 8])
-def test_device_counts_agree_with_dropout_augmentation_and_batchnorm(devices):
+def test_device_counts_agree_with_dropout_augmentation_and_batchnorm():
     parts, params, stats = make_parts(dropout=0.3, augment=True)
-    one = measure(parts, params, stats, BATCHES)
-    assert worst(measure(parts, params, stats, BATCHES, devices=devices), one) < 1e-5
+    one, two, eight = (measure(parts, params, stats, BATCHES, devices=n) for n in (1, 2, 8))
+    assert worst(two, one) < 1e-5 and worst(eight, one) < 1e-5
 
 
 def test_micro_batches_agree_with_whole_ones_without_batchnorm():
@@ -184,7 +183,7 @@ def test_the_same_batch_twice_is_drawn_anew():
 
 
 def test_a_probe_changes_and_consumes_nothing():
-    parts, params, stats = make_parts(dropout=0.3)
+    parts, params, stats = make_parts(dropout=0.3, augment=True)
     parallel = make_parallel(devices=2)
     placed = parallel.place((params, stats))
     make_probe(parts, parallel, params, ALL).measure(*placed, 0, BATCHES)
@@ -194,7 +193,7 @@ def test_a_probe_changes_and_consumes_nothing():
 
 
 def test_some_leaves_have_the_same_signals_as_among_all_without_batchnorm():
-    parts, params, stats = make_parts(norm=False)
+    parts, params, stats = make_parts(norm=False, dropout=0.3, augment=True)
     full = measure(parts, params, stats, BATCHES)
     paths = ["blocks_0/conv/kernel", "head/bias"]
     part = measure(parts, params, stats, BATCHES, paths=paths)
@@ -230,7 +229,7 @@ def test_batchnorm_uses_batch_moments_only_where_its_parameters_are_asked_for(pa
         logits, _ = net.apply(tree, images, training=training, mutable=["batch_stats"])
         return jnp.sum(parts.loss(logits, batch["label"]) * batch["mask"]) / 13
 
-    wanted = jax.grad(loss)({path: params[path] for path in live})
+    wanted = jax.jit(jax.grad(loss))({path: params[path] for path in live})
     for path in live:
         assert found.elements["grad_abs"][path] == pytest.approx(
             np.abs(wanted[path]), rel=1e-4, abs=1e-6

@@ -1,5 +1,7 @@
 """Two passes and noise: as written by hand, over the whole batch, on what trains alone."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,11 +52,19 @@ def test_a_step_is_the_two_passes_written_by_hand(phases, in_parts):
     assert all(np.array_equal(before[path], trainer.leaves()[path]) for path in frozen)
 
 
+NOISY = dict(dropout=0.3, augment=True, optim=SGD, sam_rho=RHO, grad_noise=0.01, ema_decay=0.9)
+
+
+@functools.cache
+def on_one_device():
+    trainer = Trainer(**NOISY)
+    trainer.run(batches(10))
+    return trainer
+
+
 @pytest.mark.parametrize("mode", ["shard_map", "auto"])
 def test_devices_change_nothing_with_both_passes_noise_and_batchnorm(mode):
-    kw = dict(dropout=0.3, augment=True, optim=SGD, sam_rho=RHO, grad_noise=0.01, ema_decay=0.9)
-    one, many = Trainer(**kw), Trainer(mode=mode, devices=8, **kw)
-    one.run(batches(10))
+    one, many = on_one_device(), Trainer(mode=mode, devices=8, **NOISY)
     many.run(batches(10))
     assert worst(many.leaves(), one.leaves()) < 1e-5
     pairs = [leaf for leaf in one.state.averages["params"].values()]
