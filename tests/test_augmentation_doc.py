@@ -61,6 +61,9 @@ def test_a_run_with_all_that_its_commands_set_costs_what_was_planned(folder, cap
     lines = [shlex.split(line)[1:] for line in COMMANDS]
     flags = [flag for line in lines for flag in line if re.match(r"--config\.(augment|eval)", flag)]
     assert len(flags) == 4
+    beside = {flag.split("=")[0] for line in lines for flag in line if flag not in flags}
+    assert beside == {"train", "eval", "--config", "--workdir", "--split"}
+    assert not re.search(r"^```python", TEXT, re.M), "nothing else runs"
     command = ["train", "--config=configs/digits_vit.py:tiny", "--workdir=runs/all", *flags]
     quick = ["--config.parallel.devices=1", "--config.freeze.phases=all"]
     assert main([*command, *quick]) == 0, capsys.readouterr().err

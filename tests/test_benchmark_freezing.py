@@ -76,6 +76,7 @@ def test_naive_masks_clip_by_the_frozen_gradients_too():
     assert float(optax.tree.get(state, "mu")["head/kernel"][0, 0]) == pytest.approx(1e-4, rel=1e-3)
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_tiny_run_gives_rows_in_which_naive_masks_compute_every_gradient():
     rows = Rows(TINY, Measuring(0.01, 1, peers=("naive",)))
     try:
@@ -214,6 +215,7 @@ def test_the_command_line_narrows_a_size():
     assert (size.measuring.peers, size.measuring.blocks) == (("naive",), 1)
 
 
+@pytest.mark.usefixtures("quick")
 def test_the_loop_closes_what_it_opened_when_it_cannot_start(tmp_path, monkeypatch):
     def fails(*_):
         raise ConfigError("freeze.cache: too small")

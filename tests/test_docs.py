@@ -3,6 +3,7 @@
 A page's blocks share a working directory with configs/, a folder of photos and one new picture.
 A `python` block whose first line is `# NAME.py` becomes that file.
 Lines that start with `jft` run in this process; a block with anything else runs by bash.
+With JFT_FAULTS=short training takes one phase, one device and two blocks, unless a line says more.
 """
 
 import os
@@ -21,7 +22,13 @@ from jft.models.zoo import FAMILIES
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-OWN = {"data", "evaluation", "optimization"}  # their own tests look at what is made, too
+SHORT = os.environ.get("JFT_FAULTS") == "short"
+OWN = {
+    "augmentation",
+    "data",
+    "evaluation",
+    "optimization",
+}  # their own tests look at what is made, too
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
 
 
@@ -54,6 +61,17 @@ def commands_of(block: str) -> list[list[str]] | None:
     return lines if all(words[0] == "jft" for words in lines) else None
 
 
+def fewer(words: list[str]) -> list[str]:
+    """What makes a training command short, but for what the command says itself."""
+    if not SHORT or words[1] != "train":
+        return []
+    more = {"parallel": "parallel.devices=1", "freeze": "freeze.phases=all"}
+    if any("digits_vit" in word for word in words):
+        more["model"] = "model.args.depth=2"
+    said = " ".join(words)
+    return [f"--config.{flag}" for part, flag in more.items() if f"config.{part}." not in said]
+
+
 def run_shell(block: str) -> None:
     bin_folder = str(Path(sys.executable).parent)
     env = dict(os.environ, PATH=bin_folder + os.pathsep + os.environ["PATH"])
@@ -79,7 +97,7 @@ def test_every_code_block_of_a_page_runs(page, folder, capsys, quick):
                 run_shell(block)
                 continue
             for words in lines:
-                code = main(words[1:])
+                code = main(words[1:] + fewer(words))
                 assert code == 0, (words, capsys.readouterr().err)
 
 
