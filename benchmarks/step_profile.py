@@ -55,7 +55,7 @@ def shares_of_jax(window: Window, compiled: Any) -> dict[str, float]:
 
 
 def _kind(op_name: str) -> str:
-    if "jvp(" not in op_name:  # no part of the loss or its gradient
+    if "jvp(" not in op_name:  # no part of the loss or its gradient: updates, and copies
         return OPTIMIZER
     return PRODUCTS if _PRODUCTS.search(op_name) else REST
 
