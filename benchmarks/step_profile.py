@@ -20,7 +20,7 @@ STEPS = 4
 PRODUCTS, OPTIMIZER, REST = "convolutions and products", "optimizer", "rest of the model"
 _PRODUCTS = re.compile(r"conv_general_dilated|dot_general|depthwise|/conv/cond")
 # A line of a program: name, result, operation; loops and calls hold operations of their own.
-_LINE = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = \S+ ([\w\-]+)\(")
+_LINE = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (?:\(.*?\)|\S+) ([\w\-]+)\(")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _OUTER = ("while", "call", "conditional")
 _TORCH_PRODUCTS = re.compile(r"aten::(\w*conv\w*|\w*mm|\w*matmul|linear|\w*attention\w*)$")

@@ -92,6 +92,35 @@ def test_a_class_of_transformers_is_named_beside_its_own_names_alone(variant):
         if table.writes(model) and "architectures" in config_of(model, table)
     ]
     assert all(title.startswith("Hugging Face") for title in titles)
+    assert titles or variant == "efficientnet_lite_tiny", "which transformers has not"
+
+
+@pytest.mark.parametrize("names_alone", [False, True])
+@pytest.mark.parametrize("title", ["Hugging Face", "timm"])
+def test_a_head_behind_the_probe_is_not_kept_behind_the_mean(tmp_path, title, names_alone):
+    form = {"depth": 1, "pooling": "probe", "epsilon": 1e-6 if title == "timm" else 1e-5}
+    first = make_model(name="siglip_tiny", args=form, num_classes=3)
+    table = [table.title for table in first.family.tables].index(title)
+    variables, _ = load_pretrained(first, "random:0")
+    out = export_weights(first, variables, tmp_path / "out", table=table)
+    for file in out.glob("*.json") if names_alone else ():
+        file.unlink()
+    other = make_model(name="siglip_tiny", args=form | {"pooling": "mean"}, num_classes=3)
+    if names_alone and title == "Hugging Face":  # as files of the averaging class have it too
+        _, report = load_pretrained(other, f"file:{out}")
+        assert any("do not say pooling: taken to be 'mean'" in note for note in report.notes)
+        return
+    with pytest.raises(WeightsError, match="pooling|does not fit"):
+        load_pretrained(other, f"file:{out}")
+
+
+def test_a_head_of_another_width_and_other_classes_is_made_anew(tmp_path):
+    first = make_model(name="dinov2_tiny", args={"depth": 1}, num_classes=3)
+    variables, _ = load_pretrained(first, "random:0")
+    out = export_weights(first, variables, tmp_path / "out")
+    other = make_model(name="dinov2_tiny", args={"depth": 1, "pooling": "cls"}, num_classes=4)
+    _, report = load_pretrained(other, f"file:{out}", key=jax.random.key(0))
+    assert report.paths("fresh") == ["head/bias", "head/kernel"]
 
 
 # Two that the family offers: that of Hugging Face's classifier, and another.

@@ -55,8 +55,8 @@ def messages(monkeypatch):
 
 def config_of(model, name):
     path, changed = CONFIGS[model]
-    if model == "vit" and name != "lisa":  # which draws two blocks: of more than two, then
-        changed = ["model.args.depth=2"]
+    if model == "vit" and SHORT:
+        changed = ["model.args.depth=3"]
     return load_config(path, [f"freeze.name={name}", "parallel.devices=1", *changed])
 
 

@@ -289,8 +289,8 @@ def assert_same_tree(found, wanted, tolerance=2e-5):
 
 
 # Under auto a model is told nothing of devices: the compiler divides the program of one. So one
-# family of each kind stands for all of them: with BatchNorm, and with tokens.
-AUTO = ("efficientnet_tiny", "vit_tiny")
+# family of each kind stands for all of them: with BatchNorm, tokens, and windows.
+AUTO = ("efficientnet_tiny", "vit_tiny", "swin_tiny")
 
 
 # CLIP and DINOv2 train as ViT does, and ConvNeXt as its second version, which adds a norm to it.

@@ -108,7 +108,7 @@ def test_training_moves_statistics_and_gives_gradients_as_transformers_does(tmp_
     run = jax.jit(jax.grad(loss, has_aux=True))
     gradients, (found, moved) = run(variables["params"])
     assert distance(found, from_torch(logits)) <= LOGITS
-    kinds = {"params": (gradients, "grad"), "batch_stats": (fine_tuned, "data")}
+    kinds = {"params": (gradients, "grad"), "batch_stats": (moved, "data")}
     tensors = dict(peer.named_parameters()) | dict(peer.named_buffers())
     table = model.family.tables[0]
     for kind, (tree, attribute) in kinds.items():

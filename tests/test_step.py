@@ -146,7 +146,11 @@ def test_micro_batches_with_batchnorm_do_not_depend_on_devices():
 
 # What is enforced is part of the step, which a mode takes as it is: auto with one of both will do.
 @pytest.mark.parametrize(
-    ("mode", "enforce"), [("pmap", "split"), ("pmap", "optax"), ("auto", "split")]
+    ("mode", "enforce"),
+    [
+        *(("pmap", "split"), ("pmap", "optax"), ("auto", "split")),
+        pytest.param("auto", "optax", marks=pytest.mark.slow),
+    ],
 )
 def test_frozen_leaves_and_statistics_move_0_ulp(mode, enforce):
     """100 AdamW steps with decay and clipping: head, then all, then head again."""

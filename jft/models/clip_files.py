@@ -114,6 +114,8 @@ def variant_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
         pooled = {"pooling": "mean", "projection": 0}
     elif architecture == "CLIPVisionModelWithProjection":
         pooled = {"pooling": "cls", "projection": config.get("projection_dim", 512)}
+    elif architecture == "CLIPVisionModel":
+        pooled = {"pooling": "cls", "projection": 0}
     else:
         pooled = {}
     return tower_fields(config, ("clip", "clip_vision_model"), "quick_gelu", 1e-5) | pooled
@@ -254,6 +256,7 @@ OPENAI_TABLE = Table(
     ),
     prefixes=("visual.",),
     headless=(r"visual\.proj",),
+    implies=(("epsilon", 1e-5),),
     unsaid=_UNSAID,
     antialias=True,  # in OpenCLIP
     title="OpenAI and OpenCLIP",

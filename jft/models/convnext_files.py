@@ -59,6 +59,7 @@ def _hf_table(second: bool) -> Table:
             *dense_entries("head", "classifier"),
         ),
         prefixes=(prefix, ""),
+        unsaid=(("final_epsilon", "1e-12 in most"), ("gelu", "'exact' in most")),
         title="Hugging Face",
         exported=_v2_in_transformers if second else lambda model: not model.module.response_norm,
     )

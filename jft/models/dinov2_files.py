@@ -232,6 +232,7 @@ def _registers(config: Mapping[str, Any]) -> bool:
 
 # Sizes that timm has a name for, by width; any other has that of the small one, with arguments.
 _TIMM_SIZES = {384: "small", 768: "base", 1024: "large", 1536: "giant"}
+_TIMM_HEADS = {"small": 6, "base": 12, "large": 16, "giant": 24}
 _TIMM_FIELDS = {
     "patch_size": "patch",
     "embed_dim": "features",
@@ -243,7 +244,8 @@ _TIMM_FIELDS = {
 # Arguments that are looked at by themselves, and those that play no part in the function.
 _TIMM_OTHERS = dict.fromkeys(
     ("mlp_ratio", "no_embed_class", "global_pool", "fc_norm", "init_values", "act_layer")
-    + ("img_size", "dynamic_img_size", "dynamic_img_pad", "strict_img_size"),
+    + ("img_size", "dynamic_img_size", "dynamic_img_pad", "strict_img_size")
+    + ("weight_init", "fix_init"),
     "",
 )
 
@@ -274,7 +276,10 @@ def _timm_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     name, args = timm_architecture(config)
     if not name.endswith("_dinov2"):
         raise WeightsError(f"timm's {name} is no DINOv2")
+    args = {key: value for key, value in args.items() if value is not None}
     fields: dict[str, Any] = renamed(args, _TIMM_FIELDS | _TIMM_OTHERS, f"timm's {name}")
+    heads = next((count for size, count in _TIMM_HEADS.items() if f"_{size}_" in name), None)
+    fields = ({} if heads is None else {"heads": heads}) | fields
     fields["gated"] = "_giant_" in name
     fields |= _implied(fields["gated"])
     if "act_layer" in args and not fields["gated"]:

@@ -56,6 +56,7 @@ TORCH_TABLE = Table(
     ),
     ignore=TORCH_IGNORE,
     exported=_pads_otherwise,
+    unsaid=(("norm_epsilon", "1e-3 in most"),),
     title="EfficientNet-PyTorch",
     config=own_config,
 )
@@ -82,6 +83,10 @@ HF_TABLE = Table(
     ignore=(COUNTERS,),
     prefixes=("efficientnet.", ""),
     exported=_pads_otherwise,
+    unsaid=(
+        ("norm_epsilon", "1e-3 in most"),
+        ("padding", "its config has depthwise_padding"),
+    ),
     title="Hugging Face",
 )
 

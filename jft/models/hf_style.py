@@ -43,7 +43,7 @@ def hf_kind(config: Mapping[str, Any], *kinds: str) -> str:
     Raises:
       WeightsError: it is none of `kinds`.
     """
-    kind = config.get("model_type", kinds[0])
+    kind = config.get("model_type") or kinds[0]
     if kind not in kinds:
         raise WeightsError(f"model_type {kind!r} of the source is none of {', '.join(kinds)}")
     return kind

@@ -74,6 +74,7 @@ TORCH_TABLE = Table(
         Entry("head/bias", "fc.bias"),
     ),
     ignore=(COUNTERS,),
+    implies=(("norm_epsilon", _EPSILON),),
     title="timm and torchvision",
     config=lambda model: _timm_config(model),
     exported=lambda model: _timm_name(model.module) is not None,

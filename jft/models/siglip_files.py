@@ -53,9 +53,9 @@ def variant_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
         )
     kinds = ("siglip", "siglip_vision_model")
     fields = tower_fields(config, kinds, "gelu_pytorch_tanh", 1e-6)
-    if (config.get("architectures") or [""])[0] == "SiglipForImageClassification":
-        fields["pooling"] = "mean"
-    return fields
+    architecture = (config.get("architectures") or [""])[0]
+    pooling = {"SiglipForImageClassification": "mean", "SiglipVisionModel": "probe"}
+    return fields | ({"pooling": pooling[architecture]} if architecture in pooling else {})
 
 
 def _in_timm(model: Any) -> bool:
@@ -87,7 +87,12 @@ HF_TABLE = Table(
     title="Hugging Face",
     head_fields=("pooling",),
     headless=(r"text_model\..*",),
-    unsaid=(("gelu", "'tanh' in most"), ("epsilon", "1e-6 in most"), HEADS_UNSAID),
+    unsaid=(
+        ("gelu", "'tanh' in most"),
+        ("epsilon", "1e-6 in most"),
+        ("pooling", "'mean' of transformers' classifier"),
+        HEADS_UNSAID,
+    ),
     exported=lambda model: model.module.pooling == "mean" or not _in_timm(model),
 )
 
@@ -145,7 +150,8 @@ TIMM_TABLE = Table(
         *dense_entries("pool/mlp/fc1", "{p}attn_pool.mlp.fc1"),
         *dense_entries("pool/mlp/fc2", "{p}attn_pool.mlp.fc2"),
     ),
-    ignore=(r"(visual\.trunk\.)?attn_pool\..*", r"text\..*", r"logit_(scale|bias)"),
+    ignore=(r"text\..*", r"logit_(scale|bias)"),
+    before_head=(r"(visual\.trunk\.)?attn_pool\..*",),
     prefixes=("", "visual.trunk."),
     title="timm",
     config=_timm_config,

@@ -16,6 +16,8 @@ from jft.models.transformer import dense_entries, fused_entries, norm_entries
 from jft.models.windows import relative_index, window_and_shift
 
 _PARTS = tuple(f"blocks_{{i}}/attn/{part}" for part in ("query", "key", "value"))
+# What all but transformers always have.
+_IMPLIED = (("epsilon", 1e-5), ("gelu", "exact"))
 # Constants that torch keeps among the weights.
 _BUFFERS = (r".*\.relative_position_index", r".*\.attn_mask")
 
@@ -89,6 +91,7 @@ HF_TABLE = Table(
     ignore=(*_BUFFERS, r"(swin\.)?embeddings\.mask_token", r"decoder\..*"),
     prefixes=("swin.", ""),
     title="Hugging Face",
+    unsaid=(("epsilon", "1e-5 in most"), ("gelu", "'exact' in most")),
     exported=_in_transformers,
 )
 
@@ -123,6 +126,7 @@ TIMM_TABLE = Table(
     entries=_torch_entries(*_LAYERS, ("s+1", "layers.{s+1}.downsample"), "head.fc"),
     ignore=_BUFFERS,
     title="timm",
+    implies=_IMPLIED,
     config=lambda model: _timm_config(model),
     exported=_in_timm,
 )
@@ -132,6 +136,7 @@ ORIGINAL_TABLE = Table(
     entries=_torch_entries(*_LAYERS, ("s+1", "layers.{s}.downsample"), "head"),
     ignore=_BUFFERS,
     title="Swin-Transformer (Microsoft)",
+    implies=_IMPLIED,
     exported=False,
 )
 
@@ -159,6 +164,7 @@ TORCHVISION_TABLE = Table(
     ),
     ignore=_BUFFERS,
     title="torchvision",
+    implies=_IMPLIED,
     config=own_config,
     exported=_in_torchvision,
     constants=_relative_positions,

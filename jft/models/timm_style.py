@@ -76,8 +76,9 @@ def timm_architecture(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def is_timm(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is one of timm's."""
-    return "architecture" in config and "model_type" not in config
+    """Whether a config.json is one of timm's; transformers' wrapper of timm writes such too."""
+    kind = config.get("model_type") or "timm_wrapper"
+    return "architecture" in config and kind == "timm_wrapper"
 
 
 def renamed(args: Mapping[str, Any], names: Mapping[str, str], where: str) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def _hf_table(prefix: str, title: str, *further: Entry, tokens: bool, heads: boo
         head_fields=HEAD_FIELDS,
         headless=(r"decoder\..*",),
         implies=token + head,
-        head_implies=(("pooling", "cls"), ("norm_pooled", False)),
+        head_implies=(("pooling", "cls"),),
         unsaid=HF_UNSAID,
         title=title,
         exported=_in_transformers(tokens, heads),
@@ -167,7 +167,7 @@ AUGREG_TABLE = flax_table(
     "LayerNorm_2",
     "MlpBlock_3",
     head_fields=HEAD_FIELDS,
-    head_implies=(("pooling", "cls"), ("norm_pooled", False)),
+    head_implies=(("pooling", "cls"),),
     title="vision_transformer (AugReg)",
 )
 # Those of https://github.com/google-research/big_vision, whose modules count anew by kind. A class
@@ -239,8 +239,10 @@ def variant_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
         return torchvision_fields(config)
     if is_timm(config):
         return timm_fields(config)
-    fields = hf_fields(config, _HF_FIELDS, HF_DEFAULTS | {"epsilon": 1e-12})
-    if hf_kind(config, "vit", "deit", "vit_mae") == "deit":
+    kind = hf_kind(config, "vit", "deit", "vit_mae", "vit_msn")
+    epsilon = 1e-6 if kind == "vit_msn" else 1e-12
+    fields = hf_fields(config, _HF_FIELDS, HF_DEFAULTS | {"epsilon": epsilon})
+    if kind == "deit":
         fields["distillation_token"] = True
     if config.get("architectures"):
         fields["distillation_head"] = _TEACHER in config["architectures"]

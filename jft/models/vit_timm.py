@@ -267,14 +267,14 @@ TIMM_POOLED_TABLE = _table(
     title="timm, norm after the mean",
     exported=lambda model: _in_timm(model.module) and model.module.norm_pooled,
     implies=(("norm_pooled", True),),
-    unsaid=(HEADS_UNSAID,),
+    unsaid=(("pooling", "'mean' in most"), HEADS_UNSAID),
 )
 # DeiT III's own files, https://github.com/facebookresearch/deit.
 DEIT3_TABLE = _table(
     "norm",
     ("gamma_1", "gamma_2"),
     title="DeiT III's original",
-    head_implies=(("pooling", "cls"), ("norm_pooled", False)),
+    head_implies=(("pooling", "cls"),),
     unsaid=(HEADS_UNSAID,),
     exported=False,
 )

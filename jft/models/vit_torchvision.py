@@ -71,7 +71,7 @@ def _table(fc1: str, fc2: str, title: str) -> Table:
         before_head=(r"heads\.pre_logits\..*",),
         implies=(("epsilon", 1e-6), ("gelu", "exact")),
         head_fields=("pooling", "norm_pooled", "distillation_head"),
-        head_implies=(("pooling", "cls"), ("norm_pooled", False)),
+        head_implies=(("pooling", "cls"),),
         unsaid=(HEADS_UNSAID,),
         title=title,
         config=_config,

@@ -193,7 +193,7 @@ def make_model(*, name: str, args: Mapping[str, Any] | None = None, num_classes:
 
 def _faults(family: Family, module: nn.Module, image_size: int) -> Mapping[str, str]:
     try:
-        return family.faults(module, image_size)
+        return dict(family.faults(module, image_size))
     except Exception as error:
         if family.name in _BUILT_IN:
             raise

@@ -42,7 +42,7 @@ def _matching(pattern: str) -> list[str]:
     """
     names = list_models(pattern) or list_models(pattern.lower())
     if not names:
-        stems = (re.sub(r"\d+$", "", name.split("_")[0]) for name in list_models())
+        stems = (re.sub(r"v?\d+$", "", name.split("_")[0]) for name in list_models())
         families = [f"{stem}*" for stem in dict.fromkeys(stems)]
         hint = nearest(re.sub(r"[*?!\[\]]", "", pattern), [*list_models(), *families])
         hint = hint or f"; known: {', '.join(families)}"

@@ -40,19 +40,23 @@ def stated_fields(
     Raises:
       WeightsError: its config.json tells of an architecture that the family does not have.
     """
-    try:
-        found = {} if source.config is None else _fields(family, guarded(source.config), table)
-    except _MALFORMED as error:
-        raise WeightsError(
-            f"source {source.text!r}: its config.json does not fit: {error}"
-        ) from error
-    fields = dict(table.implies) | ({} if headless else dict(table.head_implies)) | found
+    implied = table.implies if headless else table.implies + table.head_implies
+    fields = dict(implied) | _config_fields(family, source, table)
     for name, value in fields.items():
         if not _sensible(value):
             raise WeightsError(
                 f"source {source.text!r}: its config.json has {name} = {str(value)[:60]!r}"
             )
     return {name: value for name, value in fields.items() if not _FREE_FIELDS.fullmatch(name)}
+
+
+def _config_fields(family: Any, source: Source, table: Table) -> dict[str, Any]:
+    try:
+        return {} if source.config is None else _fields(family, guarded(source.config), table)
+    except _MALFORMED as error:
+        raise WeightsError(
+            f"source {source.text!r}: its config.json does not fit: {error}"
+        ) from error
 
 
 def _fields(family: Any, config: dict[str, Any], table: Table) -> dict[str, Any]:
@@ -105,7 +109,8 @@ def check_fields(model: Any, source: Source, table: Table, headless: bool = Fals
             for name, choices in table.unsaid
             if name not in fields and not (headless and name in table.head_fields)
         ]
-    where = "its config.json has" if source.config is not None else "weights so named have"
+    said = wrong.keys() <= _config_fields(family, source, table).keys()
+    where = "its config.json has" if said else "weights so named have"
     theirs = " and ".join(f"{name} = {value!r}" for name, (value, _) in wrong.items())
     ours = " and ".join(repr(own) for _, own in wrong.values())
     names = " and ".join(f"model.args.{name}" for name in wrong)

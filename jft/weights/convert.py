@@ -120,7 +120,8 @@ def _load(
     reasons = {p: f"by {rule!r}" for rule in options.fresh for p in select(leaves, rule, "fresh")}
     reasons |= _replaced_head(naming, leaves, arrays.outline(), reasons)
     notes += _alone(model)
-    notes += check_fields(model, found, naming.table, headless=_headless(naming, reasons))
+    headless = _headless(naming, reasons) or not _has_head(naming, arrays)
+    notes += check_fields(model, found, naming.table, headless)
     fit = make_fit(model, leaves, naming, found, shape, options.dtype)
     rows, flat = _assign(fit, arrays, reasons, source, options.place)
     flat |= _fresh_leaves(model, reasons, shape, options)
@@ -191,7 +192,7 @@ def _replaced_head(
     """path -> reason of the head's leaves, where the source has other classes, or none ever."""
     head = [path for path in naming.head() if path not in reasons]
     sign = next((name for name in arrays if naming.table.tells_no_head(name)), None)
-    if sign and not any(naming.names[path].name in arrays for path in head):
+    if sign and not _has_head(naming, arrays):
         return {path: f"no head in the source, as {sign!r} shows" for path in head}
     counts = set()
     for path in head:
@@ -203,7 +204,7 @@ def _replaced_head(
             theirs = forms.to_jft(origin, arrays[origin.name], naming.heads).shape
         except ValueError:
             return {}
-        if len(theirs) != len(ours) or theirs[:-1] != ours[:-1]:
+        if len(theirs) != len(ours):  # a head may read another width, as of another pooling
             return {}
         counts.add((theirs[-1:], ours[-1:]))
     if len(counts) != 1 or min(counts)[0] == min(counts)[1]:
@@ -252,6 +253,10 @@ def _assign(
 def _unread(arrays: Mapping[str, np.ndarray], rows: Sequence[Row]) -> list[str]:
     used = {row.source_name for row in rows if row.status != "fresh"}
     return [name for name in arrays if name not in used]
+
+
+def _has_head(naming: Naming, arrays: Mapping[str, np.ndarray]) -> bool:
+    return any(naming.names[path].name in arrays for path in naming.head())
 
 
 def _headless(naming: Naming, reasons: Mapping[str, str]) -> bool:

@@ -200,7 +200,8 @@ def processed_side(content: Mapping[str, Any], model_type: Any = None) -> int:
     `crop_pct` beside a `size` keeps the latter.
     """
     try:
-        values = Values(content, DEFAULTS.get(class_of(content, model_type) or "", ALL))
+        name = class_of(content, model_type)
+        values = Values(_of_class(content, name), DEFAULTS.get(name or "", ALL))
         crop = _crop(values) if values.get("crop_pct") is None else None
         return crop or (_size(values, square=True)[1] if values.given("size") else 0)
     except (RefusedError, TypeError, ValueError, OverflowError):
