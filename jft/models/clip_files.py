@@ -78,7 +78,7 @@ def tower_fields(
     parts = [config.get(name) for name in ("vision_config", "vision_config_dict")]
     tower = {k: v for part in parts if part for k, v in part.items()} if any(parts) else config
     named = {name: config[name] for name in ("model_type",) if name in config}
-    fields = hf_fields(named | tower, _HF_FIELDS, HF_DEFAULTS | {"epsilon": epsilon})
+    fields = hf_fields(named | dict(tower), _HF_FIELDS, HF_DEFAULTS | {"epsilon": epsilon})
     return fields | {"gelu": hf_gelu(tower, gelu)}
 
 
