@@ -76,6 +76,7 @@ def test_naive_masks_clip_by_the_frozen_gradients_too():
     assert float(optax.tree.get(state, "mu")["head/kernel"][0, 0]) == pytest.approx(1e-4, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_a_tiny_run_gives_rows_in_which_naive_masks_compute_every_gradient():
     rows = Rows(TINY, Measuring(0.01, 1, peers=("naive",)))

@@ -4,11 +4,13 @@ import json
 
 import jax
 import numpy as np
+import pytest
 
 from benchmarks import loading
 from jft.tree import flatten
 
 
+@pytest.mark.slow
 def test_the_smoke_form_measures_every_file(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(loading, "measured_peak", lambda *_: 1)  # a process each
     out = tmp_path / "result.json"

@@ -155,9 +155,8 @@ def ruled_straight(tmp_path_factory):
     return workdir, found
 
 
-@pytest.mark.parametrize(
-    "step", [pytest.param(7, marks=pytest.mark.slow), 11, pytest.param(14, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [7, 11, 14])
 def test_a_killed_cached_run_whose_cuts_a_rule_finds_ends_bitwise_equal(
     step, ruled_straight, tmp_path, monkeypatch
 ):

@@ -139,7 +139,7 @@ def test_preprocessing_is_the_same_for_every_new_channel():
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("channels", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_checkpoint_of_three_channels_learns_from_other_numbers_of_bands(tmp_path, channels):
     blocks = [[1, 3, 1, 1, 8], [1, 3, 2, 3, 16]]
     args = {"blocks": blocks, "final_features": 32}

@@ -182,7 +182,7 @@ def distances(name, variables, changed=()):
 _LONG = (
     *("timm-efficientnet-lite-symmetric", "torchvision-efficientnet-3", "timm-deit3"),
     *("torchvision-vit-32", "torchvision-swin-whole", "torchvision-resnet-basic"),
-    "torchvision-convnext-4",
+    *("torchvision-convnext-4", "timm-siglip-mean-tanh", "timm-vit-pooled", "timm-clip-quick-mean"),
 )
 
 

@@ -297,7 +297,18 @@ AUTO = ("efficientnet_tiny", "vit_tiny", "swin_tiny")
 ALIKE = ("clip_tiny", "dinov2_tiny", "convnext_tiny")
 
 
-@pytest.mark.parametrize("name", [name for name in TINY if name not in ALIKE])
+# Heads and blocks of their own on what the others have.
+LATER = ("deit_tiny", "siglip_tiny", "resnet_tiny")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in LATER else [])
+        for name in TINY
+        if name not in ALIKE
+    ],
+)
 def test_one_device_equals_eight_with_ragged_masks_dropout_and_batch_norm(name):
     model, variables = tiny(name, drop_path_rate=0.3, dropout_rate=0.2)
     rng = np.random.default_rng(3)

@@ -62,7 +62,7 @@ def on_one_device():
     return trainer
 
 
-@pytest.mark.parametrize("mode", ["shard_map", "auto"])
+@pytest.mark.parametrize("mode", ["shard_map", pytest.param("auto", marks=pytest.mark.slow)])
 def test_devices_change_nothing_with_both_passes_noise_and_batchnorm(mode):
     one, many = on_one_device(), Trainer(mode=mode, devices=8, **NOISY)
     many.run(batches(10))
