@@ -14,7 +14,8 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 CONFIGS = sorted((fault_run.ROOT / "configs").glob("*.py"))
 NAMES = [file.stem for file in CONFIGS]
-DERIVED = ("distill", "satellite", "scratch", "tags", "xray")  # start from another config
+# Start from another config, or differ from one in the data alone.
+DERIVED = ("distill", "folder", "satellite", "scratch", "tags", "xray")
 # Of the slow ones, scratch is the quickstart without its weights, which `:tiny` has not either.
 SHORT = os.environ.get("JFT_FAULTS") == "short"
 RUN = [name for name in NAMES if not (SHORT and name == "scratch")]

@@ -98,7 +98,13 @@ def test_a_step_is_the_mixture_written_by_hand():
     assert float(metrics["grad_norm"]) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-4)
 
 
-@pytest.mark.parametrize("kw", [{"sam_rho": 0.1}, {"accum_steps": 2, "norm": False}])
+@pytest.mark.parametrize(
+    "kw",
+    [
+        pytest.param({"sam_rho": 0.1}, marks=pytest.mark.slow),
+        {"accum_steps": 2, "norm": False},
+    ],
+)
 def test_devices_change_nothing_and_the_teacher_is_neither_moved_nor_donated(kw):
     one, _, variables = taught_trainer(augment=True, dropout=0.2, optim=PLAIN, **kw)
     many, _, _ = taught_trainer(

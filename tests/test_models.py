@@ -204,6 +204,7 @@ def test_source_config_is_the_one_that_hugging_face_publishes(variant):
     assert config["image_size"] == model.preprocess.image_size
 
 
+@pytest.mark.slow
 def test_padding_by_size_is_fixed_padding_with_the_blocks_that_halve_odd_sizes():
     size = 20  # 10 pixels after the stem, 5 after the second block
     args = {"blocks": ((1, 3, 1, 1, 64), (1, 3, 2, 2, 64), (1, 5, 2, 2, 64)), "image_size": size}
@@ -298,7 +299,7 @@ ALIKE = ("clip_tiny", "dinov2_tiny", "convnext_tiny")
 
 
 # Heads and blocks of their own on what the others have.
-LATER = ("deit_tiny", "siglip_tiny", "resnet_tiny")
+LATER = ("deit_tiny", "siglip_tiny", "resnet_tiny", "convnextv2_tiny")
 
 
 @pytest.mark.parametrize(

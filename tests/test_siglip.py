@@ -228,6 +228,7 @@ def test_published_names_tell_the_sizes():
         assert f"patch{model.module.patch}-" in source
 
 
+@pytest.mark.slow  # CLIP's tower has the same blocks
 def test_a_loop_over_blocks_is_the_blocks():
     assert_scanned_is_unrolled("siglip_tiny", "block[1:] + final + head", **PROBE)
 

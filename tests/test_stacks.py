@@ -322,6 +322,7 @@ def compiled(built):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_a_loop_costs_what_the_plan_says(built, compiled, at):
     plan = built[True][1][at]

@@ -56,6 +56,7 @@ def test_state_dict_is_found_inside_a_wrapper(tmp_path, wrapper):
     assert list(read_torch(path)) == ["w"]
 
 
+@pytest.mark.slow  # the test of hostile weights has these files too
 def test_every_hostile_file_is_refused_without_side_effect_in_bounded_memory(tmp_path):
     marker = tmp_path / "ran"
     files = make.hostile(marker)

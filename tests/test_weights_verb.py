@@ -76,7 +76,7 @@ def test_show_lists_tensors_and_the_model_they_belong_to(capsys, tmp_path):
         ("vit_tiny", {}, 1, False),
         ("efficientnet_lite_tiny", {}, 2, True),
         ("efficientnet_lite_tiny", {"norm_epsilon": 1e-5}, 3, True),
-        ("efficientnet_lite0", {}, 3, False),
+        pytest.param("efficientnet_lite0", {}, 3, False, marks=pytest.mark.slow),
     ],
 )
 def test_the_model_that_is_recognised_takes_every_leaf_as_it_is(
