@@ -77,8 +77,9 @@ def tower_fields(
     # Old files of whole models repeat under the second name what differs from the defaults.
     parts = [config.get(name) for name in ("vision_config", "vision_config_dict")]
     tower = {k: v for part in parts if part for k, v in part.items()} if any(parts) else config
-    named = {name: config[name] for name in ("model_type",) if name in config}
-    fields = hf_fields(named | dict(tower), _HF_FIELDS, HF_DEFAULTS | {"epsilon": epsilon})
+    if "model_type" in config:
+        tower = {"model_type": config["model_type"], **tower}
+    fields = hf_fields(tower, _HF_FIELDS, HF_DEFAULTS | {"epsilon": epsilon})
     return fields | {"gelu": hf_gelu(tower, gelu)}
 
 

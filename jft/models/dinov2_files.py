@@ -10,7 +10,7 @@ import numpy as np
 from jft.errors import WeightsError
 from jft.models.hf_style import GELU_NAMES, HF_DEFAULTS, hf_fields, hf_gelu, hf_kind
 from jft.models.table import Entry, Table
-from jft.models.timm_style import TIMM_GELUS, is_timm, renamed, timm_architecture, timm_config
+from jft.models.timm_style import is_timm, renamed, timm_architecture, timm_config, timm_gelu
 from jft.models.transformer import HEADS_UNSAID, dense_entries, fused_entries, norm_entries
 
 
@@ -283,9 +283,7 @@ def _timm_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     fields["gated"] = "_giant_" in name
     fields |= _implied(fields["gated"])
     if "act_layer" in args and not fields["gated"]:
-        if args["act_layer"] not in TIMM_GELUS:
-            raise WeightsError(f"timm's {name} with act_layer {args['act_layer']!r} is not known")
-        fields["gelu"] = TIMM_GELUS[args["act_layer"]]
+        fields["gelu"] = timm_gelu(args["act_layer"], f"timm's {name}")
     fields["registers"] = args.get("reg_tokens", 4 if "_reg4_" in name else 0)
     fields["class_position"] = not args.get("no_embed_class", "_reg4_" in name)
     if "mlp_ratio" in args and "features" in fields:

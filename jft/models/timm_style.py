@@ -81,6 +81,21 @@ def is_timm(config: Mapping[str, Any]) -> bool:
     return "architecture" in config and kind == "timm_wrapper"
 
 
+def timm_gelu(form: Any, where: str) -> str:
+    """The `Tower.gelu` of timm's act_layer.
+
+    Args:
+      form: timm's word.
+      where: the architecture, for the message.
+
+    Raises:
+      WeightsError: it is none that is known.
+    """
+    if not isinstance(form, str) or form not in TIMM_GELUS:
+        raise WeightsError(f"{where} with act_layer {form!r} is not known")
+    return TIMM_GELUS[form]
+
+
 def renamed(args: Mapping[str, Any], names: Mapping[str, str], where: str) -> dict[str, Any]:
     """Arguments under our names; those of no meaning for the function are left out.
 

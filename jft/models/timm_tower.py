@@ -7,7 +7,7 @@ from typing import Any
 
 from jft.errors import WeightsError
 from jft.models.table import Entry
-from jft.models.timm_style import TIMM_GELUS, renamed
+from jft.models.timm_style import TIMM_GELUS, renamed, timm_gelu
 from jft.models.transformer import dense_entries, fused_entries, norm_entries
 
 _BLOCK = "{p}blocks.{i}"
@@ -97,7 +97,5 @@ def timm_fields(
     if "mlp_ratio" in args or "embed_dim" in args:
         fields["mlp_features"] = int(fields["features"] * args.get("mlp_ratio", 4.0))
     if "act_layer" in args:
-        if args["act_layer"] not in TIMM_GELUS:
-            raise WeightsError(f"timm's {name} with act_layer {args['act_layer']!r} is not known")
-        fields["gelu"] = TIMM_GELUS[args["act_layer"]]
+        fields["gelu"] = timm_gelu(args["act_layer"], f"timm's {name}")
     return fields

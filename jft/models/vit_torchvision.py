@@ -7,6 +7,7 @@ from typing import Any
 
 from jft.models.table import Entry, Table
 from jft.models.transformer import HEADS_UNSAID, dense_entries, fused_entries, norm_entries
+from jft.models.vit_timm import HEAD_FIELDS
 
 _QKV = tuple(f"blocks_{{i}}/attn/{part}" for part in ("query", "key", "value"))
 _LAYER = "encoder.layers.encoder_layer_{i}"
@@ -70,7 +71,7 @@ def _table(fc1: str, fc2: str, title: str) -> Table:
         ),
         before_head=(r"heads\.pre_logits\..*",),
         implies=(("epsilon", 1e-6), ("gelu", "exact")),
-        head_fields=("pooling", "norm_pooled", "distillation_head"),
+        head_fields=HEAD_FIELDS,
         head_implies=(("pooling", "cls"),),
         unsaid=(HEADS_UNSAID,),
         title=title,
