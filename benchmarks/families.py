@@ -2,7 +2,7 @@
 
     python -m benchmarks.families --suite smoke
     python -m benchmarks.families --suite cpu --out benchmarks/results/families_2026-12-01-cpu.json
-    python -m benchmarks.families --suite cpu --only 'resnet|lite0' --profile
+    python -m benchmarks.families --suite cpu --only resnet lite0 --profile
 
 The jft arm is the bare step of `benchmarks.bare` (everything trains, AdamW); the torch arm is the
 class of transformers that loads jft's export, eager, float32, with as many threads. Needs the
@@ -12,7 +12,6 @@ class of transformers that loads jft's export, eager, float32, with as many thre
 import argparse
 import json
 import os
-import re
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -152,11 +151,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a suite; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.families", description=__doc__)
     parser.add_argument("--suite", choices=sorted(SUITES), default="smoke")
-    parser.add_argument("--only", metavar="RULE", default="", help="workloads that it matches")
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="workloads whose name has one")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default runs/families-SUITE.json")
     parser.add_argument("--profile", action="store_true", help="shares by kind of operation too")
     args = parser.parse_args(argv)
-    workloads = [workload for workload in SUITES[args.suite] if re.search(args.only, workload.name)]
+    workloads = [
+        workload
+        for workload in SUITES[args.suite]
+        if args.only is None or any(text in workload.name for text in args.only)
+    ]
     result = run_suite(workloads, *SIZES[args.suite], args.profile)
     out = args.out or Path("runs") / f"families-{args.suite}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
